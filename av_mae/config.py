@@ -1,0 +1,161 @@
+"""The training recipe as frozen dataclasses. `configs/*.py` build it; below `main` nothing else is passed on."""
+
+import dataclasses
+
+from av_mae.models.config import AVMAEConfig, require
+
+DTYPES = ("bfloat16", "float32")
+REMATS = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class SoundConfig:
+    """Log-mel features: (log10(mel power + log_floor) - mean) / std. Rates in Hz, n_fft and hop in samples."""
+
+    rate: int = 16000
+    n_fft: int = 800
+    hop: int = 250
+    mels: int = 128
+    log_floor: float = 1e-7
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self):
+        require(min(self.rate, self.n_fft, self.hop, self.mels) > 0,
+                f"data.sound: rate={self.rate}, n_fft={self.n_fft}, hop={self.hop} and mels={self.mels} must be "
+                "positive")
+        require(self.log_floor > 0, f"data.sound.log_floor={self.log_floor} must be above 0")
+        require(self.std > 0, f"data.sound.std={self.std} must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where clips come from and how they are augmented.
+
+    `path` names prepared sets, separated by commas; `weights` mixes them (None: by size).
+    """
+
+    path: str = ""
+    weights: tuple[float, ...] | None = None
+    split: str = "train"
+    workers: int = 0
+    prefetch: int = 2
+    sound: SoundConfig = SoundConfig()
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    flip: bool = True
+    volume_db: float = 6.0
+    jitter: bool = True
+    max_failure_share: float = 0.1
+
+    def __post_init__(self):
+        require(bool(self.split), "data.split must name a split of the prepared sets, e.g. train or test")
+        require(self.workers >= 0, f"data.workers={self.workers} must be 0 (in this process) or more")
+        require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be at least 1")
+        smallest, largest = self.crop_scale
+        require(0 < smallest <= largest <= 1,
+                f"data.crop_scale={self.crop_scale} must be (smallest, largest) share of the area, "
+                "with 0 < smallest <= largest <= 1")
+        require(self.volume_db >= 0, f"data.volume_db={self.volume_db} must be 0 or more decibels")
+        require(0 <= self.max_failure_share <= 1,
+                f"data.max_failure_share={self.max_failure_share} must be between 0 and 1")
+        self._check_weights()
+
+    def _check_weights(self):
+        if self.weights is None or not self.path:
+            return
+        sets = len(self.paths)
+        require(len(self.weights) == sets and min(self.weights) > 0,
+                f"data.weights={self.weights} must hold one positive weight for each of the {sets} sets in "
+                f"data.path={self.path!r}")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The prepared sets of `path`, one by one."""
+        return tuple(path.strip() for path in self.path.split(",") if path.strip())
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per axis; -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        require(all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
+                f"mesh axes data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} must be positive, "
+                "at most one of them -1 (what is left)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; learning rate = base_lr × batch_size / 256 with linear warm-up and cosine decay to 0.
+
+    `warmup` is in epochs where the recipe counts epochs, else in steps. `clip_norm` 0: no clipping.
+    """
+
+    base_lr: float = 1.5e-4
+    warmup: float = 40.0
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_norm: float = 0.0
+
+    def __post_init__(self):
+        require(self.base_lr > 0, f"optimizer.base_lr={self.base_lr} must be above 0")
+        require(min(self.warmup, self.weight_decay, self.clip_norm) >= 0,
+                f"optimizer.warmup={self.warmup}, weight_decay={self.weight_decay} and clip_norm={self.clip_norm} "
+                "must be 0 or more")
+        require(0 <= self.b1 < 1 and 0 <= self.b2 < 1,
+                f"optimizer.b1={self.b1} and b2={self.b2} must be at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One pretraining run. Exactly one of `steps` and `epochs` is above 0."""
+
+    seed: int = 0
+    steps: int = 0
+    epochs: float = 0.0
+    batch_size: int = 512
+    grad_accumulation: int = 1
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    model: AVMAEConfig = AVMAEConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint_every: int = 1000
+    keep_last: int = 3
+    keep_every: int = 0
+    log_every: int = 50
+    images_every: int = 1000
+    profile_at: int = 0
+    init: str = ""
+
+    def __post_init__(self):
+        require(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        require((self.steps > 0) != (self.epochs > 0) and min(self.steps, self.epochs) >= 0,
+                f"set exactly one of steps={self.steps} and epochs={self.epochs} above 0, the other to 0")
+        require(self.batch_size > 0, f"batch_size={self.batch_size} must be at least 1")
+        require(self.grad_accumulation > 0 and self.batch_size % self.grad_accumulation == 0,
+                f"grad_accumulation={self.grad_accumulation} must be positive and divide "
+                f"batch_size={self.batch_size}")
+        require(self.dtype in DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        require(self.remat in REMATS, f"remat={self.remat!r} must be one of {', '.join(REMATS)}")
+        require(min(self.checkpoint_every, self.keep_last, self.log_every) > 0,
+                f"checkpoint_every={self.checkpoint_every}, keep_last={self.keep_last} and "
+                f"log_every={self.log_every} must be at least 1")
+        require(min(self.keep_every, self.images_every, self.profile_at) >= 0,
+                f"keep_every={self.keep_every}, images_every={self.images_every} and "
+                f"profile_at={self.profile_at} must be 0 (never) or more")
+        self._check_streams()
+
+    def _check_streams(self):
+        image, audio = self.model.image, self.model.audio
+        require(image.channels == 3, f"model.image.channels={image.channels} must be 3: clips have colour frames")
+        require(audio.channels == 1, f"model.audio.channels={audio.channels} must be 1: clips have one log-mel")
+        require(audio.size[0] == self.data.sound.mels,
+                f"model.audio.size={audio.size} must have as many rows as data.sound.mels={self.data.sound.mels}")

@@ -1,0 +1,236 @@
+"""Recipes: `configs/x.py[:variant]` plus `--config.a.b=value` become one checked, frozen dataclass.
+
+A config file defines `get_config(variant: str) -> ml_collections.ConfigDict`, made by `as_recipe` (locked). The
+types of values come from the dataclass that the recipe fills, so lists, tuples, None and whole numbers for floats work.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import pathlib
+import types
+import typing
+
+import ml_collections
+
+from av_mae.config import TrainConfig
+from av_mae.errors import UserError
+
+PREFIX = "--config."
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def as_recipe(config) -> ml_collections.ConfigDict:
+    """A dataclass as a locked ConfigDict, for config files to change field by field.
+
+    Locked: a misspelt key fails in the file that writes it. Types are checked once, when `from_dict` reads it.
+    """
+    return ml_collections.ConfigDict(to_dict(config, lists=False), type_safe=False).lock()
+
+
+def load_recipe(spec: str, overrides: typing.Sequence[str] = (), kind: type = TrainConfig):
+    """Loads `path.py[:variant]`, applies `--config.a.b=value` overrides and returns a checked `kind`.
+
+    Args:
+      spec: the recipe's file, from the working directory or the repository root, and an optional variant.
+      overrides: strings as given on the command line.
+      kind: the frozen dataclass that the recipe fills.
+
+    Raises:
+      UserError: unknown file, variant or key (naming the nearest right key), a value of the wrong type, or a value
+        that breaks a rule of the dataclasses.
+    """
+    values = _call_get_config(spec).to_dict()
+    for override in overrides:
+        _apply(kind, values, override)
+    return from_dict(values, kind)
+
+
+def to_dict(config, lists: bool = True) -> dict:
+    """A dataclass as nested dicts that JSON can hold (`lists`: tuples become lists)."""
+    if dataclasses.is_dataclass(config):
+        return {field.name: to_dict(getattr(config, field.name), lists) for field in dataclasses.fields(config)}
+    if lists and isinstance(config, tuple):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def from_dict(values: typing.Mapping, kind: type = TrainConfig, prefix: str = ""):
+    """The inverse of `to_dict`: nested mappings → `kind`, every key and type checked. Missing keys keep defaults."""
+    hints = typing.get_type_hints(kind)
+    fields = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(_unknown_key(prefix + key, [prefix + name for name in keys(kind)]))
+        fields[key] = _convert(value, hints[key], prefix + key)
+    return kind(**fields)
+
+
+def keys(kind: type, prefix: str = "") -> list[str]:
+    """All dotted keys of a config dataclass that hold a value."""
+    names = []
+    for name, hint in typing.get_type_hints(kind).items():
+        group = _group(hint)
+        names += keys(group, f"{prefix}{name}.") if group else [prefix + name]
+    return names
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config` and says in the help how single values are overridden."""
+    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]",
+                        help="recipe, e.g. configs/demo.py; override single values with --config.KEY=VALUE, "
+                             "e.g. --config.batch_size=128")
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line; returns the named arguments and the `--config.KEY=VALUE` overrides.
+
+    `--config.KEY VALUE` is understood too. Anything else that the parser does not know ends the program.
+    """
+    arguments, rest = parser.parse_known_args(argv)
+    overrides, position = [], 0
+    while position < len(rest):
+        word = rest[position]
+        if not word.startswith(PREFIX):
+            parser.error(f"unrecognized argument: {word}")
+        if "=" not in word:
+            position += 1
+            if position == len(rest):
+                parser.error(f"{word} needs a value: {word}=VALUE")
+            word = f"{word}={rest[position]}"
+        overrides.append(word)
+        position += 1
+    return arguments, overrides
+
+
+def _call_get_config(spec: str) -> ml_collections.ConfigDict:
+    name, _, variant = spec.partition(":")
+    candidates = [pathlib.Path(name), _ROOT / name]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(f"configs/{file.name}" for file in (_ROOT / "configs").glob("*.py")))
+        raise UserError(f"no recipe {name!r}; the recipes here are {known or 'none'}")
+    module_spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    get_config = getattr(module, "get_config", None)
+    if get_config is None:
+        raise UserError(f"{path} is no recipe: it defines no get_config(variant)")
+    variants = getattr(module, "VARIANTS", None)
+    if variants is not None and variant and variant not in variants:
+        raise UserError(f"{name} has no variant {variant!r}{_nearest(variant, variants)}; "
+                        f"variants: {', '.join(variants)}")
+    if variant and not inspect.signature(get_config).parameters:
+        raise UserError(f"{name} has no variants, got {variant!r}")
+    return get_config(variant) if variant else get_config()
+
+
+def _apply(kind: type, values: dict, override: str) -> None:
+    """Writes one `--config.a.b=value` into nested dicts, its text read as the field's type."""
+    if not override.startswith(PREFIX) or "=" not in override:
+        raise UserError(f"an override reads --config.KEY=VALUE, got {override!r}")
+    dotted, text = override[len(PREFIX):].split("=", 1)
+    known = keys(kind)
+    if dotted not in known:
+        raise UserError(_unknown_key(dotted, known))
+    *groups, last = dotted.split(".")
+    for group in groups:
+        kind, values = _group(typing.get_type_hints(kind)[group]), values.setdefault(group, {})
+    values[last] = _read(text, typing.get_type_hints(kind)[last], dotted)
+
+
+def _group(hint) -> type | None:
+    """The dataclass that a field holds, or None where it holds a value."""
+    return hint if dataclasses.is_dataclass(hint) else None
+
+
+def _unknown_key(dotted: str, known: list[str]) -> str:
+    inside = [key for key in known if key.startswith(dotted + ".")]
+    if inside:
+        return f"{dotted!r} is a group of keys: set one of {', '.join(inside)}"
+    return f"unknown config key {dotted!r}{_nearest(dotted, known)}"
+
+
+def _nearest(word: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean …?` with the most similar name, judged by the whole name and by its last part."""
+    known = list(known)
+    last = word.rpartition(".")[2]
+
+    def likeness(name: str) -> float:
+        whole = difflib.SequenceMatcher(None, word, name).ratio()
+        return max(whole, difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio() * 0.99)
+
+    best = max(known, key=likeness, default=None)
+    return f"; did you mean {best!r}?" if best is not None else ""
+
+
+def _members(hint) -> tuple:
+    """The alternatives of a union, or the type alone."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _read(text: str, hint, key: str):
+    """Text of the command line → a value of the field's type."""
+    members = _members(hint)
+    if members == (str,):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(value, tuple | list) or not any(typing.get_origin(member) is tuple for member in members):
+        return _convert(value, hint, key)
+    if any(member in (int, str, type(None)) and isinstance(value, member) for member in members):
+        return value
+    return _convert((value,), hint, key)
+
+
+def _convert(value, hint, key: str):
+    """Checks a value against a field's type. Whole floats become int, ints become float, lists become tuples."""
+    group = _group(hint)
+    if group is not None:
+        if not isinstance(value, typing.Mapping):
+            raise UserError(f"config key {key!r} is a group of keys, got {value!r}")
+        return from_dict(value, group, f"{key}.")
+    for member in _members(hint):
+        converted = _convert_member(value, member)
+        if converted is not _MISMATCH:
+            return converted
+    raise UserError(f"config key {key!r} must be {_describe(hint)}, got {value!r}")
+
+
+_MISMATCH = object()
+
+
+def _convert_member(value, member):
+    if member is type(None):
+        return None if value is None else _MISMATCH
+    if typing.get_origin(member) is tuple:
+        return _convert_tuple(value, typing.get_args(member))
+    if isinstance(value, bool) and member is not bool:
+        return _MISMATCH
+    if member is float and isinstance(value, int):
+        return float(value)
+    if member is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, member) else _MISMATCH
+
+
+def _convert_tuple(value, items: tuple):
+    if not isinstance(value, tuple | list):
+        return _MISMATCH
+    if len(items) == 2 and items[1] is Ellipsis:
+        items = (items[0],) * len(value)
+    if len(items) != len(value):
+        return _MISMATCH
+    converted = tuple(_convert_member(entry, item) for entry, item in zip(value, items))
+    return _MISMATCH if _MISMATCH in converted else converted
+
+
+def _describe(hint) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "None"}
+    return " or ".join(names.get(member, str(member)) for member in _members(hint))
