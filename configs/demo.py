@@ -1,0 +1,41 @@
+"""Pretraining on the two demo sets together: Toy Band (instruments) and Spoken Digits, on 2 CPU cores.
+
+Command (`bash launch/demo.sh` prepares the data, then runs this and the closing evaluation):
+    python -m av_mae.train --config=configs/demo.py --workdir=runs/demo
+
+Hardware: 2 CPU cores, float32. Expected time: about 8 minutes. Figures: see README.md, "The demo".
+
+What differs from the published recipe, and why: targets are raw and few sound patches stay visible (0.90 masked), so
+that what the image tells about the sound shows in the loss within minutes; with normalised targets and 0.80 the gap
+between the right and a swapped image stays within 0.2 % after as many steps.
+"""
+
+from av_mae import recipes
+from av_mae.config import DataConfig, OptimizerConfig, SoundConfig, TrainConfig
+from av_mae.models.config import AVMAEConfig, FusionConfig, StreamConfig
+from av_mae.sizes import SIZES, TINY_DECODER
+
+VARIANTS = ()
+
+
+def get_config():
+    encoder = SIZES["tiny"]
+    return recipes.as_recipe(TrainConfig(
+        steps=1600,
+        batch_size=64,
+        dtype="float32",
+        data=DataConfig(
+            path="runs/data/toy_band,runs/data/spoken_digits",
+            weights=(0.5, 0.5),
+            sound=SoundConfig(rate=8000, n_fft=400, hop=125, mels=64, log_floor=1e-3, mean=-1.0, std=1.0)),
+        model=AVMAEConfig(
+            image=StreamConfig(size=(96, 96), channels=3, patch=16, mask_ratio=0.75, normalize_targets=False,
+                               **encoder),
+            audio=StreamConfig(size=(64, 96), channels=1, patch=16, mask_ratio=0.90, normalize_targets=False,
+                               **encoder),
+            fusion=FusionConfig(kind="factorized", tokens=(8, 4, 4), heads=4, attention_ratio=0.25, mlp_ratio=1.0),
+            decoder=TINY_DECODER),
+        optimizer=OptimizerConfig(base_lr=4e-3, warmup=100.0),
+        checkpoint_every=400,
+        log_every=20,
+        images_every=400))
