@@ -1,0 +1,50 @@
+# Sourced by demo.sh and test.sh: makes the virtual environment when it is missing or out of date and sets
+#   root    the repository
+#   python  the environment's Python
+# AV_MAE_VENV: another place for the environment than .venv. AV_MAE_PYTHON: the Python to make it with.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${AV_MAE_VENV:-$root/.venv}
+python=$venv/bin/python
+
+_fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# The first Python >= 3.11 that runs and can make environments; the versions that the lock was tested with come first.
+_find_python() {
+  local name version seen=
+  for name in ${AV_MAE_PYTHON:-python3.11 python3.12 python3.13 python3 python3.14 python}; do
+    version=$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
+    if ! "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      seen="$seen $name is $version,"
+    elif ! "$name" -c 'import venv, ensurepip' 2>/dev/null; then
+      seen="$seen $name ($version) cannot make environments (on Debian: apt install python3-venv),"
+    else
+      found=$name
+      return
+    fi
+  done
+  _fail "av_mae needs Python 3.11 or newer;${seen:- none found,} install one or name it with AV_MAE_PYTHON"
+}
+
+# What the environment was made from: another lock, setup.py, place or Python makes it anew.
+_fingerprint() {
+  echo "$root $("$python" --version 2>&1) $(cat "$root/launch/requirements.lock" "$root/setup.py" | cksum)"
+}
+
+_install() {
+  _find_python
+  echo "making the environment $venv with $("$found" --version) (about 2 minutes)" >&2
+  "$found" -m venv --clear "$venv" || _fail "cannot make the environment $venv; AV_MAE_VENV names another place"
+  "$python" -m pip install --quiet --disable-pip-version-check --requirement "$root/launch/requirements.lock" ||
+    _fail "the package index did not give what launch/requirements.lock lists (see above)"
+  "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable "$root" ||
+    _fail "av_mae itself did not install (see above)"
+  _fingerprint > "$venv/made_from"
+}
+
+if [ ! -x "$python" ] || [ "$(cat "$venv/made_from" 2>/dev/null)" != "$(_fingerprint)" ]; then
+  _install
+fi

@@ -1,0 +1,46 @@
+"""The package av_mae. Tested versions of everything, direct or not, are in launch/requirements.lock."""
+
+from setuptools import find_packages, setup
+
+REQUIRES = [
+    "jax>=0.10.2,<0.12",  # 0.10.2 is the oldest one tested (Python 3.11), 0.11 the newest (Python 3.12 and later)
+    "flax>=0.12.8,<0.13",  # NNX: nnx.List and nnx.Param as used here; minor versions of flax still rename
+    "optax>=0.2.8,<0.3",  # schedules and AdamW with a decay mask
+    "orbax-checkpoint>=0.12.8,<0.13",  # its CheckpointManager API changes between minor versions
+    "grain>=0.2.18,<0.3",  # MapDataset.mix, random_map and mp_prefetch; still 0.x
+    "numpy>=2.1,<3",  # 2.1 is the first that jax 0.10 accepts on every Python here
+    "ml_collections>=1.1,<2",  # locked ConfigDicts; 1.0 lacks wheels for Python 3.13
+    "tensorflow-datasets>=4.9.10,<5",  # 4.9.10 builds and reads ArrayRecord without TensorFlow
+    "array_record>=0.8.3,<0.9",  # first with wheels for Python 3.11 to 3.13; format readers are still 0.x
+    "av>=16,<19",  # PyAV: frame and layout names as used here; bundles FFmpeg
+    "simplejpeg>=1.9,<2",  # libjpeg-turbo; 1.9 has wheels for Python 3.13 and numpy 2
+    "soundfile>=0.13,<0.15",  # FLAC from and to memory; 0.13 bundles libsndfile for all platforms here
+    "soxr>=1.0,<2",  # resampling; 1.0 works with numpy 2
+    "safetensors>=0.5,<0.9",  # published weights; 0.x without a promise of stability
+    "tensorboardX>=2.6.4,<3",  # event files without TensorFlow; 2.6.4 accepts protobuf 6 and later
+    "tqdm>=4.66,<5",  # progress bars
+    "matplotlib>=3.10,<4",  # figures through Figure and FigureCanvasAgg
+    "pillow>=11,<14",  # PNG files
+]
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10.2,<0.12"],  # adds libtpu; Linux on TPU hosts only
+    "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # CUDA 13 libraries as wheels; the driver is the machine's
+    "prepare": ["apache-beam>=2.70,<3"],  # preparing large sets on Beam runners; the demo sets need none
+    "test": [
+        "pytest>=8.4,<10",
+        "safetensors>=0.5,<0.9",
+    ],
+    "colab": ["ipywidgets>=8,<9"],  # progress bars in notebooks
+}
+
+setup(
+    name="av_mae",
+    version="0.1.0",
+    description="Audio-visual masked autoencoders with early fusion, in JAX/Flax",
+    license="Apache-2.0",
+    packages=find_packages(include=["av_mae", "av_mae.*"]),
+    package_data={"av_mae": ["assets/*", "assets/*/*"]},
+    python_requires=">=3.11",  # nested f-strings aside, the oldest Python that jax 0.10 supports
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+)
