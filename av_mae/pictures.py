@@ -1,0 +1,151 @@
+"""Pictures that show what a model learned: reconstructions beside their originals, and a run's curves."""
+
+import json
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from av_mae.models import IMAGENET_DEVIATION, IMAGENET_MEAN, patchify, unpatchify
+from av_mae.models.config import AVMAEConfig, StreamConfig
+
+COLUMNS = ("frame", "visible", "rebuilt", "sound", "visible", "rebuilt")
+CURVES = ("loss", "image_loss", "audio_loss", "learning_rate", "grad_norm", "clips_per_second")
+HIDDEN = 0.5  # the grey of masked patches
+SOUND_COLOURS = colormaps["magma"].with_extremes(bad=str(HIDDEN))
+ROW_INCHES, HEADER_INCHES = 1.6, 0.45
+
+
+class Panels(NamedTuple):
+    """Original, visible and rebuilt of one stream; hidden patches of `visible` are NaN. Images lie in 0…1."""
+
+    original: np.ndarray
+    visible: np.ndarray
+    rebuilt: np.ndarray
+
+
+def image_panels(image: np.ndarray, prediction: np.ndarray, mask: np.ndarray, stream: StreamConfig) -> Panels:
+    """Images [n, H, W, 3] of frames (uint8) and predictions [n, N, P] of the normalised image; mask is 1 if removed."""
+    original = np.asarray(image, np.float32) / 255
+    normalized = (original - IMAGENET_MEAN) / IMAGENET_DEVIATION
+    panels = _panels(normalized, prediction, mask, stream)
+    return Panels(original, *(np.clip(panel * IMAGENET_DEVIATION + IMAGENET_MEAN, 0, 1) for panel in panels[1:]))
+
+
+def sound_panels(sound: np.ndarray, prediction: np.ndarray, mask: np.ndarray, stream: StreamConfig) -> Panels:
+    """Spectrograms [n, mels, frames] of log-mels and their predictions [n, N, P]; mask is 1 if removed."""
+    spectrogram = np.asarray(sound, np.float32).reshape(-1, *stream.size, 1)
+    return Panels(*(panel[..., 0] for panel in _panels(spectrogram, prediction, mask, stream)))
+
+
+def reconstructions(image: np.ndarray, sound: np.ndarray, out, config: AVMAEConfig,
+                    titles: list[str] | None = None) -> np.ndarray:
+    """A picture with one row per clip: frame and spectrogram, each original, visible and rebuilt.
+
+    Masked patches of `rebuilt` come from the prediction (targets that were normalised per patch get the original
+    patch's mean and deviation back), the others from the original. Low frequencies are at the bottom.
+
+    Args:
+      image: uint8 [n, H, W, 3].
+      sound: float32 log-mels [n, mels, frames] or [n, mels, frames, 1].
+      out: a model's Output (its predictions [n, N, P] and masks [n, N]).
+      config: the model's config.
+      titles: a line of text above each clip's row.
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    images = image_panels(image, out.image_prediction, out.image_mask, config.image)
+    sounds = sound_panels(sound, out.audio_prediction, out.audio_mask, config.audio)
+    clips, (rows, columns) = len(images.original), config.audio.size
+    inches = ROW_INCHES * clips + HEADER_INCHES
+    figure = Figure(figsize=(10.5, inches), dpi=100, facecolor="white")
+    grid = figure.add_gridspec(clips, 6, width_ratios=[1] * 3 + [max(columns / rows, 0.5)] * 3, left=0.01, right=0.99,
+                               bottom=0.02, top=1 - HEADER_INCHES / inches, wspace=0.04, hspace=0.14)
+    for row in range(clips):
+        axes = [figure.add_subplot(grid[row, column]) for column in range(6)]
+        _draw_frames(axes[:3], [panel[row] for panel in images])
+        _draw_spectrograms(axes[3:], [panel[row] for panel in sounds])
+        if titles:
+            axes[0].text(0, 1.03, titles[row], transform=axes[0].transAxes, fontsize=8)
+    for column, name in enumerate(COLUMNS):
+        place = grid[0, column].get_position(figure)
+        figure.text((place.x0 + place.x1) / 2, 1 - 0.5 * HEADER_INCHES / inches, name, ha="center", fontsize=10)
+    return _render(figure)
+
+
+def curves(metrics: list[dict]) -> np.ndarray:
+    """Curves of the lines of `metrics.jsonl` over steps: losses, learning rate, gradient norm, speed.
+
+    Returns a uint8 picture [height, width, 3]. A key that no line has leaves its place empty, saying so.
+    """
+    figure = Figure(figsize=(10.5, 5.4), dpi=100, facecolor="white", layout="constrained")
+    for place, name in enumerate(CURVES):
+        axes = figure.add_subplot(2, 3, place + 1)
+        points = [(line["step"], line[name]) for line in metrics if name in line]
+        if points:
+            axes.plot(*zip(*points), color="tab:blue", linewidth=1.2)
+        else:
+            axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
+        axes.set_title(name.replace("_", " "), fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    return _render(figure)
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """Lines of a `metrics.jsonl`; a last line that a killed run left half-written is passed over."""
+    lines = []
+    for line in pathlib.Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def save_png(path: str | os.PathLike, picture: np.ndarray) -> None:
+    """Writes a uint8 picture [height, width, 3] as PNG, making its folder."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+
+
+def _panels(original: np.ndarray, prediction: np.ndarray, mask: np.ndarray, stream: StreamConfig) -> Panels:
+    """`Panels` [n, H, W, C] in the model's input space."""
+    patches = np.asarray(patchify(original, stream.patch_size))
+    predicted = np.asarray(prediction, np.float32)
+    removed = np.asarray(mask, bool)[..., None]
+    if stream.normalize_targets:
+        deviation = np.sqrt(patches.var(-1, ddof=1, keepdims=True) + 1e-6)
+        predicted = predicted * deviation + patches.mean(-1, keepdims=True)
+    visible = np.where(removed, np.nan, patches)
+    rebuilt = np.where(removed, predicted, patches)
+    return Panels(original, unpatchify(visible, stream), unpatchify(rebuilt, stream))
+
+
+def _draw_frames(axes: list, frames: list[np.ndarray]) -> None:
+    for place, frame in zip(axes, frames, strict=True):
+        place.set_axis_off()
+        place.imshow(np.where(np.isnan(frame), HIDDEN, frame), interpolation="nearest")
+
+
+def _draw_spectrograms(axes: list, spectrograms: list[np.ndarray]) -> None:
+    """One colour scale for all three, that of the original."""
+    low, high = np.percentile(spectrograms[0], (1, 99.5))
+    for place, spectrogram in zip(axes, spectrograms, strict=True):
+        place.set_axis_off()
+        place.imshow(spectrogram, origin="lower", cmap=SOUND_COLOURS, vmin=low, vmax=max(high, low + 1e-3),
+                     interpolation="nearest")
+
+
+def _render(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

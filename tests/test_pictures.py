@@ -1,0 +1,126 @@
+"""Pictures: the right values in the right patches, colours and places, as a person would read them."""
+
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from av_mae import pictures
+from av_mae.models.config import AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig
+
+MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+SIZES = {"width": 16, "depth": 1, "heads": 2}
+
+
+def _config(normalize=False):
+    return AVMAEConfig(
+        image=StreamConfig(size=(8, 16), patch=(4, 8), mask_ratio=0.5, normalize_targets=normalize, **SIZES),
+        audio=StreamConfig(size=(6, 8), channels=1, patch=(3, 2), mask_ratio=0.5, normalize_targets=normalize, **SIZES),
+        fusion=FusionConfig(heads=2), decoder=DecoderConfig(width=16, depth=1, heads=2))
+
+
+def test_sound_patches_lie_row_major():
+    stream = _config().audio
+    sound = np.arange(48, dtype=np.float32).reshape(1, 6, 8)
+    mask = np.zeros((1, 8))
+    mask[0, [1, 6]] = 1
+    prediction = np.zeros((1, 8, 6))
+    prediction[0, 1] = [100, 101, 102, 103, 104, 105]
+    prediction[0, 6] = 7
+    original, visible, rebuilt = pictures.sound_panels(sound, prediction, mask, stream)
+    expected = sound[0].copy()
+    expected[0:3, 2:4] = [[100, 101], [102, 103], [104, 105]]
+    expected[3:6, 4:6] = 7
+    np.testing.assert_array_equal(rebuilt[0], expected)
+    hidden = np.isnan(visible[0])
+    assert hidden[0:3, 2:4].all() and hidden[3:6, 4:6].all() and hidden.sum() == 12
+    np.testing.assert_array_equal(visible[0][~hidden], sound[0][~hidden])
+    np.testing.assert_array_equal(original, sound)
+
+
+def test_image_predictions_lose_the_imagenet_scale():
+    stream = _config().image
+    image = np.random.default_rng(0).integers(0, 256, (2, 8, 16, 3), np.uint8)
+    wanted = np.array([0.25, 0.5, 0.75])
+    prediction = np.tile((wanted - MEAN) / DEVIATION, (2, 4, 4 * 8))
+    mask = np.array([[0, 0, 1, 1], [1, 0, 0, 1]])
+    original, visible, rebuilt = pictures.image_panels(image, prediction, mask, stream)
+    np.testing.assert_allclose(original, image / 255, atol=1e-6)
+    np.testing.assert_allclose(rebuilt[0, 4:], np.broadcast_to(wanted, (4, 16, 3)), atol=1e-6)
+    np.testing.assert_allclose(rebuilt[0, :4], image[0, :4] / 255, atol=1e-6)
+    np.testing.assert_allclose(rebuilt[1, :4, 8:], image[1, :4, 8:] / 255, atol=1e-6)
+    assert np.isnan(visible[1, :4, :8]).all() and not np.isnan(visible[1, :4, 8:]).any()
+
+
+def test_image_colours_stay_in_range():
+    image = np.zeros((1, 8, 16, 3), np.uint8)
+    panels = pictures.image_panels(image, np.full((1, 4, 96), 50.0), np.ones((1, 4)), _config().image)
+    assert panels.rebuilt.max() == 1 and panels.rebuilt.min() == 1
+
+
+def test_normalized_targets_are_undone():
+    """A perfect prediction of the per-patch normalised target rebuilds the original."""
+    stream = _config(normalize=True).audio
+    sound = np.random.default_rng(1).normal(3, 5, (2, 6, 8))
+    target = np.zeros((2, 8, 6))
+    for clip in range(2):
+        for row in range(2):
+            for column in range(4):
+                values = sound[clip, 3 * row:3 * row + 3, 2 * column:2 * column + 2].ravel()
+                target[clip, 4 * row + column] = (values - values.mean()) / np.sqrt(np.var(values, ddof=1) + 1e-6)
+    panels = pictures.sound_panels(sound, target, np.ones((2, 8)), stream)
+    np.testing.assert_allclose(panels.rebuilt, sound, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """One red clip whose hidden half is rebuilt in blue; its sound is loud in the lowest half of the mels."""
+    image = np.zeros((1, 8, 16, 3), np.uint8)
+    image[..., 0] = 255
+    sound = np.zeros((1, 6, 8), np.float32)
+    sound[:, :3] = 1
+    blue = (np.array([0, 0, 1]) - MEAN) / DEVIATION
+    out = types.SimpleNamespace(image_prediction=np.tile(blue, (1, 4, 32)), image_mask=np.array([[1, 1, 0, 0]]),
+                                audio_prediction=np.zeros((1, 8, 6)), audio_mask=np.zeros((1, 8)))
+    return pictures.reconstructions(image, sound, out, _config(), titles=["clip 7"])
+
+
+def _share(picture, colour):
+    return np.all(picture == colour, axis=-1)
+
+
+def test_columns_of_frames(picture):
+    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+    red, blue, grey = (_share(picture, colour) for colour in ((255, 0, 0), (0, 0, 255), (128, 128, 128)))
+    grey |= _share(picture, (127, 127, 127))
+    red, blue, grey = (np.where(colour.sum(0, keepdims=True) > 20, colour, False) for colour in (red, blue, grey))
+    columns = [np.nonzero(colour)[1] for colour in (red, grey, blue)]
+    assert red.sum() > 1.8 * blue.sum() > 0 and grey.sum() > 0
+    assert columns[0].min() < columns[1].min() and columns[1].max() < columns[2].min()  # frame, visible, rebuilt
+    assert np.nonzero(blue)[0].mean() < np.nonzero(red)[0].mean()  # the upper patches were hidden
+
+
+def test_low_frequencies_are_at_the_bottom(picture):
+    right = picture[:, picture.shape[1] * 3 // 5:].astype(int).sum(-1)
+    dark, bright = (right == np.array(colour).sum() for colour in ((0, 0, 3), (251, 252, 191)))
+    assert dark.any() and bright.any()
+    assert np.nonzero(bright)[0].mean() > np.nonzero(dark)[0].mean()
+
+
+def test_curves_and_a_half_written_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0, "learning_rate": 0.1}\n{"step": 3, "lo')
+    metrics = pictures.read_metrics(path)
+    assert metrics == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "learning_rate": 0.1}]
+    picture = pictures.curves(metrics)
+    line = _share(picture, (31, 119, 180))
+    height, width = line.shape
+    assert line[:height // 2, :width // 3].sum() > 20
+    assert not line[:height // 2, width // 3:].any()
+
+
+def test_png_round_trip(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    pictures.save_png(tmp_path / "images" / "step_00000001.png", picture)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / "step_00000001.png")), picture)
