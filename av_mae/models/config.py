@@ -1,0 +1,162 @@
+"""Sizes of a model as frozen dataclasses; every rule that a combination must keep is checked here.
+
+One alphabet of dimensions is used in the whole project: B batch, N tokens, D width, H heads,
+K head width, F fusion tokens, I image tokens, A audio tokens, M masked tokens, P patch values.
+"""
+
+import dataclasses
+
+from av_mae.errors import UserError
+
+FUSION_KINDS = ("factorized", "dense", "token", "bilinear", "none")
+PAIR_ATTENTIONS = ("separable", "chunked", "materialized")
+DECODER_KINDS = ("plain", "swin")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    """One ViT stream: input size (rows, columns), patch (an int, or (rows, columns)), encoder sizes, masking."""
+
+    size: tuple[int, int] = (224, 224)
+    channels: int = 3
+    patch: int | tuple[int, int] = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    mask_ratio: float = 0.75
+    normalize_targets: bool = True
+
+    def __post_init__(self):
+        rows, columns = self.size
+        patch_rows, patch_columns = self.patch_size
+        require(min(rows, columns, patch_rows, patch_columns, self.channels) > 0,
+                f"sizes must be positive, got size={self.size}, patch={self.patch}, channels={self.channels}")
+        require(rows % patch_rows == 0 and columns % patch_columns == 0,
+                f"patch={self.patch} must divide size={self.size}")
+        require(self.heads > 0 and self.width % self.heads == 0,
+                f"heads={self.heads} must divide width={self.width}")
+        require(self.width % 4 == 0, f"width={self.width} must be a multiple of 4 for sin-cos positions")
+        require(self.depth > 0, f"depth={self.depth} must be at least 1")
+        require(self.mlp_ratio > 0, f"mlp_ratio={self.mlp_ratio} must be positive")
+        require(0 < self.mask_ratio < 1, f"mask_ratio={self.mask_ratio} must be between 0 and 1, both excluded")
+        require(0 < self.keep < self.tokens,
+                f"mask_ratio={self.mask_ratio} keeps {self.keep} of {self.tokens} patches; "
+                "at least one must be kept and one removed")
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return (self.patch, self.patch) if isinstance(self.patch, int) else tuple(self.patch)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        return self.size[0] // self.patch_size[0], self.size[1] // self.patch_size[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_values(self) -> int:
+        return self.patch_size[0] * self.patch_size[1] * self.channels
+
+    @property
+    def keep(self) -> int:
+        """Patches kept under masking: int(L (1 - ratio)) in double precision (L = 40 at 0.8 keeps 7)."""
+        return int(self.tokens * (1 - self.mask_ratio))
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionConfig:
+    """Fusion blocks. `tokens` counts fusion, image-aggregation and audio-aggregation tokens.
+
+    `layers` is 'all' or a tuple of layer numbers. `width` None means the image stream's width; a stream of
+    another width gets a linear bridge from the fusion tokens at each fused layer.
+    """
+
+    kind: str = "factorized"
+    layers: str | tuple[int, ...] = "all"
+    tokens: tuple[int, int, int] = (16, 8, 8)
+    heads: int = 12
+    attention_ratio: float = 0.25
+    mlp_ratio: float = 1.0
+    pair_attention: str = "separable"
+    width: int | None = None
+
+    def __post_init__(self):
+        require(self.kind in FUSION_KINDS, f"fusion kind={self.kind!r} must be one of {', '.join(FUSION_KINDS)}")
+        require(self.pair_attention in PAIR_ATTENTIONS,
+                f"pair_attention={self.pair_attention!r} must be one of {', '.join(PAIR_ATTENTIONS)}")
+        require(not (self.kind == "bilinear" and self.pair_attention == "separable"),
+                "kind='bilinear' does not separate: set pair_attention='chunked' or 'materialized'")
+        require(self.layers == "all" or not isinstance(self.layers, str),
+                f"fusion layers={self.layers!r} must be 'all' or a tuple of layer numbers")
+        require(len(self.tokens) == 3 and min(self.tokens) >= 0 and self.tokens[0] > 0,
+                f"fusion tokens={self.tokens} must be (fusion ≥ 1, image-aggregation ≥ 0, audio-aggregation ≥ 0)")
+        require(self.kind != "factorized" or min(self.tokens) > 0,
+                f"kind='factorized' needs aggregation tokens for both streams, got tokens={self.tokens}")
+        require(self.attention_ratio > 0 and self.mlp_ratio > 0,
+                f"attention_ratio={self.attention_ratio} and mlp_ratio={self.mlp_ratio} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Decoders of both streams: plain ViT blocks, or Swin blocks with fusion tokens in every window."""
+
+    kind: str = "plain"
+    width: int = 512
+    depth: int = 8
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    window: tuple[int, int] = (4, 4)
+
+    def __post_init__(self):
+        require(self.kind in DECODER_KINDS, f"decoder kind={self.kind!r} must be one of {', '.join(DECODER_KINDS)}")
+        require(self.heads > 0 and self.width % self.heads == 0,
+                f"decoder heads={self.heads} must divide width={self.width}")
+        require(self.width % 4 == 0, f"decoder width={self.width} must be a multiple of 4 for sin-cos positions")
+        require(self.depth > 0, f"decoder depth={self.depth} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class AVMAEConfig:
+    """A whole masked autoencoder; see the fields' classes."""
+
+    image: StreamConfig = StreamConfig()
+    audio: StreamConfig = StreamConfig(size=(128, 192), channels=1, mask_ratio=0.8)
+    fusion: FusionConfig = FusionConfig()
+    decoder: DecoderConfig = DecoderConfig()
+
+    def __post_init__(self):
+        fusion, shallow = self.fusion, min(self.image.depth, self.audio.depth)
+        if fusion.kind == "none":
+            return
+        bad = [number for number in self.fused_layers if not 0 <= number < shallow]
+        require(not bad, f"fusion layers={fusion.layers} name layers {bad}; both streams have layers 0 … {shallow - 1}")
+        require(len(self.fused_layers) > 0, "fusion layers=() name no layer; use kind='none' for no fusion")
+        require(fusion.kind != "token" or self.image.width == self.audio.width,
+                "fusion kind='token' uses one key weight for both streams, so image and audio width must be equal, "
+                f"got {self.image.width} and {self.audio.width}")
+
+    @property
+    def layers(self) -> int:
+        """Encoder layers: those of the deeper stream."""
+        return max(self.image.depth, self.audio.depth)
+
+    @property
+    def fused_layers(self) -> tuple[int, ...]:
+        if self.fusion.kind == "none":
+            return ()
+        return tuple(range(min(self.image.depth, self.audio.depth))) if self.fusion.layers == "all" else tuple(
+            self.fusion.layers)
+
+    @property
+    def fusion_width(self) -> int:
+        return self.fusion.width or self.image.width

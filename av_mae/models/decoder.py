@@ -1,0 +1,84 @@
+"""Decoders: from visible tokens and fusion tokens to the values of patches (paper section 3.3)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from av_mae.models.config import DecoderConfig, StreamConfig
+from av_mae.models.layers import Block, LayerNorm, Linear
+from av_mae.models.patches import take
+from av_mae.models.positions import sin_cos_2d
+from av_mae.models.swin import SwinBlock
+
+
+def complement(keep: jax.Array, tokens: int) -> jax.Array:
+    """Ids [B, N - K] in ascending order that are not in keep [B, K]."""
+    rows = jnp.arange(keep.shape[0])[:, None]
+    removed = jnp.ones((keep.shape[0], tokens), jnp.int32).at[rows, keep].set(0)
+    return jnp.argsort(-removed, axis=1, stable=True)[:, : tokens - keep.shape[1]].astype(jnp.int32)
+
+
+class Decoder(nnx.Module):
+    """decoder(tokens [B, K, D], fusion [B, F, Df], keep [B, K], positions=None) → predictions [B, N, P].
+
+    `keep` names the patches that the tokens stand for (None: all N in order). With `positions`, which must be the
+    patches that are not kept, the predictions are [B, M, P] and the last block computes queries and MLP there only
+    (a Swin block its MLP only, since its windows need all queries).
+    """
+
+    def __init__(self, config: DecoderConfig, stream: StreamConfig, fusion_width: int, *, rngs: nnx.Rngs):
+        width = config.width
+        self.embed = Linear(stream.width, width, rngs=rngs)
+        self.fusion_embed = None if fusion_width == stream.width else Linear(fusion_width, width, rngs=rngs)
+        self.mask_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, width)))
+        self.positions = nnx.Param(jnp.asarray(sin_cos_2d(stream.grid, width))[None])
+        sizes = (width, config.heads, config.mlp_ratio)
+        if config.kind == "swin":
+            blocks = [SwinBlock(*sizes, grid=stream.grid, window=config.window, shifted=number % 2 == 1, rngs=rngs)
+                      for number in range(config.depth)]
+        else:
+            blocks = [Block(*sizes, eps=1e-5, rngs=rngs) for _ in range(config.depth)]
+        self.blocks = nnx.List(blocks)
+        self.norm = LayerNorm(width, eps=1e-5)
+        self.predict = Linear(width, stream.patch_values, rngs=rngs)
+        self.kind = config.kind
+        self.tokens = stream.tokens
+        self.remat = None
+
+    def __call__(self, tokens: jax.Array, fusion: jax.Array, keep: jax.Array | None = None,
+                 positions: jax.Array | None = None) -> jax.Array:
+        fusion = (self.fusion_embed or self.embed)(fusion)
+        visible = self.embed(tokens)
+        if keep is None:
+            keep = jnp.broadcast_to(jnp.arange(self.tokens, dtype=jnp.int32), visible.shape[:2])
+        removed = complement(keep, self.tokens) if positions is None else positions
+        visible = visible + self.positions[...][0][keep]
+        hidden = self.mask_token[...] + self.positions[...][0][removed]
+        blocks = self.swin_blocks if self.kind == "swin" else self.plain_blocks
+        everywhere = positions is None
+        x = blocks(fusion, visible, hidden, jnp.concatenate([keep, removed], axis=1), everywhere)
+        return self.predict(self.norm(x))
+
+    def block(self, number: int, *args) -> jax.Array:
+        return self.blocks[number](*args)
+
+    def run(self, number: int, *args):
+        run = self.block if self.remat is None else self.remat(self.block, static_argnums=0)
+        return run(number, *args)
+
+    def plain_blocks(self, fusion, visible, hidden, order, everywhere: bool) -> jax.Array:
+        """Attention does not mind the order of tokens, so they stay as [fusion ; visible ; hidden]."""
+        x, last = jnp.concatenate([fusion, visible, hidden], axis=1), len(self.blocks) - 1
+        for number in range(last):
+            x = self.run(number, x)
+        read = fusion.shape[1] + (0 if everywhere else visible.shape[1])
+        x = self.run(last, x[:, read:], x[:, :read])
+        return take(x, jnp.argsort(order, axis=1)) if everywhere else x
+
+    def swin_blocks(self, fusion, visible, hidden, order, everywhere: bool) -> jax.Array:
+        """Windows need the grid: tokens go back to their places first."""
+        x, last = take(jnp.concatenate([visible, hidden], axis=1), jnp.argsort(order, axis=1)), len(self.blocks) - 1
+        for number in range(last):
+            x, fusion = self.run(number, x, fusion)
+        positions = None if everywhere else order[:, visible.shape[1]:]
+        return self.run(last, x, fusion, positions)[0]

@@ -1,0 +1,113 @@
+"""The early-fusion encoder: two ViTs and fusion tokens that read both at every fused layer (paper section 3)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from av_mae.models.config import AVMAEConfig, StreamConfig
+from av_mae.models.fusion import FusionBlock
+from av_mae.models.layers import Block, LayerNorm, Linear
+from av_mae.models.patches import patchify, take, with_channel
+from av_mae.models.positions import sin_cos_2d
+
+
+class Tokens(NamedTuple):
+    """image [B, I, D], audio [B, A, D], fusion [B, F, D] after the final norms.
+
+    `layers`, when asked for, holds the same three before the final norms, one Tokens per layer.
+    """
+
+    image: jax.Array
+    audio: jax.Array
+    fusion: jax.Array
+    layers: tuple = ()
+
+
+class Stream(nnx.Module):
+    """One ViT: patch embedding with fixed positions, blocks, final norm.
+
+    Where the stream is not as wide as the fusion tokens, `bridges` lead them into each fused layer.
+    """
+
+    def __init__(self, config: StreamConfig, fusion_width: int, fused: tuple[bool, ...], *, rngs: nnx.Rngs):
+        self.config = config
+        self.patch_embed = Linear(config.patch_values, config.width, rngs=rngs)
+        self.blocks = nnx.List(
+            Block(config.width, config.heads, config.mlp_ratio, eps=1e-6, rngs=rngs) for _ in range(config.depth))
+        self.norm = LayerNorm(config.width, eps=1e-6)
+        needed = fusion_width != config.width
+        self.bridges = nnx.List(
+            Linear(fusion_width, config.width, rngs=rngs) if needed and f else None for f in fused)
+
+    def embed(self, x: jax.Array, keep: jax.Array | None) -> jax.Array:
+        """Input [B, H, W, C] → tokens of the patches `keep` [B, K] (None: all), with positions."""
+        patches = patchify(with_channel(x, self.config), self.config.patch_size)
+        positions = jnp.asarray(sin_cos_2d(self.config.grid, self.config.width))
+        if keep is not None:
+            patches, positions = take(patches, keep), positions[keep]
+        tokens = self.patch_embed(patches)
+        return tokens + positions.astype(tokens.dtype)
+
+    def layer(self, number: int, x: jax.Array, fusion: jax.Array | None) -> jax.Array:
+        """Block `number` over [fusion ; x], of which only x is kept; a stream that is at its end stays."""
+        if number >= len(self.blocks):
+            return x
+        if fusion is not None and self.bridges[number] is not None:
+            fusion = self.bridges[number](fusion)
+        return self.blocks[number](x, fusion)
+
+
+class Encoder(nnx.Module):
+    """encoder(image, audio, image_keep=None, audio_keep=None, return_layers=False) → Tokens.
+
+    Inputs are normalised images [B, H, W, 3] and log-mels [B, mels, frames(, 1)]; `*_keep` [B, K] names the visible
+    patches. `remat` wraps one layer for rematerialisation in training (None: keep everything).
+    """
+
+    def __init__(self, config: AVMAEConfig, *, rngs: nnx.Rngs):
+        fusion, width = config.fusion, config.fusion_width
+        fused = tuple(number in config.fused_layers for number in range(config.layers))
+        self.image = Stream(config.image, width, fused, rngs=rngs)
+        self.audio = Stream(config.audio, width, fused, rngs=rngs)
+        self.fusion_blocks = nnx.List(
+            FusionBlock(width, config.image.width, config.audio.width, fusion, rngs=rngs) if f else None
+            for f in fused)
+        if config.fusion.kind == "none":
+            self.fusion_tokens = self.fusion_norm = None
+        else:
+            shape = (1, sum(fusion.tokens), width)
+            self.fusion_tokens = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+            self.fusion_norm = LayerNorm(width, eps=1e-5)
+        self.fusion_width = width
+        self.remat = None
+
+    def layer(self, number: int, image: jax.Array, audio: jax.Array, fusion: jax.Array):
+        """Layer `number`: both blocks and the fusion block read the tokens from before the layer."""
+        block = self.fusion_blocks[number]
+        read = None if block is None else fusion
+        new_image, new_audio = self.image.layer(number, image, read), self.audio.layer(number, audio, read)
+        return new_image, new_audio, fusion if block is None else block(fusion, image, audio)
+
+    def __call__(self, image: jax.Array, audio: jax.Array, image_keep: jax.Array | None = None,
+                 audio_keep: jax.Array | None = None, return_layers: bool = False) -> Tokens:
+        image, audio = self.image.embed(image, image_keep), self.audio.embed(audio, audio_keep)
+        if self.fusion_tokens is None:
+            fusion = jnp.zeros((image.shape[0], 0, self.fusion_width), image.dtype)
+        else:
+            fusion = self.fusion_tokens[...]
+            fusion = jnp.broadcast_to(fusion, (image.shape[0], *fusion.shape[1:]))
+        layers = []
+        for number in range(len(self.fusion_blocks)):
+            layer = self.layer if self.remat is None else self.remat(self.layer, static_argnums=0)
+            image, audio, fusion = layer(number, image, audio, fusion)
+            layers.append(Tokens(image, audio, fusion))
+        fusion = fusion if self.fusion_norm is None else self.fusion_norm(fusion)
+        return Tokens(self.image.norm(image), self.audio.norm(audio), fusion, tuple(layers) if return_layers else ())
+
+
+def pool(tokens: Tokens) -> dict[str, jax.Array]:
+    """Means over the tokens of each stream: {'image', 'audio', 'fusion'} → [B, D]; no 'fusion' without such tokens."""
+    streams = {"image": tokens.image, "audio": tokens.audio, "fusion": tokens.fusion}
+    return {name: x.mean(1) for name, x in streams.items() if x.shape[1]}

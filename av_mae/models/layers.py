@@ -1,0 +1,126 @@
+"""The layers that all parts share: Linear, LayerNorm, MLP, attention and the transformer block.
+
+Compute dtype is the dtype of the parameters; statistics, softmax and losses are taken in float32 (float64 where
+the parameters are float64). Kernels are stored [inputs, outputs], queries, keys and values apart: a weight that is
+fused and sliced inside the step is copied each time.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Half-precision arrays become float32; float32 and float64 stay."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Linear(nnx.Module):
+    """x [..., inputs] → [..., outputs]. Xavier uniform weights, zero bias.
+
+    `fan_out` is the number of outputs that the initialisation counts: the published system keeps queries, keys and
+    values in one weight of three times the outputs, which makes their initial values smaller.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, fan_out: int | None = None, rngs: nnx.Rngs):
+        bound = math.sqrt(6 / (inputs + (fan_out or outputs)))
+        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (inputs, outputs), jnp.float32, -bound, bound))
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        y = x.astype(kernel.dtype) @ kernel
+        return y if self.bias is None else y + self.bias[...]
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis of x [..., D] in float32; returns the scale's dtype."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = at_least_float32(x)
+        centred = y - y.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(self.scale[...].dtype)
+
+
+class MLP(nnx.Module):
+    """Linear → exact GELU → Linear on x [..., D]."""
+
+    def __init__(self, width: int, ratio: float, *, rngs: nnx.Rngs):
+        hidden = int(width * ratio)
+        self.fc1 = Linear(width, hidden, rngs=rngs)
+        self.fc2 = Linear(hidden, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[B, N, H K] → [B, N, H, K]; heads are contiguous."""
+    b, n, width = x.shape
+    return x.reshape(b, n, heads, width // heads)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B, N, H, K] → [B, N, H K]."""
+    b, n, heads, k = x.shape
+    return x.reshape(b, n, heads * k)
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+    """Softmax over the last axis in at least float32."""
+    return jax.nn.softmax(at_least_float32(logits), axis=-1)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
+    """Attention of q [B, N, H, K] over k, v [B, M, H, K] → [B, N, H, K]; `bias` broadcasts to [B, H, N, M]."""
+    logits = jnp.einsum("bnhk,bmhk->bhnm", q * scale, k)
+    if bias is not None:
+        logits = logits + bias
+    return jnp.einsum("bhnm,bmhk->bnhk", softmax(logits).astype(v.dtype), v)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of x [B, N, D] over `context` [B, M, C] (default: over x itself)."""
+
+    def __init__(self, width: int, heads: int, *, context_width: int | None = None, fused: int = 3, rngs: nnx.Rngs):
+        context_width = context_width or width
+        self.query = Linear(width, width, fan_out=width * (3 if fused == 3 else 1), rngs=rngs)
+        self.key = Linear(context_width, width, fan_out=width * fused, rngs=rngs)
+        self.value = Linear(context_width, width, fan_out=width * fused, rngs=rngs)
+        self.out = Linear(width, width, rngs=rngs)
+        self.heads = heads
+        self.scale = (width // heads) ** -0.5
+
+    def __call__(self, x: jax.Array, context: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
+        context = x if context is None else context
+        q, k, v = (split_heads(y, self.heads) for y in (self.query(x), self.key(context), self.value(context)))
+        return self.out(merge_heads(attend(q, k, v, self.scale, bias)))
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block on x [B, N, D].
+
+    `context` [B, M, D] are tokens that x reads besides itself but that are not updated: keys and values only. So
+    fusion tokens in the encoder, and all that is not predicted in a decoder's last block, cost neither queries nor
+    projection nor MLP.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, eps: float, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(width, eps=eps)
+        self.attention = Attention(width, heads, rngs=rngs)
+        self.norm2 = LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, mlp_ratio, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        y = self.norm1(x)
+        read = y if context is None else jnp.concatenate([self.norm1(context), y], axis=1)
+        x = x + self.attention(y, read)
+        return x + self.mlp(self.norm2(x))
