@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from av_mae.data.clips import SIZE
+from av_mae.data.demo_clips import SIZE
 
 Texture = Callable[[np.random.Generator], np.ndarray]
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(np.float32)

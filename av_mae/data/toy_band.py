@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from av_mae.data import clips, textures, toy_shapes, toy_sounds
+from av_mae.data import demo_clips, textures, toy_shapes, toy_sounds
 
 NAME = "toy_band"
 DESCRIPTION = "Toy Band: procedural instruments with exact truth (class, boxes, mask, clean sounds)."
@@ -59,10 +59,10 @@ def play(instrument: Instrument, generator: np.random.Generator) -> np.ndarray:
     pitch = pitch_of(instrument, generator.normal(0, 0.1))
     level = level_of(instrument) + generator.normal(0, 1)
     spacing, phase = 1 / instrument.stripes, generator.uniform()
-    count = math.ceil(clips.SECONDS * instrument.stripes) + 1
+    count = math.ceil(demo_clips.SECONDS * instrument.stripes) + 1
     pitches = [pitch * 2 ** (shift / 12) for shift in generator.choice(SHIFTS, count)]
     return toy_sounds.play(instrument.kind, pitches, spacing, (phase - 1) * spacing, FULL_LEVEL * 10 ** (level / 20),
-                           clips.SAMPLES, generator)
+                           demo_clips.SAMPLES, generator)
 
 
 def paint(image: np.ndarray, instrument: Instrument, top: int, left: int,
@@ -84,14 +84,14 @@ def draw_scene(generator: np.random.Generator, objects: int) -> tuple[list[Instr
     while True:
         instruments = [draw_instrument(generator, kind, largest) for kind in kinds]
         shapes = [toy_shapes.silhouette(one.kind, one.size, one.degrees, one.flip, one.stripes) for one in instruments]
-        places = clips.place_boxes(generator, [coverage.shape for coverage, _ in shapes])
+        places = demo_clips.place_boxes(generator, [coverage.shape for coverage, _ in shapes])
         if places is not None:
             return instruments, shapes, places
 
 
-def compose(seed: int, split: str, index: int, variant: str) -> clips.Clip:
+def compose(seed: int, split: str, index: int, variant: str) -> demo_clips.Clip:
     """Clip `index` of a split ('train', 'test'); the same for the same arguments."""
-    generator = clips.clip_generator(NAME, split, seed, index)
+    generator = demo_clips.clip_generator(NAME, split, seed, index)
     objects = int(generator.integers(2, 4)) if variant == "scene" else 1
     instruments, shapes, places = draw_scene(generator, objects)
     sounding = int(generator.integers(objects))
@@ -102,11 +102,11 @@ def compose(seed: int, split: str, index: int, variant: str) -> clips.Clip:
         others = [kind for kind in CLASSES if kind != playing[0].kind]
         playing.append(draw_instrument(generator, others[generator.integers(len(others))]))
     sources = np.stack([play(one, generator) for one in playing])
-    sound, sources = clips.turn_down(sources.sum(0), sources)
+    sound, sources = demo_clips.turn_down(sources.sum(0), sources)
     frame = np.clip(np.rint(image), 0, 255).astype(np.uint8)
     labels = np.array([CLASSES.index(one.kind) for one in instruments], np.int64)
-    return clips.Clip(
-        id=clips.clip_id(NAME, variant, split, index), label=int(labels[sounding]),
-        frames=np.broadcast_to(frame, (clips.FRAMES, *frame.shape)), frame_rate=clips.FRAME_RATE,
-        sound=sound, rate=clips.RATE, boxes=np.stack([clips.box_of(mask) for mask in masks]), object_labels=labels,
+    return demo_clips.Clip(
+        id=demo_clips.clip_id(NAME, variant, split, index), label=int(labels[sounding]),
+        frames=np.broadcast_to(frame, (demo_clips.FRAMES, *frame.shape)), frame_rate=demo_clips.FRAME_RATE,
+        sound=sound, rate=demo_clips.RATE, boxes=np.stack([demo_clips.box_of(mask) for mask in masks]), object_labels=labels,
         sounding=sounding, mask=masks[sounding], sources=sources)

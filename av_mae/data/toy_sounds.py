@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.signal import lfilter
 
-from av_mae.data.clips import RATE
+from av_mae.data.demo_clips import RATE
 
 LOUDNESS_SECONDS = 0.06  # a note's level is the root mean square of its beginning
 HIGHEST = 0.48 * RATE  # partials above are left out
