@@ -1,0 +1,227 @@
+"""Prepared sets → host batches on Grain.
+
+source → shuffled anew in each epoch → repeated → mixed → decoded and augmented → this host's rows of each global
+batch → worker processes. The clip at global position p, and every random draw for it, depends on seed and p alone,
+so that any number of hosts and workers sees the same order, and resuming is a slice at a position.
+"""
+
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import grain.multiprocessing
+import numpy as np
+from absl import flags
+
+from av_mae.config import DataConfig
+from av_mae.data.loading import ClipLoader, ClipSource, HostBatches
+from av_mae.data.sound import check_sound
+from av_mae.errors import UserError
+
+_ENDLESS = sys.maxsize
+_SHARED_MEMORY = "/dev/shm"
+_GRACE = 30.0  # seconds that a worker lives on after SIGTERM
+
+
+class BatchIterator:
+    """Iterates over host batches; `close()` stops its workers."""
+
+    def __init__(self, batches: grain.DatasetIterator):
+        self._batches: grain.DatasetIterator | None = batches
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._batches is None:
+            raise StopIteration
+        batch = next(self._batches)
+        for array in batch.values():
+            if isinstance(array, grain.multiprocessing.SharedMemoryArray):
+                _give_up_name(array)
+        return batch
+
+    def close(self) -> None:
+        """Stops the workers and drops the batches that they had ready, and with them their shared memory."""
+        batches, self._batches = self._batches, None
+        if batches is not None:
+            batches.close()
+
+
+class _Batches:
+    """What training and evaluation data share: iterators with workers, and their end."""
+
+    def __init__(self, clips: grain.MapDataset, data: DataConfig, image_size: tuple[int, int],
+                 audio_size: tuple[int, int], batch_size: int, rows: np.ndarray):
+        self._dataset, self._data, self._sizes = clips, data, (tuple(image_size), tuple(audio_size))
+        self._batch_size, self._rows = batch_size, np.asarray(rows)
+        self._open = weakref.WeakSet()
+        if self._rows.size == 0 or self._rows.min() < 0 or self._rows.max() >= batch_size:
+            raise UserError(f"this host's rows must lie in the global batch: batch_size={batch_size}, rows={rows}")
+
+    def _iterate(self, first: int, total: int) -> BatchIterator:
+        batches = HostBatches(self._dataset, self._sizes, self._batch_size, self._rows, first, total)
+        workers = self._data.workers
+        # Without workers one thread keeps a few batches ready; a worker computes one batch after the other.
+        reading = grain.ReadOptions(num_threads=0 if workers else 1,
+                                    prefetch_buffer_size=0 if workers else max(1, self._data.prefetch))
+        ahead = max(1, self._data.prefetch // max(1, workers))
+        dataset = batches.to_iter_dataset(reading)
+        if workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads its own flags; the commands here use argparse
+                flags.FLAGS.mark_as_parsed()
+            dataset = _without_full_shared_memory(dataset, self._batch_bytes() * workers * (2 * ahead + 2))
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, ahead), _prepare_worker)
+        iterator = BatchIterator(iter(dataset))
+        self._open.add(iterator)
+        return iterator
+
+    def _batch_bytes(self) -> int:
+        (height, width), (mels, frames) = self._sizes
+        return len(self._rows) * (height * width * 3 + mels * frames * 4)
+
+    def close(self) -> None:
+        """Stops the workers of every iterator; none of them can be used afterwards."""
+        for iterator in list(self._open):
+            iterator.close()
+        self._open.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class TrainingData(_Batches):
+    """Endless shuffled, augmented host batches; a context manager. `clips`: records per epoch, all sets together.
+
+    `sources`: random access to records, one per set; `weights` mixes them, None shuffles all of them as one set.
+    """
+
+    def __init__(self, sources: Sequence[ClipSource], data: DataConfig, image_size: tuple[int, int],
+                 audio_size: tuple[int, int], seed: int, batch_size: int, rows: np.ndarray):
+        self.clips = sum(len(source) for source in sources)
+        seeds = np.random.SeedSequence(seed).generate_state(len(sources) + 1).tolist()
+        sets = [grain.MapDataset.source(source) for source in sources]
+        if data.weights is None:
+            sets = [grain.MapDataset.concatenate(sets)]
+        order = [clips.shuffle(seed=own_seed).repeat() for clips, own_seed in zip(sets, seeds)]
+        mixture = order[0] if len(order) == 1 else grain.MapDataset.mix(order, data.weights)
+        loader = ClipLoader(data, tuple(image_size), tuple(audio_size), augment=True)
+        super().__init__(mixture.random_map(loader, seed=seeds[-1]), data, image_size, audio_size, batch_size, rows)
+
+    def batches(self, position: int) -> BatchIterator:
+        """Host batches from the global clip count `position` on, without reading what came before.
+
+        With b = len(rows): `image` uint8 [b, H, W, 3], `audio` float32 [b, mels, frames], `label` int32 [b], `start`
+        float32 [b] (s), `valid` bool [b], `id` and `error` str [b]. A clip that fails is zeros, `valid` False.
+        """
+        return self._iterate(position, _ENDLESS)
+
+
+class EvaluationData(_Batches):
+    """Every clip once, in stored order, without augmentation: iterable (anew each time), `len` batches.
+
+    Batches are those of TrainingData; the last one is padded with `valid` False and empty `id` and `error`.
+    """
+
+    def __init__(self, sources: Sequence[ClipSource], data: DataConfig, image_size: tuple[int, int],
+                 audio_size: tuple[int, int], batch_size: int, rows: np.ndarray):
+        self.clips = sum(len(source) for source in sources)
+        clips = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
+        loader = ClipLoader(data, tuple(image_size), tuple(audio_size), augment=False)
+        super().__init__(clips.random_map(loader, seed=0), data, image_size, audio_size, batch_size, rows)
+
+    def __len__(self) -> int:
+        return -(-self.clips // self._batch_size)
+
+    def __iter__(self) -> BatchIterator:
+        return self._iterate(0, self.clips)
+
+
+def open_training_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int], seed: int,
+                       batch_size: int, rows: np.ndarray) -> TrainingData:
+    """Opens the sets of `data` for training.
+
+    image_size: (H, W); audio_size: (mels, frames); batch_size: clips of the global batch; rows: those of its rows
+    that this host holds. Raises UserError where the data is not there or the settings cannot work.
+    """
+    return TrainingData(_open_sources(data, audio_size), data, image_size, audio_size, seed, batch_size, rows)
+
+
+def open_evaluation_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int],
+                         batch_size: int, rows: np.ndarray) -> EvaluationData:
+    """Opens the sets of `data` for evaluation; arguments and errors as in open_training_data."""
+    return EvaluationData(_open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows)
+
+
+def _open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSource]:
+    if not data.paths:
+        raise UserError(f"data.path must name at least one prepared set, got {data.path!r}; "
+                        "make one with python -m av_mae.prepare --output=DIR")
+    if audio_size[0] != data.sound.mels:
+        raise UserError(f"the model's sound has {audio_size[0]} rows, data.sound.mels={data.sound.mels}; "
+                        "they must be equal")
+    check_sound(data.sound)
+    return [_open_source(path, data.split) for path in data.paths]
+
+
+def _open_source(path: str, split: str) -> ClipSource:
+    from av_mae.data import records  # brings in TFDS
+
+    if not os.path.isdir(path):
+        raise UserError(f"data.path={path!r}: there is no such folder; make a set with "
+                        "python -m av_mae.prepare --output=DIR")
+    source = ClipSource(path, functools.partial(records.open_source, path, split))
+    if not len(source):
+        raise UserError(f"data.path={path!r}: split {split!r} holds no clips")
+    return source
+
+
+def _without_full_shared_memory(dataset: grain.IterDataset, needed: int) -> grain.IterDataset:
+    """Lets batches travel through pipes where they would not fit in shared memory (64 MB in many containers).
+
+    A process that writes beyond it is killed by SIGBUS, without a message.
+    """
+    if os.path.isdir(_SHARED_MEMORY) and shutil.disk_usage(_SHARED_MEMORY).free < needed:
+        options = grain.experimental.DatasetOptions(min_shm_size=_ENDLESS)
+        return grain.experimental.WithOptionsIterDataset(dataset, options)
+    return dataset
+
+
+def _give_up_name(array: grain.multiprocessing.SharedMemoryArray) -> None:
+    """The memory lives as long as the array; without its name nothing is left behind however the process ends."""
+    array.shm.unlink()
+    array._unlink_on_del = False
+
+
+def _prepare_worker(index: int, count: int) -> None:
+    """Runs first in each worker process: it shares the fate of its parent, not of the terminal."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # whoever imports JAX in a worker must not take the accelerator
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A signal to the whole job must leave the workers alive while the trainer saves.
+    signal.signal(signal.SIGTERM, lambda *_: _in_background(lambda: (time.sleep(_GRACE), os._exit(1))))
+    _in_background(_end_with_parent)
+
+
+def _in_background(action: Callable[[], object]) -> None:
+    threading.Thread(target=action, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot stop its workers; they would hold their memory for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

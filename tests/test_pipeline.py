@@ -1,0 +1,193 @@
+"""Order, resuming, mixing and failures of the input pipeline, on sets made up in memory."""
+
+import collections
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+import fake_clips
+from av_mae.data import loading, pipeline
+from av_mae.data.failures import FailureCount
+from av_mae.errors import UserError
+
+FIELDS = ("image", "audio", "label", "start", "valid", "id", "error")
+
+
+def sources(*sets: fake_clips.FakeSet) -> list[loading.ClipSource]:
+    return [loading.ClipSource(one.name, one) for one in sets]
+
+
+def training(sets, batch_size=8, rows=None, seed=3, **config) -> pipeline.TrainingData:
+    rows = np.arange(batch_size) if rows is None else rows
+    return pipeline.TrainingData(sources(*sets), fake_clips.small_config(**config), *fake_clips.SMALL, seed,
+                                 batch_size, rows)
+
+
+def evaluation(sets, batch_size=8, rows=None, **config) -> pipeline.EvaluationData:
+    rows = np.arange(batch_size) if rows is None else rows
+    return pipeline.EvaluationData(sources(*sets), fake_clips.small_config(**config), *fake_clips.SMALL,
+                                   batch_size, rows)
+
+
+def take(data, position: int, count: int) -> list[dict]:
+    with data:
+        return list(itertools.islice(data.batches(position), count))
+
+
+def assert_same(first: list[dict], second: list[dict]):
+    assert len(first) == len(second)
+    for one, other in zip(first, second):
+        for name in FIELDS:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+SETS = (fake_clips.FakeSet("a", 40), fake_clips.FakeSet("b", 24, size=(16, 40), seconds=0.2))
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[dict]:
+    """Three epochs of 64 clips in 24 global batches of 8, on one host without workers."""
+    return take(training(SETS), 0, 24)
+
+
+def test_batches_have_the_promised_fields(reference):
+    batch = reference[0]
+    assert set(batch) == set(FIELDS) and training(SETS).clips == 64
+    assert batch["image"].shape == (8, 16, 16, 3) and batch["image"].dtype == np.uint8
+    assert batch["audio"].shape == (8, 16, 16) and batch["audio"].dtype == np.float32
+    assert batch["label"].dtype == np.int32 and batch["start"].dtype == np.float32 and batch["valid"].dtype == bool
+    assert batch["valid"].all() and not any(batch["error"])
+    assert all(int(name.split("-")[1]) == label for name, label in zip(batch["id"], batch["label"]))
+
+
+def test_each_epoch_holds_every_clip_once_in_another_order(reference):
+    names = np.concatenate([batch["id"] for batch in reference]).reshape(3, 64)
+    everything = {f"a-{i}" for i in range(40)} | {f"b-{i}" for i in range(24)}
+    assert all(set(epoch) == everything for epoch in names)
+    assert len({tuple(epoch) for epoch in names}) == 3
+
+
+def test_draws_differ_between_epochs_and_stay_in_the_sound(reference):
+    starts = collections.defaultdict(set)
+    for batch in reference:
+        for name, start in zip(batch["id"], batch["start"]):
+            starts[name].add(float(start))
+    assert all(len(starts[f"a-{i}"]) >= 2 and max(starts[f"a-{i}"]) <= 0.5 - 0.256 for i in range(40))
+    assert all(starts[f"b-{i}"] == {0.0} for i in range(24))  # shorter than the window
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 8])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_hosts_and_workers_do_not_change_the_global_batches(reference, hosts, workers):
+    # Workers start slowly: with them one host's rows stand for all.
+    for rows in np.arange(8).reshape(hosts, -1)[:None if workers == 0 else 1]:
+        got = take(training(SETS, rows=rows, workers=workers), 0, 10)
+        assert_same(got, [{name: batch[name][rows] for name in FIELDS} for batch in reference[:10]])
+
+
+@pytest.mark.parametrize("position, workers", [(40, 0), (40, 2), (3, 0), (128, 0)])
+def test_resuming_gives_the_same_batches(reference, position, workers):
+    flat = {name: np.concatenate([batch[name] for batch in reference]) for name in FIELDS}
+    expected = [{name: flat[name][first:first + 8] for name in FIELDS} for first in range(position, position + 32, 8)]
+    assert_same(take(training(SETS, workers=workers), position, 4), expected)
+
+
+def test_another_seed_gives_another_order(reference):
+    assert list(take(training(SETS, seed=4), 0, 1)[0]["id"]) != list(reference[0]["id"])
+
+
+def test_augmentation_can_be_switched_off():
+    plain = dict(jitter=False, flip=False, volume_db=0.0, crop_scale=(1.0, 1.0))
+    sets = (fake_clips.FakeSet("a", 8, size=(18, 24)),)
+    first, second = take(training(sets, **plain), 0, 2)
+    place = {name: i for i, name in enumerate(second["id"])}
+    order = [place[name] for name in first["id"]]
+    np.testing.assert_array_equal(first["audio"], second["audio"][order])
+    for change in ({"jitter": True}, {"volume_db": 6.0}):
+        changed = take(training(sets, **(plain | change)), 0, 1)[0]
+        assert np.all(np.abs(changed["audio"] - first["audio"]).max(axis=(1, 2)) > 1e-3)
+
+
+def test_sets_are_mixed_by_weight_and_each_seen_whole():
+    names = np.concatenate([batch["id"] for batch in take(training(SETS, weights=(3.0, 1.0), path="a,b"), 0, 40)])
+    kinds = [name[0] for name in names]
+    assert abs(kinds.count("a") - 240) <= 2
+    assert all(abs(kinds[i:i + 40].count("a") - 30) <= 1 for i in range(0, 320, 40))
+    from_a = [name for name in names if name[0] == "a"]
+    assert len(set(from_a[:40])) == 40 and len(set(from_a[40:80])) == 40
+
+
+def test_the_frame_is_the_one_nearest_the_middle_of_the_window():
+    config = fake_clips.small_config(flip=False, crop_scale=(1.0, 1.0))
+    loader = loading.ClipLoader(config, (16, 16), (16, 16), augment=False)
+    clip = fake_clips.record("a", 0, size=(16, 16), seconds=1.0)
+    clip["frames"] = [fake_clips.record("a", i, size=(16, 16))["frames"][0] for i in range(4)]
+    clip["frame_times"] = np.array([0.1, 0.45, 0.6, 0.9], np.float32)
+    loaded = loader.random_map(clip, np.random.default_rng(0))
+    alone = loader.random_map(clip | {"frames": clip["frames"][1:2], "frame_times": clip["frame_times"][1:2]},
+                              np.random.default_rng(0))
+    assert loaded["start"] == pytest.approx((1 - 0.256) / 2)
+    np.testing.assert_array_equal(loaded["image"], alone["image"])
+
+
+BROKEN = fake_clips.FakeSet("c", 20, broken={0: "read", 7: "sound", 8: "frame", 19: "frame"})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failed_clip_keeps_its_slot(workers):
+    with evaluation((BROKEN,), workers=workers) as data:
+        assert (len(data), data.clips) == (3, 20)
+        batches = list(data)
+    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in FIELDS}
+    assert list(np.flatnonzero(~joined["valid"])) == [0, 7, 8, 19, 20, 21, 22, 23]
+    assert joined["error"][0] == "clip c[0]: read: the shard breaks off"
+    assert joined["error"][7].startswith("clip c-7: sound: ") and joined["id"][7] == "c-7"
+    assert joined["error"][8].startswith("clip c-8: frame: ") and joined["label"][8] == 8
+    assert not joined["image"][~joined["valid"]].any() and not joined["audio"][~joined["valid"]].any()
+    assert list(joined["id"][20:]) == [""] * 4 and list(joined["error"][20:]) == [""] * 4  # padding
+    assert list(joined["label"][1:20]) == list(range(1, 20))
+
+
+def test_evaluation_is_in_stored_order_and_repeatable_over_hosts():
+    whole = list(evaluation(SETS, batch_size=10))
+    assert [str(name) for batch in whole for name in batch["id"]][:65] == \
+        [f"a-{i}" for i in range(40)] + [f"b-{i}" for i in range(24)] + [""]
+    assert all(batch["start"][0] == pytest.approx(0.122, abs=1e-6) for batch in whole[:4])
+    for rows in (np.arange(5), np.arange(5, 10)):
+        data = evaluation(SETS, batch_size=10, rows=rows)
+        for _ in range(2):
+            assert_same(list(data), [{name: batch[name][rows] for name in FIELDS} for batch in whole])
+
+
+def batch_of(errors: list[str]) -> dict:
+    return {"id": np.array([f"x{i}" for i in range(len(errors))], object), "error": np.array(errors, object)}
+
+
+def test_failures_are_counted_named_and_stop_the_run():
+    count = FailureCount(max_failure_share=0.1)
+    assert count.add(batch_of(["clip x0: frame: broken"] * 9 + [""] * 41)) == ["clip x0: frame: broken"] * 9
+    count.add({"id": np.array(["", ""], object), "error": np.array(["", ""], object)})  # padding
+    assert (count.clips, count.failures) == (50, 9)
+    count.add(batch_of(["clip x1: sound: none"] + [""] * 49))  # 10 of 100 is the share itself
+    assert count.causes == {"frame: broken": 9, "sound: none": 1}
+    with pytest.raises(UserError, match=r"11 of 101 clips failed \(9 × frame: broken; 2 × sound: none\).*"
+                                        r"clip x1: sound: none.*max_failure_share=0.1"):
+        count.add(batch_of(["clip x2: sound: none"]))
+
+
+def open_training(path, **config):
+    data = dataclasses.replace(fake_clips.small_config(**config), path=str(path))
+    return pipeline.open_training_data(data, *fake_clips.SMALL, 0, 8, np.arange(8))
+
+
+def test_data_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="data.path must name at least one prepared set.*av_mae.prepare"):
+        open_training("")
+    with pytest.raises(UserError, match="nowhere.*no such folder.*av_mae.prepare"):
+        open_training(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="16 rows, data.sound.mels=20"):
+        open_training(tmp_path, sound=dataclasses.replace(fake_clips.SMALL_SOUND, mels=20))
+    with pytest.raises(UserError, match="batch_size=8"):
+        training(SETS, rows=np.array([8]))
