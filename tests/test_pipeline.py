@@ -3,6 +3,12 @@
 import collections
 import dataclasses
 import itertools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -175,6 +181,54 @@ def test_failures_are_counted_named_and_stop_the_run():
     with pytest.raises(UserError, match=r"11 of 101 clips failed \(9 × frame: broken; 2 × sound: none\).*"
                                         r"clip x1: sound: none.*max_failure_share=0.1"):
         count.add(batch_of(["clip x2: sound: none"]))
+
+
+SCRIPT = """
+import multiprocessing, sys
+import numpy as np
+import fake_clips
+from av_mae.data import loading, pipeline
+
+if __name__ == "__main__":
+    source = loading.ClipSource("a", fake_clips.FakeSet("a", 5000))
+    config = fake_clips.small_config(workers=1)
+    data = pipeline.TrainingData([source], config, *fake_clips.SMALL, 0, 8, np.arange(8))
+    for batch in data.batches(0):
+        print(multiprocessing.active_children()[0].pid, batch["valid"].sum(), flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_workers_outlive_sigterm_but_not_their_parent(root, tmp_path):
+    """A job's SIGTERM must leave the trainer its workers while it saves; a killed trainer must leave none behind."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    paths = os.pathsep.join([str(root), str(root / "tests")])
+    process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": paths})
+    worker, valid = map(int, process.stdout.readline().split())
+    os.kill(worker, signal.SIGTERM)
+    for _ in range(20):  # more than the worker can have had ready
+        process.stdin.write("next\n")
+        process.stdin.flush()
+        assert process.stdout.readline().split() == [str(worker), "8"]
+    process.kill()
+    process.communicate()
+    assert valid == 8
+    for _ in range(100):
+        if not is_running(worker):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"worker {worker} lives on")
+
+
+def is_running(pid: int) -> bool:
+    """False also for a process that has ended and that nobody has asked about yet."""
+    try:
+        status = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 def open_training(path, **config):

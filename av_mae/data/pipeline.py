@@ -176,11 +176,11 @@ def _open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSou
 
 
 def _open_source(path: str, split: str) -> ClipSource:
-    from av_mae.data import records  # brings in TFDS
-
     if not os.path.isdir(path):
         raise UserError(f"data.path={path!r}: there is no such folder; make a set with "
                         "python -m av_mae.prepare --output=DIR")
+    from av_mae.data import records  # brings in TFDS
+
     source = ClipSource(path, functools.partial(records.open_source, path, split))
     if not len(source):
         raise UserError(f"data.path={path!r}: split {split!r} holds no clips")
