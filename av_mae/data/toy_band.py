@@ -108,5 +108,5 @@ def compose(seed: int, split: str, index: int, variant: str) -> demo_clips.Clip:
     return demo_clips.Clip(
         id=demo_clips.clip_id(NAME, variant, split, index), label=int(labels[sounding]),
         frames=np.broadcast_to(frame, (demo_clips.FRAMES, *frame.shape)), frame_rate=demo_clips.FRAME_RATE,
-        sound=sound, rate=demo_clips.RATE, boxes=np.stack([demo_clips.box_of(mask) for mask in masks]), object_labels=labels,
-        sounding=sounding, mask=masks[sounding], sources=sources)
+        sound=sound, rate=demo_clips.RATE, boxes=np.stack([demo_clips.box_of(mask) for mask in masks]),
+        object_labels=labels, sounding=sounding, mask=masks[sounding], sources=sources)
