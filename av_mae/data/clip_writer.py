@@ -45,7 +45,7 @@ def encode_mp4(frames: np.ndarray, frame_rate: int, sound: np.ndarray, rate: int
 
 
 def decode_mp4(mp4: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Frames uint8 [k, H, W, 3], their times float32 [k] in seconds, mono sound float32 [samples], and its rate in Hz."""
+    """Frames uint8 [k, H, W, 3], their times float32 [k] in seconds, mono sound float32 [samples], its rate in Hz."""
     frames, times, blocks, rate = [], [], [], 0
     reformatter = VideoReformatter()  # one for all frames: making one costs more than using it
     with av.open(io.BytesIO(mp4)) as container:
