@@ -50,9 +50,6 @@ class FakeSet:
             clip["frames"] = [jpeg[:len(jpeg) // 2] for jpeg in clip["frames"]]
         return clip
 
-    def __call__(self):
-        return self
-
 
 def small_config(**changes) -> DataConfig:
     return DataConfig(**({"path": "fake", "sound": SMALL_SOUND} | changes))

@@ -24,7 +24,7 @@ def host_batches(count: int, rows: int = 8):
     for step in range(count):
         first = step * rows
         yield {"image": np.full((rows, 4, 4, 3), 7, np.uint8), "label": np.arange(first, first + rows, dtype=np.int32),
-               "audio": np.arange(first, first + rows, dtype=np.float32)[:, None, None] * np.ones((1, 2, 3), np.float32),
+               "audio": np.arange(first, first + rows, dtype=np.float32)[:, None, None] + np.zeros((1, 2, 3), "f4"),
                "start": np.zeros(rows, np.float32), "valid": np.arange(rows) != 3,
                "id": np.array([f"clip{i}" for i in range(first, first + rows)], object),
                "error": np.array([""] * rows, object)}

@@ -1,7 +1,6 @@
 """Order, resuming, mixing and failures of the input pipeline, on sets made up in memory."""
 
 import collections
-import dataclasses
 import itertools
 import os
 import pathlib
@@ -231,17 +230,6 @@ def is_running(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
-def open_training(path, **config):
-    data = dataclasses.replace(fake_clips.small_config(**config), path=str(path))
-    return pipeline.open_training_data(data, *fake_clips.SMALL, 0, 8, np.arange(8))
-
-
-def test_data_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="data.path must name at least one prepared set.*av_mae.prepare"):
-        open_training("")
-    with pytest.raises(UserError, match="nowhere.*no such folder.*av_mae.prepare"):
-        open_training(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="16 rows, data.sound.mels=20"):
-        open_training(tmp_path, sound=dataclasses.replace(fake_clips.SMALL_SOUND, mels=20))
+def test_rows_outside_the_batch_are_refused():
     with pytest.raises(UserError, match="batch_size=8"):
         training(SETS, rows=np.array([8]))

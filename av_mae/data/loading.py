@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -10,6 +10,9 @@ import numpy as np
 
 from av_mae.config import DataConfig
 from av_mae.data import frames, sound
+
+
+FIELDS = ("id", "label", "frames", "frame_times", "sound")  # of a record that a batch is made of
 
 
 class ClipFailure(Exception):
@@ -29,15 +32,13 @@ def _stage(name: str) -> Iterator[None]:
 class ClipSource:
     """Random access to the records of one prepared set that never raises.
 
-    A record that cannot be read comes back as {'id', 'error'}. The set is opened once in every process, when its
-    first record is asked for: what is sent to a worker is the way to open it, not the open files.
+    A record that cannot be read comes back as {'id', 'error'}. `records` is sent to the workers.
     """
 
-    def __init__(self, name: str, opener: Callable[[], Sequence[dict]]):
+    def __init__(self, name: str, records: Sequence[dict]):
         self._name = name
-        self._opener = opener
-        self._records: Sequence[dict] | None = opener()
-        self._length = len(self._records)
+        self._records = records
+        self._length = len(records)
 
     def __len__(self) -> int:
         return self._length
@@ -45,14 +46,9 @@ class ClipSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             with _stage("read"):
-                if self._records is None:
-                    self._records = self._opener()
                 return self._records[index]
         except ClipFailure as failure:
             return {"id": f"{self._name}[{index}]", "error": str(failure)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_records": None}
 
 
 @dataclasses.dataclass(frozen=True)

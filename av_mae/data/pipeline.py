@@ -5,7 +5,6 @@ batch → worker processes. The clip at global position p, and every random draw
 so that any number of hosts and workers sees the same order, and resuming is a slice at a position.
 """
 
-import functools
 import multiprocessing
 import os
 import shutil
@@ -22,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from av_mae.config import DataConfig
-from av_mae.data.loading import ClipLoader, ClipSource, HostBatches
+from av_mae.data.loading import FIELDS, ClipLoader, ClipSource, HostBatches
 from av_mae.data.sound import check_sound
 from av_mae.errors import UserError
 
@@ -172,19 +171,9 @@ def _open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSou
         raise UserError(f"the model's sound has {audio_size[0]} rows, data.sound.mels={data.sound.mels}; "
                         "they must be equal")
     check_sound(data.sound)
-    return [_open_source(path, data.split) for path in data.paths]
-
-
-def _open_source(path: str, split: str) -> ClipSource:
-    if not os.path.isdir(path):
-        raise UserError(f"data.path={path!r}: there is no such folder; make a set with "
-                        "python -m av_mae.prepare --output=DIR")
     from av_mae.data import records  # brings in TFDS
 
-    source = ClipSource(path, functools.partial(records.open_source, path, split))
-    if not len(source):
-        raise UserError(f"data.path={path!r}: split {split!r} holds no clips")
-    return source
+    return [ClipSource(path, records.open_source(path, data.split, FIELDS)) for path in data.paths]
 
 
 def _without_full_shared_memory(dataset: grain.IterDataset, needed: int) -> grain.IterDataset:
