@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +57,7 @@ def golden(shared):
 @pytest.mark.parametrize("name,pair", CASES)
 def test_encoder_layers_and_outputs(shared, golden, name, pair):
     data, model = golden[name], golden_model(shared, name, pair=pair)
-    tokens = nnx.jit(model.encoder, static_argnames="return_layers")(*golden_inputs(data), return_layers=True)
+    tokens = model.encoder(*golden_inputs(data), return_layers=True)
     for stream in ("image", "audio", "fusion"):
         near(getattr(tokens, stream), data[f"full_{stream}_tokens"])
         for number, layer in enumerate(tokens.layers):
@@ -75,13 +74,13 @@ def test_masked_forward(shared, golden, name, pair):
     for stream, mask in zip(("image", "audio"), masks, strict=True):
         np.testing.assert_array_equal(mask.keep, data[f"{stream}_ids_keep"])
         np.testing.assert_array_equal(mask.mask, data[f"{stream}_mask"])
-    tokens = nnx.jit(model.encoder)(image, audio, masks[0].keep, masks[1].keep)
+    tokens = model.encoder(image, audio, masks[0].keep, masks[1].keep)
     for stream in ("image", "audio", "fusion"):
         near(getattr(tokens, stream), data[f"masked_{stream}_tokens"])
-    out = nnx.jit(model)(image, audio, *noise)
+    out = model(image, audio, *noise)
     near(out.image_prediction, data["pred_image"])
     near(out.audio_prediction, data["pred_audio"])
-    for losses in (out[:2], [loss.mean() for loss in nnx.jit(models.AVMAE.losses)(model, image, audio, *noise)]):
+    for losses in (out[:2], [loss.mean() for loss in model.losses(image, audio, *noise)]):
         near(losses[0], data["loss_image_norm"], 1e-6)
         near(losses[1], data["loss_audio_norm"], 1e-6)
 
@@ -89,7 +88,7 @@ def test_masked_forward(shared, golden, name, pair):
 @pytest.mark.parametrize("name", NAMES)
 def test_raw_target_losses(shared, golden, name):
     data, model = golden[name], golden_model(shared, name, normalize=False)
-    image_loss, audio_loss = nnx.jit(models.AVMAE.losses)(model, *golden_inputs(data), data["image_noise"], data["audio_noise"])
+    image_loss, audio_loss = model.losses(*golden_inputs(data), data["image_noise"], data["audio_noise"])
     near(image_loss.mean(), data["loss_image_raw"], 1e-6)
     near(audio_loss.mean(), data["loss_audio_raw"], 1e-6)
 
@@ -104,19 +103,19 @@ def test_gradients(shared, golden, name, pair):
     data, model = golden[name], golden_model(shared, name, pair=pair)
     config = model.config
     args = (*golden_inputs(data), data["image_noise"], data["audio_noise"])
-    gradients = nnx.jit(nnx.grad(lambda *a: mean_loss(*a)[0]))(model, *args)
+    gradients = nnx.grad(lambda *a: mean_loss(*a)[0])(model, *args)
     gradients = {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(gradients)}
-    expected = convert.from_published(
-        {key[5:]: value for key, value in data.items() if key.startswith("grad/")}, config)
-    assert expected.keys() == gradients.keys()
-    for path, value in expected.items():
-        if path.endswith("pairs.key_image.bias"):
-            # Zero in theory (softmax does not see a constant): rounding only, in the published system too.
-            assert np.abs(gradients[path]).max() < 1e-9
-            continue
-        # Published biases are fused, so a key's bias, zero in theory as well, is measured by its value's.
-        whole = expected.get(re.sub(r"\bkey(_image)?\.bias$", r"value\1.bias", path), value)
-        near(gradients[path], value, 1e-5 * max(np.abs(value).max(), np.abs(whole).max()))
+    published = {key[5:]: value for key, value in data.items() if key.startswith("grad/")}
+    assert convert.from_published(published, config).keys() == gradients.keys()
+    for name, whole in published.items():
+        # A published weight may be several here (q, k, v; the halves of pairs): its largest entry is the measure.
+        tolerance = 1e-5 * np.abs(whole).max()
+        for path, part in convert.from_published({name: whole}, config).items():
+            if name.endswith("attn.k.bias"):
+                # Zero in theory (softmax does not see a constant): rounding only, in the published system too.
+                assert np.abs(gradients[path]).max() < 1e-9
+            else:
+                near(gradients[path], part, tolerance)
 
 
 def test_trajectory(shared):
