@@ -1,0 +1,198 @@
+"""What happens periodically in a run: metrics, checkpoints, pictures, failures, profile."""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from av_mae import models, pictures
+from av_mae.config import TrainConfig
+from av_mae.data.failures import FailureCount
+from av_mae.progress import Progress
+from av_mae.training.checkpoint import Checkpoints
+from av_mae.training.events import Events
+from av_mae.training.feed import Feed
+from av_mae.training.loop import Hook, Moment
+from av_mae.training.step import TrainStep
+
+PICTURE_CLIPS = 4
+PROFILE_STEPS = 3
+# Forward and backward pass cost three forward passes.
+PASSES = 3
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object per line. Lines after the step that a run resumes from are dropped.
+
+    Where the disk is full, lines wait in memory for the next attempt.
+    """
+
+    def __init__(self, path: pathlib.Path, resumed: int):
+        self.path, self._waiting = path, ""
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in lines if self._step(line) <= resumed]
+        if kept != lines:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, path)
+
+    @staticmethod
+    def _step(line: str) -> float:
+        """The line's step; infinite for a line that was cut off."""
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            return float("inf")
+
+    def write(self, line: Mapping[str, float]) -> None:
+        """Appends a line.
+
+        Raises:
+          OSError: it could not be written; it is tried again with the next one.
+        """
+        self._waiting += json.dumps(line) + "\n"
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write(self._waiting)
+        except OSError:
+            os.truncate(self.path, size)
+            raise
+        self._waiting = ""
+
+
+class MetricsHook(Hook):
+    """metrics.jsonl, TensorBoard and the progress bar. `skipped` counts clips that could not be read."""
+
+    def __init__(self, config: TrainConfig, workdir: pathlib.Path, events: Events | None, progress: Progress,
+                 feed: Feed, last: int, resumed: int, skipped: int):
+        self.config, self.events, self.progress, self.feed, self.last = config, events, progress, feed, last
+        self.skipped = skipped
+        self.flops = PASSES * models.closed_form_flops(config.model)
+        self._file = MetricsFile(workdir / "metrics.jsonl", resumed) if jax.process_index() == 0 else None
+        self._window: tuple[int, float, float] | None = None
+        self._warned = False
+
+    def after_metrics(self, step: int, metrics: Mapping[str, float], host: Mapping[str, np.ndarray]) -> None:
+        self.skipped += self.config.batch_size - round(metrics["valid"])
+        if step % self.config.log_every and step != self.last:
+            if self._window is None:
+                self._window = (step, time.perf_counter(), self.feed.wait_seconds)
+            self.progress.update(1)
+            return
+        line = {"step": step, **{name: x for name, x in metrics.items() if name != "valid"}, "skipped": self.skipped}
+        line.update(self._rates(step))
+        shown = {name: line[name] for name in ("loss", "image_loss", "audio_loss", "clips_per_second") if name in line}
+        self.progress.update(1, **shown)
+        self._write(line)
+
+    def _rates(self, step: int) -> dict[str, float]:
+        """Clips and FLOPs per second and the share of time spent waiting for input since the last line."""
+        now, waited, before = time.perf_counter(), self.feed.wait_seconds, self._window
+        self._window = (step, now, waited)
+        if before is None or now <= before[1]:
+            return {}
+        seconds = now - before[1]
+        clips = (step - before[0]) * self.config.batch_size / seconds
+        return {"clips_per_second": clips, "flops_per_second": clips * self.flops,
+                "input_wait": (waited - before[2]) / seconds}
+
+    def _write(self, line: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(line)
+            self.events.scalars(line["step"], {name: x for name, x in line.items() if name != "step"})
+        except OSError as error:
+            if not self._warned:
+                self.progress.write(f"warning: metrics cannot be written ({error.strerror}); training goes on")
+            self._warned = True
+
+
+class FailureHook(Hook):
+    """Names clips that could not be read, and stops the run where they are too many (UserError)."""
+
+    def __init__(self, count: FailureCount, say: Callable[[str], None], shown: int = 20):
+        self.count, self.say, self._left = count, say, shown
+
+    def after_metrics(self, step: int, metrics: Mapping[str, float], host: Mapping[str, np.ndarray]) -> None:
+        errors = self.count.add(host)
+        for error in errors[:self._left]:
+            self.say(f"warning: step {step} skips {error}")
+        self._left = max(0, self._left - len(errors))
+
+    def close(self) -> None:
+        if self.count.failures:
+            self.say(self.count.summary())
+
+
+class CheckpointHook(Hook):
+    """Saves every `checkpoint_every` steps, at the end and when asked to stop."""
+
+    def __init__(self, config: TrainConfig, checkpoints: Checkpoints, metrics: MetricsHook):
+        self.config, self.checkpoints, self.metrics = config, checkpoints, metrics
+
+    def due(self, step: int, finished: bool, stopped: bool) -> bool:
+        return finished or stopped or step % self.config.checkpoint_every == 0
+
+    def after_step(self, moment: Moment) -> None:
+        self.checkpoints.save(moment.step, moment.state, self.config, skipped=self.metrics.skipped,
+                              position=moment.step * self.config.batch_size)
+
+    def close(self) -> None:
+        self.checkpoints.close()
+
+
+class PictureHook(Hook):
+    """Reconstructions of the batch's first clips, every `images_every` steps and at the end."""
+
+    def __init__(self, config: TrainConfig, step: TrainStep, workdir: pathlib.Path, events: Events | None,
+                 say: Callable[[str], None]):
+        self.config, self.step, self.folder, self.events, self.say = config, step, workdir / "images", events, say
+        self.clips = min(PICTURE_CLIPS, config.batch_size)
+
+    def due(self, step: int, finished: bool, stopped: bool) -> bool:
+        every = self.config.images_every
+        return every > 0 and (finished or step % every == 0)
+
+    def after_step(self, moment: Moment) -> None:
+        outputs = self.step.predict(moment.state, moment.batch, self.clips)
+        if jax.process_index() != 0:
+            return
+        image, audio, out = jax.device_get(outputs)
+        picture = pictures.reconstructions(image, audio, out, self.config.model)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            pictures.save_png(self.folder / f"step_{moment.step:08d}.png", picture)
+            self.events.image(moment.step, "reconstructions", picture)
+        except OSError as error:
+            self.say(f"warning: the picture of step {moment.step} cannot be written ({error.strerror}); "
+                     "training goes on")
+
+
+class ProfileHook(Hook):
+    """A device profile of PROFILE_STEPS steps after step `profile_at`, in `profile/` (TensorBoard, Perfetto)."""
+
+    def __init__(self, at: int, workdir: pathlib.Path, say: Callable[[str], None]):
+        self.at, self.folder, self.say, self._running = at, workdir / "profile", say, False
+
+    def due(self, step: int, finished: bool, stopped: bool) -> bool:
+        return step == self.at or (self._running and (finished or stopped or step == self.at + PROFILE_STEPS))
+
+    def after_step(self, moment: Moment) -> None:
+        if self._running:
+            jax.block_until_ready(moment.state)
+            self.close()
+        elif not moment.finished and not moment.stopped:
+            jax.profiler.start_trace(str(self.folder))
+            self._running = True
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            self.say(f"profile of steps {self.at + 1} to {self.at + PROFILE_STEPS} in {self.folder}")

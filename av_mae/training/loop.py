@@ -1,0 +1,127 @@
+"""The training loop: it takes batches, calls the step and its hooks in order, and knows when to stop."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from av_mae.errors import UserError
+from av_mae.training.feed import Feed
+from av_mae.training.step import Batch, Metrics, TrainState
+
+# Steps that the devices may be behind the host: metrics are looked at this many steps late, so that reading them
+# never leaves the devices idle.
+LAG = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """A step that has just been done, with its batch: `finished` after the last one, `stopped` when asked to stop."""
+
+    step: int
+    state: TrainState
+    batch: Batch
+    finished: bool
+    stopped: bool
+
+
+class Hook:
+    """Something periodic. All processes of a run have the same hooks and call them at the same steps."""
+
+    def due(self, step: int, finished: bool, stopped: bool) -> bool:
+        """Whether `after_step` wants to be called after this step."""
+        return False
+
+    def after_step(self, moment: Moment) -> None:
+        """Called right after a step that is due; all metrics up to it have been given out and were finite."""
+
+    def after_metrics(self, step: int, metrics: Mapping[str, float], host: Mapping[str, np.ndarray]) -> None:
+        """Called once for every step in order, some steps late. `host` has `id` and `error` of this host's rows."""
+
+    def close(self) -> None:
+        """Called at the end, also after an error."""
+
+
+class NonFinite(UserError):
+    """A loss or gradient that is not a finite number."""
+
+
+def check_finite(step: int, metrics: Mapping[str, float], ids: Sequence[str]) -> None:
+    """Raises NonFinite, naming the step and the clips, unless losses and gradient norm are finite."""
+    names = ("loss", "image_loss", "audio_loss", "grad_norm")
+    wrong = [f"{name}={metrics[name]}" for name in names if not math.isfinite(metrics[name])]
+    if wrong:
+        raise NonFinite(f"step {step}: {', '.join(wrong)} must be finite; the run stops and keeps its last "
+                        "checkpoint. Try a lower optimizer.base_lr, optimizer.clip_norm or dtype=float32. "
+                        f"Clips of the batch: {', '.join(map(str, ids))}")
+
+
+class Pending:
+    """Steps whose metrics have not been looked at yet."""
+
+    def __init__(self, hooks: Sequence[Hook]):
+        self._hooks = hooks
+        self._steps: collections.deque[tuple[int, Metrics, Mapping]] = collections.deque()
+
+    def add(self, step: int, metrics: Metrics, host: Mapping[str, np.ndarray]) -> None:
+        """Takes a step's metrics, and gives out those of LAG steps before."""
+        self._steps.append((step, metrics, host))
+        self.give_out(LAG)
+
+    def give_out(self, keep: int = 0) -> None:
+        """Checks the oldest steps' metrics and shows them to the hooks, all but the newest `keep`."""
+        while len(self._steps) > keep:
+            step, metrics, host = self._steps.popleft()
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            check_finite(step, values, host["id"])
+            for hook in self._hooks:
+                hook.after_metrics(step, values, host)
+
+
+def train(step_function: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], state: TrainState, feed: Feed,
+          first: int, last: int, hooks: Sequence[Hook], should_stop: Callable[[int], bool]) -> TrainState:
+    """Runs steps first + 1 … last and returns the state after them, or after the step at which to stop.
+
+    Raises:
+      NonFinite: a loss was not finite; nothing from that step on has been saved.
+    """
+    pending = Pending(hooks)
+    for step in range(first + 1, last + 1):
+        host, batch = next(feed)
+        state, metrics = step_function(state, batch)
+        pending.add(step, metrics, host)
+        stopped = should_stop(step)
+        finished = step == last
+        due = [hook for hook in hooks if hook.due(step, finished, stopped)]
+        if due:
+            pending.give_out()
+        for hook in due:
+            hook.after_step(Moment(step, state, batch, finished, stopped))
+        if stopped:
+            break
+    pending.give_out()
+    return state
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[int], bool]]:
+    """Gives `should_stop(step)`: True once this process, or any other of the run, was told to end.
+
+    With several processes JAX's coordinator makes all of them stop after the same step.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield lambda _: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
