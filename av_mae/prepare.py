@@ -1,8 +1,11 @@
 """Prepares a data set: clips with their truth → mp4 files and ArrayRecord shards (a TFDS data set)."""
 
 import argparse
+import concurrent.futures.process
+import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import pathlib
@@ -75,33 +78,40 @@ def _read_settings(folder: pathlib.Path) -> dict | None:
     return stored if isinstance(stored, dict) else None
 
 
+@contextlib.contextmanager
+def _write_errors(output: pathlib.Path):
+    """Turns what the file system refuses into a UserError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"no permission for {error.filename or output}; choose another --output") from error
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError("a worker process died, perhaps for lack of memory; try fewer --workers") from error
+    except OSError as error:
+        raise UserError(f"cannot write --output={output}: {error.strerror or error}") from error
+
+
 def prepare(settings: Settings, output: pathlib.Path, workers: int) -> None:
-    """Makes the set in a folder beside `output` and renames it at the end. Raises UserError where it cannot write."""
+    """Makes the set in a folder beside `output` and renames it at the end."""
     from av_mae.data import records  # TFDS takes a second to import, and workers import this module too
 
     unfinished = output.with_name(f"{output.name}.unfinished")
-    try:
-        _start_folder(unfinished, settings)
-        dataset = load(settings.dataset)
-        clips = {"train": settings.clips, "test": settings.test_clips}
-        with ClipMaker(settings.dataset, settings.variant, settings.seed, workers) as maker, \
-                Progress(sum(clips.values()), f"prepare {settings.dataset}") as progress:
+    _start_folder(unfinished, settings)
+    dataset = load(settings.dataset)
+    clips = {"train": settings.clips, "test": settings.test_clips}
+    with ClipMaker(settings.dataset, settings.variant, settings.seed, workers) as maker, \
+            Progress(sum(clips.values()), f"prepare {settings.dataset}") as progress:
 
-            def split_records(split):
-                folder = unfinished / "clips" / split
-                folder.mkdir(parents=True)
-                for record in maker.records(split, clips[split], os.fspath(folder)):
-                    yield record
-                    progress.update()
+        def split_records(split):
+            folder = unfinished / "clips" / split
+            folder.mkdir(parents=True)
+            for record in maker.records(split, clips[split], os.fspath(folder)):
+                yield record
+                progress.update()
 
-            records.write_set(unfinished, settings.dataset, dataset.DESCRIPTION, dataset.CLASSES,
-                              {split: (lambda split=split: split_records(split)) for split in clips},
-                              max(clips.values()))
-        os.rename(unfinished, output)
-    except PermissionError as error:
-        raise UserError(f"no permission to write {error.filename or output}; choose another --output") from error
-    except OSError as error:
-        raise UserError(f"cannot write --output={output}: {error.strerror or error}") from error
+        records.write_set(unfinished, settings.dataset, dataset.DESCRIPTION, dataset.CLASSES,
+                          {split: functools.partial(split_records, split) for split in clips}, max(clips.values()))
+    os.rename(unfinished, output)
 
 
 def _start_folder(folder: pathlib.Path, settings: Settings) -> None:
@@ -114,6 +124,10 @@ def _start_folder(folder: pathlib.Path, settings: Settings) -> None:
     (folder / SETTINGS_FILE).write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m av_mae.prepare", description=__doc__, epilog=EXAMPLE)
     parser.add_argument("--dataset", required=True, help=f"one of {', '.join(MODULES)}")
@@ -124,8 +138,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--variant", default="single",
                         help="single: one object; scene: several, of which one sounds; mixture: two sounds, the image "
                              "shows the first (%(default)s)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(
-        os, "sched_getaffinity") else os.cpu_count(), help="processes; they change nothing but the time (%(default)s)")
+    parser.add_argument("--workers", type=int, default=_cores(),
+                        help="processes; they change nothing but the time (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -134,11 +148,12 @@ def main(argv: list[str]) -> None:
     settings = Settings(options.dataset, options.variant, options.clips, options.test_clips, options.seed)
     if options.workers < 1:
         raise UserError(f"--workers={options.workers} must be at least 1")
-    if is_prepared(options.output, settings):
-        print(f"{options.output} already holds this set, nothing to do")
-        return
     started = time.monotonic()
-    prepare(settings, options.output, options.workers)
+    with _write_errors(options.output):
+        if is_prepared(options.output, settings):
+            print(f"{options.output} already holds this set, nothing to do")
+            return
+        prepare(settings, options.output, options.workers)
     seconds, clips = time.monotonic() - started, settings.clips + settings.test_clips
     print(f"{options.output}: {settings.clips} training and {settings.test_clips} test clips of {settings.dataset} "
           f"({settings.variant}) in {seconds:.1f} s, {clips / seconds:.0f} clips/s")

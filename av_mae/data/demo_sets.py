@@ -4,7 +4,10 @@ import collections
 import concurrent.futures
 import importlib
 import multiprocessing
+import os
 import pathlib
+import signal
+import threading
 from collections.abc import Iterator
 
 from av_mae.data import clip_writer
@@ -28,6 +31,17 @@ def make_clips(dataset: str, variant: str, seed: int, split: str, indices: range
     return records
 
 
+def _start_worker() -> None:
+    """Leaves Ctrl-C to the command, and ends with it even where it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 class ClipMaker:
     """Makes the clips of one set in `workers` processes (1: in this one). A context manager.
 
@@ -42,7 +56,8 @@ class ClipMaker:
     def __enter__(self) -> "ClipMaker":
         if self._workers > 1:
             context = multiprocessing.get_context("spawn")
-            self._pool = concurrent.futures.ProcessPoolExecutor(self._workers, mp_context=context)
+            self._pool = concurrent.futures.ProcessPoolExecutor(self._workers, mp_context=context,
+                                                                initializer=_start_worker)
         return self
 
     def __exit__(self, *_) -> None:
