@@ -208,6 +208,15 @@ def test_a_folder_that_refuses_is_named(error, message, tmp_path, monkeypatch):
     assert not (tmp_path / "set").exists()
 
 
+def test_a_disk_that_is_full_when_shards_are_written_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("Failed to finalize writing: write() failed: No space left on device")
+
+    monkeypatch.setattr(tfds.core.ExampleWriter, "write", refuse)
+    with pytest.raises(UserError, match="cannot write --output=.*: Failed to .*No space left on device"):
+        run(tmp_path / "set", "--dataset=toy_band", "--workers=1", "--clips=1", "--test_clips=1")
+
+
 def test_sources_that_are_not_there_are_named(toy, tmp_path):
     with pytest.raises(UserError, match="absent does not exist; make a set with: python -m av_mae.prepare"):
         records.open_source(tmp_path / "absent", "train")

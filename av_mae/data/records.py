@@ -54,7 +54,10 @@ class _StableWriter(tfds.core.ExampleWriter):
     def write(self, path, examples):
         ordered = ((key, tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True))
                    for key, example in examples)
-        return super().write(path, ordered)
+        try:
+            return super().write(path, ordered)
+        except RuntimeError as error:  # so says ArrayRecord that the file system refused, e.g. on a full disk
+            raise OSError(f"{error}") from error
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
