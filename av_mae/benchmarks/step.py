@@ -1,0 +1,121 @@
+"""`benchmark step`: one training step of a recipe on random clips, beside a large matmul and the plain formulation."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from av_mae import models
+from av_mae.benchmarks import timing
+from av_mae.benchmarks.plain import Plain, fuse
+from av_mae.config import TrainConfig
+from av_mae.training.mesh import make_mesh
+from av_mae.training.optimizer import Length
+from av_mae.training.step import DTYPES, TrainStep, flat_params
+
+
+def random_batch(config: TrainConfig) -> dict[str, jax.Array]:
+    """A global batch of noise: image uint8 [B, H, W, 3], audio float32 [B, mels, frames], valid bool [B]."""
+    keys, b = jax.random.split(jax.random.key(config.seed)), config.batch_size
+    return {"image": jax.random.bits(keys[0], (b, *config.model.image.size, 3), jnp.uint8),
+            "audio": jax.random.normal(keys[1], (b, *config.model.audio.size)), "valid": jnp.ones(b, bool)}
+
+
+class Runner:
+    """Calls a step that donates its state again and again on one batch; `compile_seconds` is its compilation."""
+
+    def __init__(self, step, state, batch):
+        start = time.perf_counter()
+        self.compiled = step.lower(state, batch).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.state, self.batch = state, batch
+
+    def __call__(self):
+        self.state, metrics = self.compiled(self.state, self.batch)
+        return metrics
+
+
+def noises(config: TrainConfig, step: jax.Array) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
+    return [models.mask_noise(key, config.batch_size, stream.tokens)
+            for key, stream in zip(keys, (config.model.image, config.model.audio), strict=True)]
+
+
+def plain_runner(config: TrainConfig, train_step: TrainStep, batch: dict[str, jax.Array]) -> Runner:
+    """The same step in the plain formulation, with the same optimizer."""
+    plain, dtype = Plain(config.model), DTYPES[config.dtype]
+
+    def loss(params, image_noise, audio_noise, image, audio):
+        cast = {name: x.astype(dtype) for name, x in params.items()}
+        image, audio = plain.losses(cast, models.normalize_image(image).astype(dtype), audio.astype(dtype),
+                                    image_noise, audio_noise)
+        return image.mean() + audio.mean()
+
+    def step(state, batch):
+        number, params, opt_state = state
+        value, gradients = jax.value_and_grad(loss)(params, *noises(config, number), batch["image"], batch["audio"])
+        updates, opt_state = train_step.optimizer.update(gradients, opt_state, params)
+        return (number + 1, optax.apply_updates(params, updates), opt_state), value
+
+    params = fuse(flat_params_of(train_step))
+    state = (jnp.zeros((), jnp.int32), params, train_step.optimizer.init(params))
+    return Runner(jax.jit(step, donate_argnums=0), state, batch)
+
+
+def flat_params_of(train_step: TrainStep) -> dict[str, jax.Array]:
+    return train_step.init().params
+
+
+def forward_flops(config: TrainConfig, train_step: TrainStep) -> float:
+    """The compiler's count of the forward loss for one clip."""
+    definition, b = train_step.definition, config.batch_size
+    shapes = jax.eval_shape(lambda: flat_params(definition.merge(train_step.init().params)))
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+    forward = lambda params, *args: definition.merge(params).losses(*args)
+    image, audio = config.model.image, config.model.audio
+    lowered = jax.jit(forward).lower(shapes, shape(b, *image.size, 3), shape(b, *audio.size), shape(b, image.tokens),
+                                     shape(b, audio.tokens))
+    return lowered.compile().cost_analysis()["flops"] / b
+
+
+def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict:
+    """The figures of `benchmark step` (DESIGN: names in the JSON file).
+
+    Rates and shares are medians over rounds of ratios taken within a round, since machines drift.
+    """
+    mesh = make_mesh(config.mesh)
+    train_step = TrainStep(config, mesh, Length(1000, 10, 1000))
+    batch = jax.device_put(random_batch(config), train_step.rows)
+    ours = Runner(train_step.step, train_step.init(), batch)
+    product, product_flops = timing.matmul(config.dtype)
+    runs = {"matmul": product, "step": ours, "matmul again": product}
+    if with_plain:
+        runs["plain"] = plain = plain_runner(config, train_step, batch)
+    seconds = timing.in_turn(runs, rounds)
+    closed = models.closed_form_flops(config.model)
+    step_flops = 3.0 * closed * config.batch_size
+    matmul_rate = product_flops / ((seconds["matmul"] + seconds["matmul again"]) / 2)
+    step_seconds = float(np.median(seconds["step"]))
+    figures = {
+        "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "jax": jax.__version__,
+        "batch_size": config.batch_size, "dtype": config.dtype, "rounds": rounds,
+        "step_seconds": step_seconds,
+        "clips_per_second": config.batch_size / step_seconds,
+        "flops_per_clip": closed,
+        "compiler_flops_per_clip": forward_flops(config, train_step),
+        "matmul_flops_per_second": float(np.median(matmul_rate)),
+        "matmul_share": float(np.median(step_flops / seconds["step"] / (matmul_rate * jax.device_count()))),
+        "peak_bytes": timing.memory_bytes(ours.compiled),
+        "compile_seconds": ours.compile_seconds,
+    }
+    peak = timing.PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    if peak and config.dtype == "bfloat16":
+        figures["mfu"] = step_flops / step_seconds / (peak * jax.device_count())
+    if with_plain:
+        figures |= {"plain_step_seconds": float(np.median(seconds["plain"])),
+                    "plain_compile_seconds": plain.compile_seconds,
+                    "plain_peak_bytes": timing.memory_bytes(plain.compiled),
+                    "times_plain": float(np.median(seconds["plain"] / seconds["step"]))}
+    return figures
