@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import json
+import os
 import pathlib
 import types
 import typing
@@ -67,6 +69,20 @@ def from_dict(values: typing.Mapping, kind: type = TrainConfig, prefix: str = ""
             raise UserError(_unknown_key(prefix + key, [prefix + name for name in keys(kind)]))
         fields[key] = _convert(value, hints[key], prefix + key)
     return kind(**fields)
+
+
+def save(config, path: str | os.PathLike) -> None:
+    """Writes a config as JSON."""
+    pathlib.Path(path).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load(path: str | os.PathLike, kind: type = TrainConfig):
+    """Reads what `save` wrote. Raises UserError when the file is not there or is no such config."""
+    try:
+        values = json.loads(pathlib.Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {error}") from error
+    return from_dict(values, kind)
 
 
 def keys(kind: type, prefix: str = "") -> list[str]:

@@ -27,7 +27,7 @@ def get_config():
         data=DataConfig(
             path="runs/data/toy_band,runs/data/spoken_digits",
             weights=(0.5, 0.5),
-            sound=SoundConfig(rate=8000, n_fft=400, hop=125, mels=64, log_floor=1e-3, mean=-1.0, std=1.0)),
+            sound=SoundConfig(rate=8000, n_fft=400, hop=125, mels=64, log_floor=1e-3, mean=-1.2, std=1.0)),
         model=AVMAEConfig(
             image=StreamConfig(size=(96, 96), channels=3, patch=16, mask_ratio=0.75, normalize_targets=False,
                                **encoder),
@@ -35,7 +35,7 @@ def get_config():
                                **encoder),
             fusion=FusionConfig(kind="factorized", tokens=(8, 4, 4), heads=4, attention_ratio=0.25, mlp_ratio=1.0),
             decoder=TINY_DECODER),
-        optimizer=OptimizerConfig(base_lr=4e-3, warmup=100.0),
+        optimizer=OptimizerConfig(base_lr=6e-3, warmup=100.0),
         checkpoint_every=400,
         log_every=20,
         images_every=400))

@@ -161,6 +161,14 @@ def test_json_round_trip():
     assert config.data.paths == ("a", "b")
 
 
+def test_saved_config(tmp_path):
+    config = recipes.load_recipe(DEMO)
+    recipes.save(config, tmp_path / "config.json")
+    assert recipes.load(tmp_path / "config.json") == config
+    with pytest.raises(UserError, match="cannot read the config .*missing.json"):
+        recipes.load(tmp_path / "missing.json")
+
+
 def test_keys_name_every_value():
     names = recipes.keys(TrainConfig)
     assert {"steps", "data.path", "data.sound.mels", "model.fusion.pair_attention", "mesh.tensor"} <= set(names)
