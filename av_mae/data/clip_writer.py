@@ -17,8 +17,8 @@ from av_mae.data.demo_clips import Clip
 
 JPEG_QUALITY = 93
 VIDEO_OPTIONS = {"crf": "15", "preset": "ultrafast", "tune": "zerolatency", "threads": "1", "flags": "+bitexact"}
-SOUND_OPTIONS = {"aac_coder": "fast", "flags": "+bitexact"}
-SOUND_BITS = 32000  # per second; the error is about 40 dB below the sound
+# By quality, not by rate: faster, and the error stays more than 20 dB below noisy sounds, 40 dB below clear ones.
+SOUND_OPTIONS = {"aac_coder": "fast", "flags": "+qscale+bitexact", "global_quality": "236"}
 AAC_BLOCK = 1024  # samples
 
 
@@ -30,7 +30,6 @@ def encode_mp4(frames: np.ndarray, frame_rate: int, sound: np.ndarray, rate: int
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
         video.codec_context.thread_count = 1
         audio = container.add_stream("aac", rate=rate, layout="mono", options=SOUND_OPTIONS)
-        audio.bit_rate = SOUND_BITS
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame = reformatter.reformat(frame, format="yuv420p", threads=1)
