@@ -16,6 +16,7 @@ REQUIRES = [
     "simplejpeg>=1.9,<2",  # libjpeg-turbo; 1.9 has wheels for Python 3.13 and numpy 2
     "soundfile>=0.13,<0.15",  # FLAC from and to memory; 0.13 bundles libsndfile for all platforms here
     "soxr>=1.0,<2",  # resampling; 1.0 works with numpy 2
+    "scipy>=1.15,<2",  # lfilter for the sounds of the demo sets; jax needs scipy anyway
     "safetensors>=0.5,<0.9",  # published weights; 0.x without a promise of stability
     "tensorboardX>=2.6.4,<3",  # event files without TensorFlow; 2.6.4 accepts protobuf 6 and later
     "tqdm>=4.66,<5",  # progress bars

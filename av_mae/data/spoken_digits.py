@@ -31,7 +31,8 @@ NOISE_LEVELS = 255 * 0.7 * 0.225  # deviation 0.7 of a normalised image (ImageNe
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A variant: digits in the image, their range of size in pixels (of the 28 × 28 field), speakers at once,
-    deviation of the image noise in levels, speech over noise in decibels, drift in pixels per second."""
+    deviation of the image noise in levels, speech over noise in decibels (mean power over the whole clip, so that
+    spoken sounds rise above the noise at 0), drift in pixels per second."""
 
     digits: int
     sizes: tuple[float, float]
@@ -154,8 +155,7 @@ def compose(seed: int, split: str, index: int, variant: str) -> demo_clips.Clip:
     spoken = [shown[sounding], *drawn[recipe.digits:]][:recipe.voices]
     frames, masks = draw_video(generator, split, shown, recipe)
     sources = np.stack([draw_speech(generator, split, digit) for digit in spoken])
-    speaking = sources[0][sources[0] != 0]
-    noise = draw_noise(generator, np.sqrt(np.mean(speaking ** 2)) * 10 ** (-recipe.noise_db / 20))
+    noise = draw_noise(generator, np.sqrt(np.mean(sources[0] ** 2)) * 10 ** (-recipe.noise_db / 20))
     sound, sources = demo_clips.turn_down(sources.sum(0) + noise, sources)
     return demo_clips.Clip(
         id=demo_clips.clip_id(NAME, variant, split, index), label=shown[sounding], frames=frames,
