@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from av_mae.models.config import StreamConfig, require
+from av_mae.models.layers import at_least_float32
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
@@ -65,11 +66,11 @@ def take(x: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def targets(x: jax.Array, config: StreamConfig) -> jax.Array:
-    """Reconstruction targets [B, N, P] of inputs [B, H, W, C].
+    """Reconstruction targets [B, N, P] of inputs [B, H, W, C], in at least float32.
 
     Normalised per patch with the unbiased variance + 1e-6 where the stream says so.
     """
-    patches = patchify(with_channel(x, config), config.patch_size)
+    patches = at_least_float32(patchify(with_channel(x, config), config.patch_size))
     if not config.normalize_targets:
         return patches
     mean = patches.mean(-1, keepdims=True)
@@ -77,5 +78,5 @@ def targets(x: jax.Array, config: StreamConfig) -> jax.Array:
 
 
 def masked_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean squared error of [B, M, P] over masked patches and values, in float32: [B]."""
-    return jnp.square(prediction.astype(target.dtype) - target).mean((1, 2))
+    """Mean squared error of [B, M, P] over masked patches and values, in at least float32: [B]."""
+    return jnp.square(at_least_float32(prediction) - at_least_float32(target)).mean((1, 2))
