@@ -5,6 +5,7 @@ K head width, F fusion tokens, I image tokens, A audio tokens, M masked tokens, 
 """
 
 import dataclasses
+import math
 
 from av_mae.errors import UserError
 
@@ -17,6 +18,27 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_widths(width: int, heads: int, mlp_ratio: float, owner: str = "") -> None:
+    """Raises UserError unless transformer blocks of these sizes exist; `owner` goes before the names."""
+    require(width > 0 and heads > 0 and width % heads == 0, f"{owner}heads={heads} must divide {width=}")
+    require(width % 4 == 0, f"{owner}{width=} must be a multiple of 4 for sin-cos positions")
+    require(int(width * mlp_ratio) > 0, f"{owner}mlp_ratio={mlp_ratio} must be positive and leave a hidden unit")
+
+
+def fit_window(grid: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """The Swin window used on a patch grid: a square window is cut to the grid's shorter side, others side by side.
+
+    Raises UserError when it does not divide the grid, naming windows that do.
+    """
+    fits = any(g <= w for g, w in zip(grid, window, strict=True))
+    used = (min(grid),) * 2 if fits and window[0] == window[1] else tuple(map(min, grid, window))
+    common = math.gcd(*grid)
+    windows = [f"({n}, {n})" for n in range(2, common + 1) if common % n == 0] or [f"({grid[0]}, 1)", f"(1, {grid[1]})"]
+    require(grid[0] % used[0] == 0 and grid[1] % used[1] == 0,
+            f"Swin window={used} must divide the patch grid {grid}; windows that do: {', '.join(windows)}")
+    return used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +56,19 @@ class StreamConfig:
     normalize_targets: bool = True
 
     def __post_init__(self):
+        require(len(self.size) == 2 and len(self.patch_size) == 2,
+                f"size={self.size} must be (rows, columns), and patch={self.patch} an int or (rows, columns)")
         rows, columns = self.size
         patch_rows, patch_columns = self.patch_size
         require(min(rows, columns, patch_rows, patch_columns, self.channels) > 0,
                 f"sizes must be positive, got size={self.size}, patch={self.patch}, channels={self.channels}")
         require(rows % patch_rows == 0 and columns % patch_columns == 0,
                 f"patch={self.patch} must divide size={self.size}")
-        require(self.heads > 0 and self.width % self.heads == 0,
-                f"heads={self.heads} must divide width={self.width}")
-        require(self.width % 4 == 0, f"width={self.width} must be a multiple of 4 for sin-cos positions")
+        require_widths(self.width, self.heads, self.mlp_ratio)
         require(self.depth > 0, f"depth={self.depth} must be at least 1")
-        require(self.mlp_ratio > 0, f"mlp_ratio={self.mlp_ratio} must be positive")
+        require(not self.normalize_targets or self.patch_values > 1,
+                f"normalize_targets=True needs at least 2 values per patch, patch={self.patch} of {self.channels} "
+                "channel has 1")
         require(0 < self.mask_ratio < 1, f"mask_ratio={self.mask_ratio} must be between 0 and 1, both excluded")
         require(0 < self.keep < self.tokens,
                 f"mask_ratio={self.mask_ratio} keeps {self.keep} of {self.tokens} patches; "
@@ -96,14 +120,22 @@ class FusionConfig:
                 f"pair_attention={self.pair_attention!r} must be one of {', '.join(PAIR_ATTENTIONS)}")
         require(not (self.kind == "bilinear" and self.pair_attention == "separable"),
                 "kind='bilinear' does not separate: set pair_attention='chunked' or 'materialized'")
-        require(self.layers == "all" or not isinstance(self.layers, str),
+        require(self.layers == "all" or isinstance(self.layers, tuple | list),
                 f"fusion layers={self.layers!r} must be 'all' or a tuple of layer numbers")
+        require(self.layers == "all" or len(set(self.layers)) == len(self.layers),
+                f"fusion layers={self.layers} name a layer twice")
         require(len(self.tokens) == 3 and min(self.tokens) >= 0 and self.tokens[0] > 0,
                 f"fusion tokens={self.tokens} must be (fusion ≥ 1, image-aggregation ≥ 0, audio-aggregation ≥ 0)")
         require(self.kind != "factorized" or min(self.tokens) > 0,
                 f"kind='factorized' needs aggregation tokens for both streams, got tokens={self.tokens}")
         require(self.attention_ratio > 0 and self.mlp_ratio > 0,
                 f"attention_ratio={self.attention_ratio} and mlp_ratio={self.mlp_ratio} must be positive")
+        require(self.heads > 0, f"fusion heads={self.heads} must be at least 1")
+        require(self.width is None or self.width > 0, f"fusion width={self.width} must be positive, or None")
+
+    def inner_width(self, width: int) -> int:
+        """Width of queries and keys between tokens of the given width: width × attention_ratio."""
+        return int(width * self.attention_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +151,10 @@ class DecoderConfig:
 
     def __post_init__(self):
         require(self.kind in DECODER_KINDS, f"decoder kind={self.kind!r} must be one of {', '.join(DECODER_KINDS)}")
-        require(self.heads > 0 and self.width % self.heads == 0,
-                f"decoder heads={self.heads} must divide width={self.width}")
-        require(self.width % 4 == 0, f"decoder width={self.width} must be a multiple of 4 for sin-cos positions")
+        require_widths(self.width, self.heads, self.mlp_ratio, "decoder ")
         require(self.depth > 0, f"decoder depth={self.depth} must be at least 1")
+        require(len(self.window) == 2 and min(self.window) > 0,
+                f"decoder window={self.window} must be (rows, columns), both positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,15 +167,26 @@ class AVMAEConfig:
     decoder: DecoderConfig = DecoderConfig()
 
     def __post_init__(self):
+        if self.decoder.kind == "swin":
+            for stream in (self.image, self.audio):
+                fit_window(stream.grid, self.decoder.window)
+        if self.fusion.kind != "none":
+            self._check_fusion()
+
+    def _check_fusion(self):
         fusion, shallow = self.fusion, min(self.image.depth, self.audio.depth)
-        if fusion.kind == "none":
-            return
         bad = [number for number in self.fused_layers if not 0 <= number < shallow]
         require(not bad, f"fusion layers={fusion.layers} name layers {bad}; both streams have layers 0 … {shallow - 1}")
         require(len(self.fused_layers) > 0, "fusion layers=() name no layer; use kind='none' for no fusion")
         require(fusion.kind != "token" or self.image.width == self.audio.width,
                 "fusion kind='token' uses one key weight for both streams, so image and audio width must be equal, "
                 f"got {self.image.width} and {self.audio.width}")
+        width, inner = self.fusion_width, fusion.inner_width(self.fusion_width)
+        require(inner > 0 and inner % fusion.heads == 0,
+                f"fusion heads={fusion.heads} must divide width × attention_ratio = {inner}")
+        require(fusion.kind != "factorized" or width % fusion.heads == 0,
+                f"fusion heads={fusion.heads} must divide {width=}")
+        require(int(width * fusion.mlp_ratio) > 0, f"fusion mlp_ratio={fusion.mlp_ratio} leaves no hidden unit")
 
     @property
     def layers(self) -> int:

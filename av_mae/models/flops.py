@@ -3,7 +3,7 @@
 Norms, softmax, GELU and the other elementwise work are left out (1 to 3 % at ViT-B).
 """
 
-from av_mae.models.config import AVMAEConfig, StreamConfig
+from av_mae.models.config import AVMAEConfig, StreamConfig, fit_window
 
 
 def linear(tokens: int, inputs: int, outputs: int) -> int:
@@ -25,7 +25,7 @@ def pair_read(config: AVMAEConfig, implementation: str, queries: int, image: int
               widths: tuple[int, int], values: int) -> int:
     """Queries over all pairs of `image` and `audio` tokens of the given widths, projection included."""
     fusion, width = config.fusion, config.fusion_width
-    inner = int(width * fusion.attention_ratio)
+    inner = fusion.inner_width(width)
     pairs = image + audio if implementation == "separable" else image * audio
     projections = (linear(image, widths[0], inner + values) + linear(audio, widths[1], inner + values)
                    + linear(queries, width, inner) + linear(queries, values, width))
@@ -37,7 +37,7 @@ def fusion_block(config: AVMAEConfig, image: int, audio: int, implementation: st
     fusion, width = config.fusion, config.fusion_width
     implementation = implementation or fusion.pair_attention
     tokens, widths = sum(fusion.tokens), (config.image.width, config.audio.width)
-    inner = int(width * fusion.attention_ratio)
+    inner = fusion.inner_width(width)
     cost = 2 * linear(tokens, width, int(width * fusion.mlp_ratio))
     if fusion.kind == "token":
         return cost + (2 * linear(tokens, width, inner) + linear(image + audio, widths[0], 2 * inner)
@@ -75,7 +75,7 @@ def decoder_flops(config: AVMAEConfig, stream: StreamConfig) -> int:
         everything = stream.tokens + fusion
         total += (decoder.depth - 1) * block(everything, 0, width, decoder.mlp_ratio)
         return total + block(masked, everything - masked, width, decoder.mlp_ratio)
-    height, across = (min(g, w) for g, w in zip(stream.grid, decoder.window, strict=True))
+    height, across = fit_window(stream.grid, decoder.window)
     window = height * across + fusion
     windows = stream.tokens // (height * across)
     mlp = 2 * linear(1, width, int(width * decoder.mlp_ratio))

@@ -4,24 +4,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from av_mae.models.config import FusionConfig, require
+from av_mae.models.config import FusionConfig
 from av_mae.models.layers import MLP, Attention, LayerNorm, Linear, attend, merge_heads, split_heads
 from av_mae.models.pair_attention import IMPLEMENTATIONS, KeysValues
-
-
-def inner_width(width: int, config: FusionConfig) -> int:
-    """Width of queries and keys: width × attention_ratio, checked against the heads."""
-    inner = int(width * config.attention_ratio)
-    require(inner > 0 and inner % config.heads == 0,
-            f"fusion heads={config.heads} must divide width × attention_ratio = {inner}")
-    return inner
 
 
 class TokenAttention(nnx.Module):
     """Fusion tokens read [image ; audio] with one key and one value weight for both streams."""
 
     def __init__(self, width: int, image_width: int, audio_width: int, config: FusionConfig, *, rngs: nnx.Rngs):
-        inner = inner_width(width, config)
+        inner = config.inner_width(width)
         self.query = Linear(width, inner, rngs=rngs)
         self.key = Linear(image_width, inner, fan_out=2 * inner, rngs=rngs)
         self.value = Linear(image_width, inner, fan_out=2 * inner, rngs=rngs)
@@ -44,8 +36,7 @@ class PairRead(nnx.Module):
 
     def __init__(self, widths: tuple[int, int, int], value_width: int, config: FusionConfig, *, rngs: nnx.Rngs):
         width, image_width, audio_width = widths
-        inner = inner_width(width, config)
-        require(value_width % config.heads == 0, f"fusion heads={config.heads} must divide {value_width=}")
+        inner = config.inner_width(width)
         self.pair = "product" if config.kind == "bilinear" else "sum"
         both = self.pair == "product"
         self.query = Linear(width, inner, rngs=rngs)
@@ -75,14 +66,13 @@ class PairAttention(PairRead):
     """`dense` and `bilinear`: fusion tokens read all pairs of image and audio tokens, values at the inner width."""
 
     def __init__(self, width: int, image_width: int, audio_width: int, config: FusionConfig, *, rngs: nnx.Rngs):
-        super().__init__((width, image_width, audio_width), inner_width(width, config), config, rngs=rngs)
+        super().__init__((width, image_width, audio_width), config.inner_width(width), config, rngs=rngs)
 
 
 class FactorizedAttention(nnx.Module):
     """Aggregation tokens read their stream; fusion tokens read all pairs of aggregated tokens; [f ; v ; a] again."""
 
     def __init__(self, width: int, image_width: int, audio_width: int, config: FusionConfig, *, rngs: nnx.Rngs):
-        require(width % config.heads == 0, f"fusion heads={config.heads} must divide {width=}")
         self.aggregate_image = Attention(width, config.heads, context_width=image_width, fused=2, rngs=rngs)
         self.aggregate_audio = Attention(width, config.heads, context_width=audio_width, fused=2, rngs=rngs)
         self.pairs = PairRead((width, width, width), width, config, rngs=rngs)
