@@ -13,7 +13,7 @@ from av_mae.benchmarks.plain import Plain, fuse
 from av_mae.config import TrainConfig
 from av_mae.training.mesh import make_mesh
 from av_mae.training.optimizer import Length
-from av_mae.training.step import DTYPES, TrainStep, flat_params
+from av_mae.training.step import DTYPES, TrainStep
 
 
 def random_batch(config: TrainConfig) -> dict[str, jax.Array]:
@@ -59,23 +59,18 @@ def plain_runner(config: TrainConfig, train_step: TrainStep, batch: dict[str, ja
         updates, opt_state = train_step.optimizer.update(gradients, opt_state, params)
         return (number + 1, optax.apply_updates(params, updates), opt_state), value
 
-    params = fuse(flat_params_of(train_step))
+    params = fuse(train_step.init().params)
     state = (jnp.zeros((), jnp.int32), params, train_step.optimizer.init(params))
     return Runner(jax.jit(step, donate_argnums=0), state, batch)
-
-
-def flat_params_of(train_step: TrainStep) -> dict[str, jax.Array]:
-    return train_step.init().params
 
 
 def forward_flops(config: TrainConfig, train_step: TrainStep) -> float:
     """The compiler's count of the forward loss for one clip."""
     definition, b = train_step.definition, config.batch_size
-    shapes = jax.eval_shape(lambda: flat_params(definition.merge(train_step.init().params)))
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
     forward = lambda params, *args: definition.merge(params).losses(*args)
     image, audio = config.model.image, config.model.audio
-    lowered = jax.jit(forward).lower(shapes, shape(b, *image.size, 3), shape(b, *audio.size), shape(b, image.tokens),
+    lowered = jax.jit(forward).lower(train_step.shapes, shape(b, *image.size, 3), shape(b, *audio.size), shape(b, image.tokens),
                                      shape(b, audio.tokens))
     return lowered.compile().cost_analysis()["flops"] / b
 

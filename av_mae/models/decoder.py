@@ -5,9 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from av_mae.models.config import DecoderConfig, StreamConfig
-from av_mae.models.layers import Block, LayerNorm, Linear
+from av_mae.models.layers import Block, Initial, LayerNorm, Linear
 from av_mae.models.patches import take
-from av_mae.models.positions import sin_cos_2d
 from av_mae.models.swin import SwinBlock
 
 
@@ -30,8 +29,8 @@ class Decoder(nnx.Module):
         width = config.width
         self.embed = Linear(stream.width, width, rngs=rngs)
         self.fusion_embed = None if fusion_width == stream.width else Linear(fusion_width, width, rngs=rngs)
-        self.mask_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, width)))
-        self.positions = nnx.Param(jnp.asarray(sin_cos_2d(stream.grid, width))[None])
+        self.mask_token = Initial("normal", (1, 1, width), 0.02).parameter(rngs)
+        self.positions = Initial("positions", (1, stream.tokens, width), grid=stream.grid).parameter()
         sizes = (width, config.heads, config.mlp_ratio)
         if config.kind == "swin":
             blocks = [SwinBlock(*sizes, grid=stream.grid, window=config.window, shifted=number % 2 == 1, rngs=rngs)

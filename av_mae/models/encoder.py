@@ -8,7 +8,7 @@ from flax import nnx
 
 from av_mae.models.config import AVMAEConfig, StreamConfig
 from av_mae.models.fusion import FusionBlock
-from av_mae.models.layers import Block, LayerNorm, Linear
+from av_mae.models.layers import Block, Initial, LayerNorm, Linear
 from av_mae.models.patches import patchify, take, with_channel
 from av_mae.models.positions import sin_cos_2d
 
@@ -78,7 +78,7 @@ class Encoder(nnx.Module):
             self.fusion_tokens = self.fusion_norm = None
         else:
             shape = (1, sum(fusion.tokens), width)
-            self.fusion_tokens = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+            self.fusion_tokens = Initial("normal", shape, 0.02).parameter(rngs)
             self.fusion_norm = LayerNorm(width, eps=1e-5)
         self.fusion_width = width
         self.remat = None

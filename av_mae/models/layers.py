@@ -5,16 +5,45 @@ the parameters are float64). Kernels are stored [inputs, outputs], queries, keys
 fused and sliced inside the step is copied each time.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from av_mae.models.positions import sin_cos_2d
+
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Half-precision arrays become float32; float32 and float64 stay."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """How a parameter begins: float32 `shape`, drawn by `kind` ('uniform' in ± scale, 'normal' with deviation scale),
+    'constant' of value scale, or 'positions' of the (rows, columns) `grid`.
+
+    It stays with the parameter, so that a sharded run can draw each one by itself, straight into its shards.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    scale: float = 0.0
+    grid: tuple[int, int] | None = None
+
+    def __call__(self, key: jax.Array | None) -> jax.Array:
+        if self.kind == "uniform":
+            return jax.random.uniform(key, self.shape, jnp.float32, -self.scale, self.scale)
+        if self.kind == "normal":
+            return self.scale * jax.random.normal(key, self.shape, jnp.float32)
+        if self.kind == "constant":
+            return jnp.full(self.shape, self.scale, jnp.float32)
+        return jnp.asarray(sin_cos_2d(self.grid, self.shape[-1])).reshape(self.shape)
+
+    def parameter(self, rngs: nnx.Rngs | None = None) -> nnx.Param:
+        return nnx.Param(self(None if rngs is None else rngs.params()), initial=self)
 
 
 class Linear(nnx.Module):
@@ -26,8 +55,8 @@ class Linear(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True, fan_out: int | None = None, rngs: nnx.Rngs):
         bound = math.sqrt(6 / (inputs + (fan_out or outputs)))
-        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (inputs, outputs), jnp.float32, -bound, bound))
-        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
+        self.kernel = Initial("uniform", (inputs, outputs), bound).parameter(rngs)
+        self.bias = Initial("constant", (outputs,)).parameter() if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
@@ -39,8 +68,8 @@ class LayerNorm(nnx.Module):
     """Normalises the last axis of x [..., D] in float32; returns the scale's dtype."""
 
     def __init__(self, width: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.scale = Initial("constant", (width,), 1.0).parameter()
+        self.bias = Initial("constant", (width,)).parameter()
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

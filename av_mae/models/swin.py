@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import nnx
 
 from av_mae.models.config import require
-from av_mae.models.layers import MLP, Attention, LayerNorm
+from av_mae.models.layers import MLP, Attention, Initial, LayerNorm
 from av_mae.models.patches import take
 
 
@@ -47,7 +47,7 @@ class SwinBlock(nnx.Module):
         self.norm1 = LayerNorm(width, eps=1e-5)
         self.attention = Attention(width, heads, rngs=rngs)
         biases = ((2 * self.window[0] - 1) * (2 * self.window[1] - 1), heads)
-        self.relative_bias = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, biases))
+        self.relative_bias = Initial("normal", biases, 0.02).parameter(rngs)
         self.norm2 = LayerNorm(width, eps=1e-5)
         self.mlp = MLP(width, mlp_ratio, rngs=rngs)
         self.grid, self.shift = grid, shift

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from av_mae import models
 from av_mae.config import TrainConfig
+from av_mae.models.layers import Initial
 from av_mae.training.mesh import (ROWS, batch_sharding, check_batch, gather, keep_all_but_gathered,
                                   parameter_shardings, replicated, row_shards)
 from av_mae.training.optimizer import Length, learning_rate, make_optimizer
@@ -44,6 +46,7 @@ class ModelDefinition:
 
     graph: nnx.GraphDef
     paths: dict[str, tuple]
+    initials: dict[str, Initial]
 
     def merge(self, params: Params) -> models.AVMAE:
         """The model that computes with these parameters."""
@@ -60,8 +63,23 @@ def define_model(config: models.AVMAEConfig) -> tuple[ModelDefinition, dict[str,
     """The model's structure and the shapes of its parameters; nothing is allocated."""
     model = nnx.eval_shape(lambda: models.AVMAE(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model, nnx.Param)
-    paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(state)}
-    return ModelDefinition(graph, paths), flat_params(model)
+    flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    initials = {name: variable.get_metadata("initial") for name, (_, variable) in flat.items()}
+    return ModelDefinition(graph, {name: path for name, (path, _) in flat.items()}, initials), flat_params(model)
+
+
+def draw_params(initials: dict[str, Initial], shardings: dict[str, NamedSharding], key: jax.Array) -> Params:
+    """Initial parameters, each drawn from a key of its name straight into its shards.
+
+    One small program per kind of parameter: drawing all in one takes minutes to compile at ViT-B.
+    """
+    programs = {}
+    for name, initial in initials.items():
+        program = (initial, shardings[name])
+        if program not in programs:
+            programs[program] = jax.jit(initial.__call__, out_shardings=shardings[name])
+    keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in initials}
+    return {name: programs[initial, shardings[name]](keys[name]) for name, initial in initials.items()}
 
 
 def mask_noises(config: TrainConfig, step: jax.Array, rows: NamedSharding) -> tuple[jax.Array, jax.Array]:
@@ -121,11 +139,11 @@ class TrainStep:
     def __init__(self, config: TrainConfig, mesh: Mesh, length: Length):
         check_batch(mesh, config.batch_size, config.grad_accumulation)
         self.config, self.mesh = config, mesh
-        self.definition, shapes = define_model(config.model)
+        self.definition, self.shapes = define_model(config.model)
         self.schedule = learning_rate(config, length)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
         self.rows = batch_sharding(mesh)
-        self.shardings = self._state_shardings(shapes)
+        self.shardings = self._state_shardings(self.shapes)
         whole = replicated(mesh)
         self.step = jax.jit(self.train_step, in_shardings=(self.shardings, self.rows),
                             out_shardings=(self.shardings, whole), donate_argnums=0)
@@ -144,22 +162,19 @@ class TrainStep:
         opt_state = jax.tree_util.tree_map_with_path(of, jax.eval_shape(self.optimizer.init, shapes))
         return TrainState(whole, params, opt_state)
 
-    def _new_state(self) -> TrainState:
-        key = jax.random.fold_in(jax.random.key(self.config.seed), INIT_STREAM)
-        return self._start(flat_params(models.AVMAE(self.config.model, rngs=nnx.Rngs(key))))
-
     def _start(self, params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
     def init(self, params: Params | None = None) -> TrainState:
         """The state of step 0, every parameter born in its shards; with `params`, from these weights."""
         if params is None:
-            return jax.jit(self._new_state, out_shardings=self.shardings)()
+            key = jax.random.fold_in(jax.random.key(self.config.seed), INIT_STREAM)
+            params = draw_params(self.definition.initials, self.shardings.params, key)
         return jax.jit(self._start, in_shardings=(self.shardings.params,), out_shardings=self.shardings)(params)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to."""
-        shapes = jax.eval_shape(self._new_state)
+        shapes = jax.eval_shape(self._start, self.shapes)
         return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                             shapes, self.shardings)
 
@@ -176,7 +191,7 @@ class TrainStep:
         (loss, (image_loss, audio_loss)), gradients = accumulate(
             jax.value_and_grad(loss, has_aux=True), state.params, rows, self.config.grad_accumulation, self.mesh)
         metrics = {"loss": loss, "image_loss": image_loss, "audio_loss": audio_loss,
-                   "grad_norm": optax.global_norm(gradients), "learning_rate": self.schedule(state.step),
+                   "grad_norm": optax.tree.norm(gradients), "learning_rate": self.schedule(state.step),
                    "valid": count}
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
