@@ -9,6 +9,9 @@ REQUIRES = [
     "orbax-checkpoint>=0.12.8,<0.13",  # its CheckpointManager API changes between minor versions
     "grain>=0.2.18,<0.3",  # MapDataset.mix, random_map and mp_prefetch; still 0.x
     "numpy>=2.1,<3",  # 2.1 is the first that jax 0.10 accepts on every Python here
+    "scipy>=1.14,<2",  # filters and transforms of the demo sets and baselines; 1.14 is built for numpy 2
+    "absl-py>=2.1,<3",  # flags that Grain's workers read
+    "einops>=0.8,<0.9",  # einsum and rearrange with named axes; still 0.x
     "ml_collections>=1.1,<2",  # locked ConfigDicts; 1.0 lacks wheels for Python 3.13
     "tensorflow-datasets>=4.9.10,<5",  # 4.9.10 builds and reads ArrayRecord without TensorFlow
     "array_record>=0.8.3,<0.9",  # first with wheels for Python 3.11 to 3.13; format readers are still 0.x
@@ -27,10 +30,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],  # adds libtpu; Linux on TPU hosts only
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # CUDA 13 libraries as wheels; the driver is the machine's
     "prepare": ["apache-beam>=2.70,<3"],  # preparing large sets on Beam runners; the demo sets need none
-    "test": [
-        "pytest>=8.4,<10",
-        "safetensors>=0.5,<0.9",
-    ],
+    "test": ["pytest>=8.4,<10"],  # 8.4 is the first that fails on tests that return values
     "colab": ["ipywidgets>=8,<9"],  # progress bars in notebooks
 }
 

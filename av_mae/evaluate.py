@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
         prog="python -m av_mae.evaluate", description="Measures a checkpoint on held-out clips.",
         epilog="example: python -m av_mae.evaluate --config=configs/reconstruction.py:demo --workdir=runs/evaluation "
                "--config.init=runs/demo")
-    recipes.add_config_argument(parser)
+    recipes.add_config_argument(parser, EvaluationConfig)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where results.json and pictures go")
     arguments, overrides = recipes.parse_arguments(parser, argv)
     config = recipes.load_recipe(arguments.config, overrides, EvaluationConfig)

@@ -94,11 +94,11 @@ def keys(kind: type, prefix: str = "") -> list[str]:
     return names
 
 
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config` and says in the help how single values are overridden."""
+def add_config_argument(parser: argparse.ArgumentParser, kind: type = TrainConfig) -> None:
+    """Adds `--config`; the help says how single values of a `kind` are overridden, and names its keys."""
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]",
                         help="recipe, e.g. configs/demo.py; override single values with --config.KEY=VALUE, "
-                             "e.g. --config.batch_size=128")
+                             f"e.g. --config.batch_size=128; keys: {', '.join(keys(kind))}")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -14,6 +14,7 @@ DEMO = "configs/demo.py"
 
 
 def _load(*overrides, spec=DEMO):
+    overrides = ("steps=1600", "batch_size=64", *overrides)
     return recipes.load_recipe(spec, [f"--config.{override}" for override in overrides])
 
 

@@ -1,0 +1,75 @@
+"""What the README tells to type works: commands exist, their options and recipes are known, the Python runs."""
+
+import importlib
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from av_mae import evaluate, recipes
+from av_mae.config import EvaluationConfig, TrainConfig
+from av_mae.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+MODULES = sorted(path.stem for path in (ROOT / "av_mae").glob("*.py") if "run_command(main)" in path.read_text())
+KINDS = {"train": TrainConfig, "evaluate": EvaluationConfig, "benchmark": TrainConfig}
+
+
+def _help(module: str, capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"av_mae.{module}").main([*arguments, "--help"])
+    assert stop.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_command_has_help_with_an_example(module, capsys):
+    text = _help(module, capsys)
+    assert "usage: python -m av_mae." + module in text
+    assert re.search(rf"example:\s+python -m av_mae\.{module} ", text)
+
+
+def test_the_readme_has_commands():
+    assert COMMANDS[:2] == ["bash launch/demo.sh", "bash launch/test.sh"]
+    assert {word for line in COMMANDS for word in MODULES if f"av_mae.{word}" in line} == set(MODULES)
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("bash")])
+def test_scripts_are_there(command):
+    assert (ROOT / command.split()[1]).is_file()
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "av_mae." in line])
+def test_commands_fit(command, capsys):
+    """Options are in the command's help; recipes load with the given values."""
+    python, dash_m, name, *arguments = shlex.split(command)
+    module = name.removeprefix("av_mae.")
+    assert (python, dash_m) == ("python", "-m") and module in MODULES
+    text = _help(module, capsys, *[word for word in arguments[:1] if not word.startswith("-")])
+    options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    for option in options:
+        assert option.startswith("--config.") or re.search(rf"{option}\b", text)
+    spec = [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+    if spec:
+        recipes.load_recipe(spec[0], [word for word in arguments if word.startswith("--config.")], KINDS[module])
+
+
+def test_evaluate_in_the_readme_needs_its_checkpoint(tmp_path):
+    command = next(shlex.split(line) for line in COMMANDS if "av_mae.evaluate" in line)
+    arguments = [word for word in command[3:] if not word.startswith(("--workdir", "--config.init"))]
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        evaluate.main([*arguments, f"--workdir={tmp_path}", f"--config.init={tmp_path / 'none'}"])
+
+
+def test_python_runs(capsys):
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(block, "README.md", "exec"), {})
+    assert "'fusion': (2, 128)" in capsys.readouterr().out
+
+
+def test_files_that_the_readme_names_are_there():
+    for path in re.findall(r"\]\(([\w/.]+)\)", README) + ["LICENSE", "configs/pretrain.py", "launch/requirements.lock"]:
+        assert (ROOT / path).exists(), path
