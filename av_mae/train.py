@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import pathlib
 import tempfile
 
@@ -68,6 +69,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
         length = run_length(config, data.clips)
         step = TrainStep(config, mesh, length)
         checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last, config.keep_every)
+        stack.callback(checkpoints.close)
         begin = first_state(step, checkpoints, config)
         if jax.process_index() == 0:
             recipes.save(config, workdir / "config.json")
@@ -96,10 +98,19 @@ def train_from(config: TrainConfig, workdir: pathlib.Path, step: TrainStep, begi
         should_stop = stack.enter_context(stop_on_sigterm())
         say(f"{data.clips} clips per epoch, {last} steps of {config.batch_size} clips on {step.mesh.size} "
             f"{jax.devices()[0].platform} devices; the first step compiles")
-        train(step.step, begin.state, feed, first, last, running, should_stop)
+        done = int(train(step.step, begin.state, feed, first, last, running, should_stop).step)
+        checkpoints.wait()
+        if done < last:
+            say(f"asked to stop: step {done} is saved, the same command goes on from there")
     if checkpoints.failed is not None:
         raise UserError(f"the checkpoint of step {checkpoints.failed} could not be saved: make room for "
                         f"{workdir} and run the same command again")
+
+
+def quiet_libraries() -> None:
+    """Failures in the background are told in one line by whoever waits for them; the libraries' traces are noise."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def main(argv: list[str]) -> None:
@@ -116,6 +127,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--process_count", type=int, metavar="N", help="processes of the run")
     arguments, overrides = recipes.parse_arguments(parser, argv)
     config = recipes.load_recipe(arguments.config, overrides, TrainConfig)
+    quiet_libraries()
     workdir = make_workdir(arguments.workdir)
     initialize_processes(arguments.coordinator, arguments.process_id, arguments.process_count)
     run(config, workdir)

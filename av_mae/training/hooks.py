@@ -21,6 +21,7 @@ from av_mae.training.step import TrainStep
 
 PICTURE_CLIPS = 4
 PROFILE_STEPS = 3
+LOGGED = ("loss", "image_loss", "audio_loss", "grad_norm", "learning_rate")
 # Forward and backward pass cost three forward passes.
 PASSES = 3
 
@@ -84,7 +85,7 @@ class MetricsHook(Hook):
                 self._window = (step, time.perf_counter(), self.feed.wait_seconds)
             self.progress.update(1)
             return
-        line = {"step": step, **{name: x for name, x in metrics.items() if name != "valid"}, "skipped": self.skipped}
+        line = {"step": step, **{name: metrics[name] for name in LOGGED}, "skipped": self.skipped}
         line.update(self._rates(step))
         shown = {name: line[name] for name in ("loss", "image_loss", "audio_loss", "clips_per_second") if name in line}
         self.progress.update(1, **shown)
@@ -142,9 +143,6 @@ class CheckpointHook(Hook):
     def after_step(self, moment: Moment) -> None:
         self.checkpoints.save(moment.step, moment.state, self.config, skipped=self.metrics.skipped,
                               position=moment.step * self.config.batch_size)
-
-    def close(self) -> None:
-        self.checkpoints.close()
 
 
 class PictureHook(Hook):

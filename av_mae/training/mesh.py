@@ -163,7 +163,10 @@ def _gather_one_forward(x: jax.Array, sharding: NamedSharding):
 
 
 def _gather_one_backward(sharding: NamedSharding, _, gradient: jax.Array):
-    return (jax.lax.with_sharding_constraint(gradient, sharding),)
+    # First the sum over devices, then the cut (together a reduce-scatter): asked for the cut alone, the compiler
+    # moves activations to where the cut is.
+    whole = jax.lax.with_sharding_constraint(gradient, replicated(sharding.mesh))
+    return (jax.lax.with_sharding_constraint(whole, sharding),)
 
 
 _gather_one.defvjp(_gather_one_forward, _gather_one_backward)

@@ -1,0 +1,99 @@
+"""Runs `python -m av_mae.train` in processes of its own for tests: a tiny recipe on a small prepared set."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from av_mae import prepare
+from av_mae.training.checkpoint import find_checkpoint
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TIMING = ("clips_per_second", "input_wait", "flops_per_second")
+RECIPE = '''
+"""A tiny model on a small set."""
+from av_mae import recipes
+from av_mae.config import DataConfig, OptimizerConfig, SoundConfig, TrainConfig
+from av_mae.models.config import AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig
+
+def get_config():
+    encoder = dict(width=32, depth=1, heads=2, mask_ratio=0.5)
+    return recipes.as_recipe(TrainConfig(
+        steps=120, batch_size=8, dtype="float32", checkpoint_every=10, log_every=1, images_every=0,
+        data=DataConfig(path={path!r}, workers=1,
+                        sound=SoundConfig(rate=8000, n_fft=400, hop=125, mels=32, log_floor=1e-3)),
+        model=AVMAEConfig(image=StreamConfig(size=(32, 32), patch=16, **encoder),
+                          audio=StreamConfig(size=(32, 32), channels=1, patch=16, **encoder),
+                          fusion=FusionConfig(kind="none"), decoder=DecoderConfig(width=32, depth=1, heads=2)),
+        optimizer=OptimizerConfig(base_lr=0.03, warmup=10.0)))
+'''
+
+
+class Training:
+    """A prepared set, a recipe and an environment that runs share."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        prepare.main(["--dataset=toy_band", f"--output={folder / 'toy'}", "--clips=20", "--test_clips=4",
+                      "--workers=1"])
+        self.config = folder / "tiny.py"
+        self.config.write_text(RECIPE.format(path=str(folder / "toy")))
+
+    def start(self, workdir: str, *arguments: str, devices: int = 1) -> subprocess.Popen:
+        """Starts a run; compiled programs are shared between runs."""
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+                       "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                       "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+                                    f"--xla_force_host_platform_device_count={devices}"}
+        command = [sys.executable, "-m", "av_mae.train", f"--config={self.config}",
+                   f"--workdir={self.folder / workdir}", *arguments]
+        return subprocess.Popen(command, cwd=self.folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def run(self, workdir: str, *arguments: str, devices: int = 1) -> tuple[int, str]:
+        """Runs to the end; returns exit status and stderr."""
+        process = self.start(workdir, *arguments, devices=devices)
+        message = process.communicate(timeout=300)[1]
+        return process.returncode, message
+
+    def metrics(self, workdir: str) -> list[dict]:
+        """metrics.jsonl without what depends on the clock; a line that is being written is left out."""
+        path = self.folder / workdir / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [{name: x for name, x in line.items() if name not in TIMING} for line in lines]
+
+    def wait_for_step(self, workdir: str, step: int, process: subprocess.Popen) -> None:
+        """Returns once the run has logged `step`."""
+        while process.poll() is None:
+            lines = self.metrics(workdir)
+            if lines and lines[-1]["step"] >= step:
+                return
+            time.sleep(0.002)
+        raise AssertionError(f"the run ended before step {step}: {process.communicate()[1]}")
+
+    def arrays(self, workdir: str) -> dict[str, np.ndarray]:
+        """Model and optimizer of the newest checkpoint, by item and name."""
+        folder = find_checkpoint(str(self.folder / workdir))
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        arrays = {}
+        for item in ("model", "optimizer"):
+            with ocp.StandardCheckpointer() as reader:
+                saved = reader.metadata(folder / item).item_metadata.tree
+                shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in saved.items()}
+                arrays |= {f"{item}/{name}": np.asarray(x)
+                           for name, x in reader.restore(folder / item, shapes).items()}
+        return arrays
+
+
+def assert_same_arrays(ours: dict, expected: dict) -> None:
+    """Bit by bit."""
+    assert ours.keys() == expected.keys() and ours
+    for name, x in expected.items():
+        np.testing.assert_array_equal(ours[name], x, err_msg=name)
