@@ -109,11 +109,16 @@ def softmax(logits: jax.Array) -> jax.Array:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
-    """Attention of q [B, N, H, K] over k, v [B, M, H, K] → [B, N, H, K]; `bias` broadcasts to [B, H, N, M]."""
-    logits = jnp.einsum("bnhk,bmhk->bhnm", q * scale, k)
+    """Attention of q [B, N, H, K] over k, v [B, M, H, K] → [B, N, H, K]; `bias` broadcasts to [B, H, N, M].
+
+    Heads are moved beside the batch first: with heads between tokens and head width the CPU's matrix products were
+    measured at a third of this rate in the forward pass.
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
+    logits = jnp.einsum("bhnk,bhmk->bhnm", q, k)
     if bias is not None:
         logits = logits + bias
-    return jnp.einsum("bhnm,bmhk->bnhk", softmax(logits).astype(v.dtype), v)
+    return jnp.swapaxes(jnp.einsum("bhnm,bhmk->bhnk", softmax(logits).astype(v.dtype), v), 1, 2)
 
 
 class Attention(nnx.Module):

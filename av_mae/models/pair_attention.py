@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from av_mae.models.config import require
-from av_mae.models.layers import at_least_float32, softmax
+from av_mae.models.layers import at_least_float32, attend, softmax
 
 
 class KeysValues(NamedTuple):
@@ -38,11 +38,7 @@ PAIRS: dict[str, PairFunction] = {"sum": jnp.add, "product": jnp.multiply}
 def separable(q: jax.Array, image: KeysValues, audio: KeysValues, scale: float, pair: str = "sum") -> jax.Array:
     """Output [B, F, H, V] for pair 'sum': softmax_i(s) V_i + softmax_j(t) V_j (DESIGN: pairs separate)."""
     require(pair == "sum", f"separable pair attention needs pair='sum', got {pair!r}")
-    q = q * scale
-    read_image, read_audio = (
-        jnp.einsum("bhfn,bnhv->bfhv", softmax(jnp.einsum("bfhk,bnhk->bhfn", q, k)).astype(v.dtype), v)
-        for k, v in (image, audio))
-    return read_image + read_audio
+    return attend(q, *image, scale) + attend(q, *audio, scale)
 
 
 def _keep_scale(dropout: Dropout, tokens: jax.Array, shape: tuple[int, ...]) -> jax.Array:
