@@ -1,14 +1,12 @@
 """Swin decoder block with fusion tokens in every window, as in the published system."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from av_mae.models.config import require
+from av_mae.models.config import fit_window
 from av_mae.models.layers import MLP, Attention, Initial, LayerNorm
 from av_mae.models.patches import take
 
@@ -41,9 +39,8 @@ class SwinBlock(nnx.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, grid: tuple[int, int], window: tuple[int, int],
                  shifted: bool, rngs: nnx.Rngs):
         fits = any(g <= w for g, w in zip(grid, window, strict=True))
-        self.window = (min(grid),) * 2 if fits and window[0] == window[1] else tuple(map(min, grid, window))
+        self.window = fit_window(grid, window)
         shift = (0, 0) if fits or not shifted else (self.window[0] // 2, self.window[1] // 2)
-        check_window(grid, self.window)
         self.norm1 = LayerNorm(width, eps=1e-5)
         self.attention = Attention(width, heads, rngs=rngs)
         biases = ((2 * self.window[0] - 1) * (2 * self.window[1] - 1), heads)
@@ -82,12 +79,3 @@ class SwinBlock(nnx.Module):
             mask = jnp.asarray(shift_mask(self.grid, self.window, self.shift))[:, None]
             bias = jnp.tile(bias + mask.astype(bias.dtype), (batch, 1, 1, 1))
         return jnp.pad(bias, [(0, 0), (0, 0), (fusions, 0), (fusions, 0)])
-
-
-def check_window(grid: tuple[int, int], window: tuple[int, int]) -> None:
-    """Raises UserError when `window` does not divide `grid`, naming windows that do."""
-    if grid[0] % window[0] == 0 and grid[1] % window[1] == 0:
-        return
-    common = math.gcd(*grid)
-    windows = [f"({n}, {n})" for n in range(2, common + 1) if common % n == 0] or [f"({grid[0]}, 1)", f"(1, {grid[1]})"]
-    require(False, f"Swin window={window} must divide the patch grid {grid}; windows that do: {', '.join(windows)}")
