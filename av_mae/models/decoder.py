@@ -22,13 +22,14 @@ class Decoder(nnx.Module):
 
     `keep` names the patches that the tokens stand for (None: all N in order). With `positions`, which must be the
     patches that are not kept, the predictions are [B, M, P] and the last block computes queries and MLP there only
-    (a Swin block its MLP only, since its windows need all queries).
+    (a Swin block its MLP only, since its windows need all queries). `fusion_width` None: no fusion tokens (F = 0).
     """
 
-    def __init__(self, config: DecoderConfig, stream: StreamConfig, fusion_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, stream: StreamConfig, fusion_width: int | None, *, rngs: nnx.Rngs):
         width = config.width
         self.embed = Linear(stream.width, width, rngs=rngs)
-        self.fusion_embed = None if fusion_width == stream.width else Linear(fusion_width, width, rngs=rngs)
+        same = fusion_width in (None, stream.width)
+        self.fusion_embed = None if same else Linear(fusion_width, width, rngs=rngs)
         self.mask_token = Initial("normal", (1, 1, width), 0.02).parameter(rngs)
         self.positions = Initial("positions", (1, stream.tokens, width), grid=stream.grid).parameter()
         sizes = (width, config.heads, config.mlp_ratio)
@@ -46,8 +47,11 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: jax.Array, fusion: jax.Array, keep: jax.Array | None = None,
                  positions: jax.Array | None = None) -> jax.Array:
-        fusion = (self.fusion_embed or self.embed)(fusion)
         visible = self.embed(tokens)
+        if fusion.shape[1]:
+            fusion = (self.fusion_embed or self.embed)(fusion)
+        else:
+            fusion = visible[:, :0]
         if keep is None:
             keep = jnp.broadcast_to(jnp.arange(self.tokens, dtype=jnp.int32), visible.shape[:2])
         removed = complement(keep, self.tokens) if positions is None else positions

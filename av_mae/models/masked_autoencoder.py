@@ -32,8 +32,9 @@ class AVMAE(nnx.Module):
     def __init__(self, config: AVMAEConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs)
-        self.image_decoder = Decoder(config.decoder, config.image, config.fusion_width, rngs=rngs)
-        self.audio_decoder = Decoder(config.decoder, config.audio, config.fusion_width, rngs=rngs)
+        fusion_width = None if config.fusion.kind == "none" else config.fusion_width
+        self.image_decoder = Decoder(config.decoder, config.image, fusion_width, rngs=rngs)
+        self.audio_decoder = Decoder(config.decoder, config.audio, fusion_width, rngs=rngs)
 
     def masks(self, batch: int, image_noise: jax.Array | None, audio_noise: jax.Array | None,
               rng: jax.Array | None = None) -> tuple[Mask, Mask]:
