@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import logging
 import pathlib
 import tempfile
@@ -22,6 +23,9 @@ from av_mae.training.loop import stop_on_sigterm, train
 from av_mae.training.mesh import batch_sharding, check_batch, initialize_processes, local_rows, make_mesh
 from av_mae.training.optimizer import run_length
 from av_mae.training.step import TrainStep
+
+# What the system says where a run cannot begin to write; once it runs, hooks and checkpoints warn and go on.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def make_workdir(path: str) -> pathlib.Path:
@@ -92,7 +96,7 @@ def train_from(config: TrainConfig, workdir: pathlib.Path, step: TrainStep, begi
         running = [hooks.FailureHook(FailureCount(config.data.max_failure_share), progress.write), metrics,
                    hooks.PictureHook(config, step, workdir, events, say),
                    hooks.ProfileHook(config.profile_at, workdir, say),
-                   hooks.CheckpointHook(config, checkpoints, metrics)]
+                   hooks.CheckpointHook(config, checkpoints, metrics, first, begin.meta["position"])]
         for hook in running:
             stack.callback(hook.close)
         should_stop = stack.enter_context(stop_on_sigterm())
@@ -130,7 +134,13 @@ def main(argv: list[str]) -> None:
     quiet_libraries()
     workdir = make_workdir(arguments.workdir)
     initialize_processes(arguments.coordinator, arguments.process_id, arguments.process_count)
-    run(config, workdir)
+    try:
+        run(config, workdir)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(f"cannot write to --workdir={arguments.workdir}: {error}; make room or name another "
+                        "folder, the same command goes on from the last checkpoint") from error
 
 
 if __name__ == "__main__":

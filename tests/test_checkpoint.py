@@ -261,7 +261,7 @@ def test_failed_save_is_a_warning(open_run, said, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
         save(checkpoints, 2)
-    assert "No space left on device" in said[-1]
+    assert "(no space left on device)" in said[-1]
     assert_failed(checkpoints, said, 2)
     save(checkpoints, 3)  # room again
     assert checkpoints.failed is None
@@ -305,6 +305,7 @@ def test_full_disk(small_disk, said):
             file.write(b"x" * 4096)
     save(checkpoints, 2)
     assert_failed(checkpoints, said, 2)
+    assert "(no space left on device)" in said[-1]
     filler.unlink()
     save(checkpoints, 3)
     assert_same(checkpoints.restore(abstract(), CONFIG), 3)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -233,3 +234,23 @@ def test_profile_is_taken_once(tmp_path, monkeypatch):
     loop.train(counting_step(), 0, FakeFeed(), 0, 20, [hook], never)
     hook.close()
     assert calls == ["start", "stop"] and "steps 5 to 7" in said[0]
+
+
+def test_position_counts_clips_since_the_resumed_one():
+    """Also where the batch size was another one before."""
+    saved = []
+    checkpoints = SimpleNamespace(save=lambda step, state, config, **meta: saved.append((step, meta)))
+    hook = hooks.CheckpointHook(recipe(checkpoint_every=2), checkpoints, SimpleNamespace(skipped=3), 4, 800)
+    loop.train(counting_step(), 4, FakeFeed(4), 4, 7, [hook], never)
+    assert saved == [(6, {"position": 832, "skipped": 3}), (7, {"position": 848, "skipped": 3})]
+
+
+def test_profile_on_a_full_disk_is_a_warning(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("RESOURCE_EXHAUSTED: vm.xplane.pb; No space left on device")
+
+    said = []
+    monkeypatch.setattr(hooks.jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(hooks.jax.profiler, "stop_trace", fail)
+    assert loop.train(counting_step(), 0, FakeFeed(), 0, 9, [hooks.ProfileHook(4, tmp_path, said.append)], never) == 9
+    assert len(said) == 1 and "the profile cannot be written" in said[0] and "no space left" in said[0]

@@ -35,7 +35,9 @@ def note(message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in at most one line of 300 characters."""
+    """An error in at most one line of 300 characters; a full disk in plain words."""
+    if "No space left on device" in str(error):
+        return "no space left on device"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 

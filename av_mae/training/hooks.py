@@ -13,7 +13,7 @@ from av_mae import models, pictures
 from av_mae.config import TrainConfig
 from av_mae.data.failures import FailureCount
 from av_mae.progress import Progress
-from av_mae.training.checkpoint import Checkpoints
+from av_mae.training.checkpoint import Checkpoints, first_line
 from av_mae.training.events import Events
 from av_mae.training.feed import Feed
 from av_mae.training.loop import Hook, Moment
@@ -132,17 +132,20 @@ class FailureHook(Hook):
 
 
 class CheckpointHook(Hook):
-    """Saves every `checkpoint_every` steps, at the end and when asked to stop."""
+    """Saves every `checkpoint_every` steps, at the end and when asked to stop.
 
-    def __init__(self, config: TrainConfig, checkpoints: Checkpoints, metrics: MetricsHook):
-        self.config, self.checkpoints, self.metrics = config, checkpoints, metrics
+    `begin` is the position in the data (global clips consumed) before step `first` + 1.
+    """
+
+    def __init__(self, config: TrainConfig, checkpoints: Checkpoints, metrics: MetricsHook, first: int, begin: int):
+        self.config, self.checkpoints, self.metrics, self.first, self.begin = config, checkpoints, metrics, first, begin
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
         return finished or stopped or step % self.config.checkpoint_every == 0
 
     def after_step(self, moment: Moment) -> None:
-        self.checkpoints.save(moment.step, moment.state, self.config, skipped=self.metrics.skipped,
-                              position=moment.step * self.config.batch_size)
+        position = self.begin + (moment.step - self.first) * self.config.batch_size
+        self.checkpoints.save(moment.step, moment.state, self.config, position=position, skipped=self.metrics.skipped)
 
 
 class PictureHook(Hook):
@@ -190,7 +193,12 @@ class ProfileHook(Hook):
             self._running = True
 
     def close(self) -> None:
-        if self._running:
+        if not self._running:
+            return
+        self._running = False
+        try:
             jax.profiler.stop_trace()
-            self._running = False
-            self.say(f"profile of steps {self.at + 1} to {self.at + PROFILE_STEPS} in {self.folder}")
+        except Exception as error:  # a full disk, most likely, in the profiler's own words
+            self.say(f"warning: the profile cannot be written ({first_line(error)}); training goes on")
+            return
+        self.say(f"profile of steps {self.at + 1} to {self.at + PROFILE_STEPS} in {self.folder}")
