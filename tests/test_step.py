@@ -97,7 +97,7 @@ def test_invalid_clips_change_nothing():
     assert all(np.isfinite(x).all() for x in jax.device_get(c).params.values())
 
 
-@pytest.mark.parametrize("data, fsdp, parts", [(1, 1, 4), (2, 2, 2)])
+@pytest.mark.parametrize("data, fsdp, parts", [(2, 2, 2), pytest.param(1, 1, 4, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(monkeypatch, reference, data, fsdp, parts):
     monkeypatch.setattr(mesh, "SMALL", 64)
     config = recipe(grad_accumulation=parts)
@@ -117,7 +117,8 @@ def test_parts_keep_every_row_on_its_device():
         np.testing.assert_array_equal(np.sort(after.data.ravel()), before.data)
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "dots"])
 def test_rematerialisation_changes_nothing(reference, remat):
     config = recipe(remat=remat)
     _, history = run_steps(make_step(config), batches(config, 2))

@@ -108,14 +108,15 @@ def test_order_own_checkpoint_then_init_then_random(tmp_path):
 
 
 def test_another_batch_size_must_fit_the_position(tmp_path):
-    _, checkpoints = saved_run(tmp_path, recipe(), 3)
-    train.first_state(make_step(recipe(batch_size=12)), checkpoints, recipe(batch_size=12))
+    smaller, larger = (recipe(unfused(), batch_size=size) for size in (12, 32))
+    _, checkpoints = saved_run(tmp_path, recipe(unfused()), 3)
+    train.first_state(make_step(smaller), checkpoints, smaller)
     with pytest.raises(UserError, match="batch_size=32 must divide the position .* 48 clips"):
-        train.first_state(make_step(recipe(batch_size=32)), checkpoints, recipe(batch_size=32))
+        train.first_state(make_step(larger), checkpoints, larger)
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path):
-    config = recipe()
+    config = recipe(unfused())
     _, checkpoints = saved_run(tmp_path, config, 3)
     wider = dataclasses.replace(config.model, decoder=dataclasses.replace(config.model.decoder, width=64))
     other = dataclasses.replace(config, model=wider)
