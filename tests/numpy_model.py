@@ -40,12 +40,15 @@ def positions_of(grid, width):
 
 
 class NumPyModel:
-    """NumPyModel(model).run(image, audio, image_noise, audio_noise) → per stream (loss, prediction [N, P])."""
+    """NumPyModel(model, model.config).run(image, audio, image_noise, audio_noise) → stream: (loss, prediction [N, P]).
 
-    def __init__(self, model: models.AVMAE):
-        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-        self.p = {".".join(map(str, path)): np.asarray(v.get_value(), np.float64) for path, v in state}
-        self.config = model.config
+    A part of a model takes its place with `name` before the names of its parameters.
+    """
+
+    def __init__(self, module: nnx.Module, config: models.AVMAEConfig, name: str = ""):
+        state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+        self.p = {name + ".".join(map(str, path)): np.asarray(v.get_value(), np.float64) for path, v in state}
+        self.config = config
 
     def linear(self, name, x):
         return x @ self.p[f"{name}.kernel"] + self.p.get(f"{name}.bias", 0.0)

@@ -183,9 +183,10 @@ def test_memory_of_chunked_is_linear_in_tokens(gradient):
 
 @pytest.mark.parametrize("implementation", [chunked, separable])
 def test_flops_count_the_work(implementation):
-    """`separable` grows with I + A, `chunked` with I · A (one chunk is one body of its loop)."""
+    """`separable` grows with I + A, `chunked` with I · A (counted with all in one chunk: loop bodies count once)."""
     def flops(i, a):
-        arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(1, 3, 2, 4)] + 2 * [(1, i, 2, 4)] + 2 * [(1, a, 2, 4)]]
+        shapes = [(1, 3, 2, 4)] + 2 * [(1, i, 2, 4)] + 2 * [(1, a, 2, 4)]
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         options = {"chunk": i} if implementation is chunked else {}
         return jax.jit(lambda *x: call(implementation, x, **options)).lower(*arrays).cost_analysis()["flops"]
     square, wide = flops(64, 64), flops(64, 128)
