@@ -42,7 +42,10 @@ class Noise(NamedTuple):
 
 
 def run(config: EvaluationConfig, workdir: pathlib.Path) -> Report:
-    """Measures the checkpoint on each set of `config.data` and draws `images/reconstruction_SET.png` in workdir."""
+    """Measures the checkpoint on each set of `config.data`.
+
+    Draws `images/reconstruction_SET.png` in workdir, and `images/curves.png` where `init` is a run's workdir.
+    """
     names = set_names(config.data)
     recipe, model = load_run(config.init)
     untrained = models.AVMAE(recipe.model, rngs=nnx.Rngs(config.seed))
@@ -59,6 +62,9 @@ def run(config: EvaluationConfig, workdir: pathlib.Path) -> Report:
         if config.pictures:
             picture = draw(model, clips, noise, config)
             pictures.save_png(workdir / "images" / f"reconstruction_{pathlib.Path(name).name}.png", picture)
+    metrics = pathlib.Path(config.init) / "metrics.jsonl"
+    if config.pictures and metrics.is_file():
+        pictures.save_png(workdir / "images" / "curves.png", pictures.curves(pictures.read_metrics(metrics)))
     tables += [f"skipped {clip}" for clip in skipped[:5]]
     return Report(figures, measured, len(skipped), "\n".join(tables))
 
