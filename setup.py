@@ -9,7 +9,6 @@ REQUIRES = [
     "orbax-checkpoint>=0.12.8,<0.13",  # its CheckpointManager API changes between minor versions
     "grain>=0.2.18,<0.3",  # MapDataset.mix, random_map and mp_prefetch; still 0.x
     "numpy>=2.1,<3",  # 2.1 is the first that jax 0.10 accepts on every Python here
-    "scipy>=1.14,<2",  # filters and transforms of the demo sets and baselines; 1.14 is built for numpy 2
     "absl-py>=2.1,<3",  # flags that Grain's workers read
     "einops>=0.8,<0.9",  # einsum and rearrange with named axes; still 0.x
     "ml_collections>=1.1,<2",  # locked ConfigDicts; 1.0 lacks wheels for Python 3.13
@@ -19,7 +18,7 @@ REQUIRES = [
     "simplejpeg>=1.9,<2",  # libjpeg-turbo; 1.9 has wheels for Python 3.13 and numpy 2
     "soundfile>=0.13,<0.15",  # FLAC from and to memory; 0.13 bundles libsndfile for all platforms here
     "soxr>=1.0,<2",  # resampling; 1.0 works with numpy 2
-    "scipy>=1.15,<2",  # lfilter for the sounds of the demo sets; jax needs scipy anyway
+    "scipy>=1.15,<2",  # filters and transforms of sounds and baselines; jax needs it anyway
     "safetensors>=0.5,<0.9",  # published weights; 0.x without a promise of stability
     "tensorboardX>=2.6.4,<3",  # event files without TensorFlow; 2.6.4 accepts protobuf 6 and later
     "tqdm>=4.66,<5",  # progress bars
@@ -30,7 +29,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],  # adds libtpu; Linux on TPU hosts only
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # CUDA 13 libraries as wheels; the driver is the machine's
     "prepare": ["apache-beam>=2.70,<3"],  # preparing large sets on Beam runners; the demo sets need none
-    "test": ["pytest>=8.4,<10"],  # 8.4 is the first that fails on tests that return values
+    "test": ["pytest>=8.4,<10",  # 8.4 is the first that fails on tests that return values
+             "pytest-xdist>=3.6,<4"],  # two test files at a time: compilation uses one core
     "colab": ["ipywidgets>=8,<9"],  # progress bars in notebooks
 }
 
