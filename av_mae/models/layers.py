@@ -23,7 +23,7 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 @dataclasses.dataclass(frozen=True)
 class Initial:
     """How a parameter begins: float32 `shape`, drawn by `kind` ('uniform' in ± scale, 'normal' with deviation scale),
-    'constant' of value scale, or 'positions' of the (rows, columns) `grid`.
+    'constant' of value scale and `dtype`, or 'positions' of the (rows, columns) `grid`.
 
     It stays with the parameter, so that a sharded run can draw each one by itself, straight into its shards.
     """
@@ -32,6 +32,7 @@ class Initial:
     shape: tuple[int, ...]
     scale: float = 0.0
     grid: tuple[int, int] | None = None
+    dtype: type = jnp.float32
 
     def __call__(self, key: jax.Array | None) -> jax.Array:
         if self.kind == "uniform":
@@ -39,11 +40,15 @@ class Initial:
         if self.kind == "normal":
             return self.scale * jax.random.normal(key, self.shape, jnp.float32)
         if self.kind == "constant":
-            return jnp.full(self.shape, self.scale, jnp.float32)
+            return jnp.full(self.shape, self.scale, self.dtype)
         return jnp.asarray(sin_cos_2d(self.grid, self.shape[-1])).reshape(self.shape)
 
     def parameter(self, rngs: nnx.Rngs | None = None) -> nnx.Param:
         return nnx.Param(self(None if rngs is None else rngs.params()), initial=self)
+
+    def statistic(self) -> nnx.BatchStat:
+        """A value that training moves without a gradient."""
+        return nnx.BatchStat(self(None), initial=self)
 
 
 class Linear(nnx.Module):

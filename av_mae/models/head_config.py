@@ -1,0 +1,79 @@
+"""Sizes of the downstream heads as frozen dataclasses, and the rules that they and the encoder must keep together."""
+
+import dataclasses
+
+from av_mae.models.config import StreamConfig, require
+
+MASKS = ("binary", "ratio")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """Linear classifiers of the pooled streams; `input_norm` puts a batch norm without scale and bias before them."""
+
+    classes: int = 2
+    input_norm: bool = False
+
+    def __post_init__(self):
+        require(self.classes > 0, f"classifier classes={self.classes} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SeparatorConfig:
+    """What the separator learns: a 'binary' or 'ratio' mask, its loss `weighted` by the mixture's level or not."""
+
+    mask: str = "ratio"
+    weighted: bool = True
+
+    def __post_init__(self):
+        require(self.mask in MASKS, f"separator mask={self.mask!r} must be one of {', '.join(MASKS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmenterConfig:
+    """`classes` 1 is a binary mask. `width` is the least width of a scale and that of the predictor (published: 128)."""
+
+    classes: int = 1
+    width: int = 128
+
+    def __post_init__(self):
+        require(self.classes > 0, f"segmenter classes={self.classes} must be at least 1")
+        require(self.width > 0 and self.width % 2 == 0, f"segmenter width={self.width} must be positive and even")
+
+
+def doublings(stream: StreamConfig, head: str) -> int:
+    """How many times the grid of a stream is doubled to reach its input's resolution: n for patches of 2^n × 2^n.
+
+    Raises:
+      UserError: the patch is not square, not a power of two, or 1.
+    """
+    rows, columns = stream.patch_size
+    require(rows == columns and rows > 1 and rows & (rows - 1) == 0,
+            f"the {head} doubles the patch grid until it reaches the input's resolution, so patch={stream.patch} must "
+            "be square and a power of two, at least 2 (the published one is 16)")
+    return rows.bit_length() - 1
+
+
+def separator_scales(stream: StreamConfig) -> tuple[int, ...]:
+    """Widths of the separator's scales, finest first: D / 2^n … D / 2, D.
+
+    Raises:
+      UserError: 2^n does not divide the audio stream's width D, or see `doublings`.
+    """
+    count, width = doublings(stream, "separator"), stream.width
+    require(width % 2 ** count == 0,
+            f"the separator halves the audio width {count} times, so patch={stream.patch} must divide {width=}")
+    return tuple(width >> number for number in reversed(range(count + 1)))
+
+
+def segmenter_scales(stream: StreamConfig, least: int) -> tuple[int, ...]:
+    """Widths of the segmenter's scales, coarsest first: max(least, D / 2^d) for d = 0 … n - 1.
+
+    Raises:
+      UserError: 2^(n - 1) does not divide the image stream's width D, or see `doublings`.
+    """
+    count, width = doublings(stream, "segmenter"), stream.width
+    require(width % 2 ** (count - 1) == 0,
+            f"the segmenter halves the image width {count - 1} times, so {2 ** (count - 1)} (half of "
+            f"patch={stream.patch}) must divide {width=}")
+    return tuple(max(least, width >> number) for number in range(count))
