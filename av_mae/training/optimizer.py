@@ -1,8 +1,9 @@
-"""AdamW with linear warm-up and cosine decay, as the published recipe has it."""
+"""AdamW with linear warm-up and cosine decay, as the published recipe has it; multipliers for single parameters."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,11 @@ from av_mae.config import OptimizerConfig, TrainConfig
 from av_mae.errors import UserError
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+# What a parameter's learning rate is multiplied by: a number, or a function of the updates done before.
+Multipliers = Mapping[str, float | Schedule]
+
+FIRST_LAYER = re.compile(r"encoder\.(fusion_tokens$|(image|audio)\.patch_embed\.)")
+INNER_LAYER = re.compile(r"encoder\.(?:(?:image|audio)\.(?:blocks|bridges)|fusion_blocks)\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +67,66 @@ def decayed(parameters: Mapping[str, jax.Array]) -> dict[str, bool]:
     return {name: x.ndim > 1 for name, x in parameters.items()}
 
 
-def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
-    """AdamW over a flat dict of parameters, with decoupled weight decay; gradients are clipped by their global norm."""
+def layer_multipliers(names: Iterable[str], decay: float, layers: int) -> dict[str, float]:
+    """Layer-wise learning rates of fine-tuning: decay^(layers + 1 - layer) by parameter name (published system).
+
+    Patch embedding and fusion tokens are layer 0, blocks and fusion blocks l (with what leads into them) layer l + 1,
+    final norms and heads layer `layers` + 1. `layers` counts the encoder's layers.
+
+    Raises:
+      UserError: decay is not above 0 and at most 1.
+    """
+    if not 0 < decay <= 1:
+        raise UserError(f"layer decay={decay} must be above 0 and at most 1 (1: the same rate everywhere)")
+
+    def layer(name: str) -> int:
+        if FIRST_LAYER.match(name):
+            return 0
+        match = INNER_LAYER.match(name)
+        return int(match.group(1)) + 1 if match else layers + 1
+
+    return {name: decay ** (layers + 1 - layer(name)) for name in names}
+
+
+def pretrained_multipliers(names: Iterable[str], streams: Iterable[str], length: Length) -> dict[str, Schedule]:
+    """For the parameters of pretrained unimodal encoders ('image', 'audio'): half a cosine 0 → 1 over the first half.
+
+    Bridges from the fusion tokens are new and keep the full rate.
+    """
+    begins = tuple(f"encoder.{stream}.{part}." for stream in streams for part in ("patch_embed", "blocks", "norm"))
+
+    def multiplier(step: jax.typing.ArrayLike) -> jax.Array:
+        done = jnp.clip(2 * jnp.asarray(step, jnp.float32) / length.end, 0, 1)
+        return 0.5 - 0.5 * jnp.cos(jnp.pi * done)
+
+    return {name: multiplier for name in names if name.startswith(begins)}
+
+
+def scale_by_rates(schedule: Schedule, multipliers: Multipliers) -> optax.GradientTransformation:
+    """Updates times -schedule(step) × multiplier(step) by name; a name without a multiplier has 1."""
+    def init(_) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        def rate(name: str) -> jax.Array:
+            multiplier = multipliers.get(name, 1.0)
+            return -schedule(state.count) * (multiplier(state.count) if callable(multiplier) else multiplier)
+
+        scaled = {name: jnp.asarray(rate(name), x.dtype) * x for name, x in updates.items()}
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config: OptimizerConfig, schedule: Schedule,
+                   multipliers: Multipliers | None = None) -> optax.GradientTransformation:
+    """AdamW over a flat dict of parameters, with decoupled weight decay; gradients are clipped by their global norm.
+
+    `multipliers` of single parameters' learning rates, which weight decay is part of, go beside `schedule`.
+    """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
     return optax.chain(
         clip,
         optax.scale_by_adam(config.b1, config.b2, eps=1e-8),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        optax.scale_by_learning_rate(schedule))
+        scale_by_rates(schedule, multipliers or {}))

@@ -1,0 +1,285 @@
+"""What a published file is, and the configuration of its model, from the names and shapes of its tensors."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from av_mae.errors import UserError
+from av_mae.models.config import AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig, require
+from av_mae.models.positions import sin_cos_2d
+from av_mae.published import head_names
+
+# What tells kinds apart; heads are told by head_names.
+PRETRAINING = "image_decoder_pred.weight"
+ENCODERS = {"encoder.": "encoder.image.patch_embed.proj.weight", "": "image.patch_embed.proj.weight"}
+UNIMODAL = "patch_embed.proj.weight"
+UNIMODAL_KINDS = {3: "image_encoder", 1: "audio_encoder"}
+# The published input sizes, tokens and heads: what a file does not tell and nobody says otherwise.
+SIZES = {"image": (224, 224), "audio": (128, 192)}
+MASK_RATIOS = {"image": 0.75, "audio": 0.8}
+TOKENS = (16, 8, 8)
+DECODER_HEADS = 16
+HEAD_WIDTH = 64
+HUGE_WIDTH, HUGE_HEADS = 1280, 16
+# How far stored positions may be from ours, by dtype: rounding, not another table.
+POSITION_TOLERANCE = {"float16": 1e-3, "bfloat16": 1e-2}
+
+
+class Tensor(Protocol):
+    """A tensor of a weight file: its shape and dtype are known, its values are read when asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self) -> np.ndarray: ...
+
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user says of a file; None: what the file tells, or else the published value where it fits."""
+
+    heads: int | None = None
+    fusion_heads: int | None = None
+    decoder_heads: int | None = None
+    tokens: tuple[int, int, int] | None = None
+    image_size: tuple[int, int] | None = None
+    audio_size: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a file holds: its kind, the model's configuration, that of its head, and what encoder names begin with."""
+
+    kind: str
+    config: AVMAEConfig
+    head: Any = None
+    prefix: str = "encoder."
+
+
+def identify(tensors: Tensors, source: str) -> tuple[str, str]:
+    """The kind of a file, and what the names of its encoder begin with.
+
+    Kinds: pretraining, encoder, classifier, separator, segmenter, image_encoder (unimodal MAE), audio_encoder.
+
+    Raises:
+      UserError: none of these.
+    """
+    prefix = next((prefix for prefix, name in ENCODERS.items() if name in tensors), None)
+    if prefix is not None:
+        head = head_names.head_kind(tensors)
+        return "pretraining" if PRETRAINING in tensors else head or "encoder", prefix
+    shape = tensors[UNIMODAL].shape if UNIMODAL in tensors else ()
+    if len(shape) == 4 and shape[1] in UNIMODAL_KINDS:
+        return UNIMODAL_KINDS[shape[1]], ""
+    names = ", ".join(sorted(tensors)[:3]) or "nothing"
+    raise UserError(f"{source} is none of the published models: neither a pretraining checkpoint, an encoder, a "
+                    "classifier, separator or segmenter, nor a unimodal MAE image encoder or AudioMAE encoder; it "
+                    f"holds {len(tensors)} tensors ({names}{', …' if len(tensors) > 3 else ''})")
+
+
+def infer(tensors: Tensors, source: str, options: Options = Options()) -> Found:
+    """What a file is and how its model is configured; reads no values but those of fixed positions.
+
+    Not in a file, so as published: mask ratios, and that targets are normalised.
+
+    Raises:
+      UserError: the file is no published model, lacks a tensor that tells a size, or needs an option to be understood.
+    """
+    kind, prefix = identify(tensors, source)
+    reader = Reader(tensors, source, options)
+    if kind in UNIMODAL_KINDS.values():
+        stream = kind.removesuffix("_encoder")
+        config = reader.stream(stream, "", reader.unimodal_grid)
+        return Found(kind, AVMAEConfig(**{stream: config}, fusion=FusionConfig(kind="none")), prefix="")
+    image, audio = (reader.stream(name, f"{prefix}{name}.", reader.grid) for name in ("image", "audio"))
+    parts = {"image": image, "audio": audio, "fusion": reader.fusion(prefix, image)}
+    if kind == "pretraining":
+        parts["decoder"] = reader.decoder()
+    head = head_names.head_config(kind, tensors) if kind in head_names.HEADS else None
+    return Found(kind, reader.checked(lambda: AVMAEConfig(**parts)), head, prefix)
+
+
+class Reader:
+    """Reads sizes off a file's tensors; whatever does not fit is a UserError that names file and tensor."""
+
+    def __init__(self, tensors: Tensors, source: str, options: Options):
+        self.tensors, self.source, self.options = tensors, source, options
+
+    def checked(self, make):
+        """`make()`, its errors with the file's name before them."""
+        try:
+            return make()
+        except UserError as error:
+            raise UserError(f"{self.source}: {error}") from error
+
+    def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        require(name in self.tensors, f"{self.source} lacks the parameter {name}, which tells a size of the model")
+        shape = self.tensors[name].shape
+        require(len(shape) == dimensions and min(shape) > 0,
+                f"{self.source} has {name} of shape {shape}, but a published tensor of this name has {dimensions} "
+                "dimensions, none of them 0")
+        return shape
+
+    def numbered(self, prefix: str) -> set[int]:
+        """The numbers n in names `prefix`n.…"""
+        matches = (re.match(re.escape(prefix) + r"(\d{1,6})\.", name) for name in self.tensors)
+        return {int(match.group(1)) for match in matches if match}
+
+    def depth(self, prefix: str) -> int:
+        numbers = self.numbered(prefix)
+        require(numbers == set(range(len(numbers))) and len(numbers) > 0,
+                f"{self.source} must have blocks {prefix}0, 1, … without a gap, it has {sorted(numbers)[:20]}")
+        return len(numbers)
+
+    def heads(self, said: int | None, width: int, default: int, option: str) -> int:
+        """Heads that no tensor tells: the option, else the published number where it divides the width."""
+        heads = said if said is not None else default
+        require(heads > 0 and width % heads == 0,
+                f"{self.source} does not tell the number of attention heads of {width} wide blocks, and "
+                f"{f'{option}={said}' if said is not None else f'the published number ({default})'} does not divide "
+                f"{width}: give {option}=N")
+        return heads
+
+    def stream(self, name: str, prefix: str, find: Callable) -> StreamConfig:
+        """One ViT; `find` tells its patch grid from name, prefix, width and patch."""
+        width, channels, *patch = self.shape(f"{prefix}patch_embed.proj.weight", 4)
+        hidden = self.shape(f"{prefix}blocks.0.mlp.fc1.weight", 2)[0]
+        default = HUGE_HEADS if width == HUGE_WIDTH else width // HEAD_WIDTH
+        grid = find(name, prefix, width, tuple(patch))
+        return self.checked(lambda: StreamConfig(
+            size=(grid[0] * patch[0], grid[1] * patch[1]), channels=channels,
+            patch=patch[0] if patch[0] == patch[1] else tuple(patch), width=width,
+            depth=self.depth(f"{prefix}blocks."), heads=self.heads(self.options.heads, width, default, "--heads"),
+            mlp_ratio=ratio(hidden, width), mask_ratio=MASK_RATIOS[name]))
+
+    def said_grid(self, stream: str, patch: tuple[int, int]) -> tuple[int, int] | None:
+        """The patch grid of the size that the user gave."""
+        size = getattr(self.options, f"{stream}_size")
+        require(size is None or (size[0] % patch[0], size[1] % patch[1]) == (0, 0),
+                f"--{stream}_size={size} must be a multiple of the patch {patch} of {self.source}")
+        return size and (size[0] // patch[0], size[1] // patch[1])
+
+    def positions(self, name: str, width: int) -> tuple[np.ndarray, float]:
+        """A fixed table [N, D], and how far rounding may have moved it."""
+        shape = self.shape(name, 3)
+        require(shape[0] == 1 and shape[2] == width, f"{self.source} has {name} of shape {shape}, but its patch "
+                                                     f"embedding is {width} wide: (1, patches, {width}) is needed")
+        tensor = self.tensors[name]
+        return np.asarray(tensor.read()[0], np.float64), POSITION_TOLERANCE.get(str(tensor.dtype), 1e-5)
+
+    def grid(self, stream: str, prefix: str, width: int, patch: tuple[int, int]) -> tuple[int, int]:
+        """The patch grid that the fixed positions tell; without them that of the given or the published size."""
+        said, name = self.said_grid(stream, patch), f"{prefix}pos_embed"
+        if name not in self.tensors:
+            return said or (SIZES[stream][0] // patch[0], SIZES[stream][1] // patch[1])
+        found = find_grid(*self.positions(name, width))
+        require(found is not None, f"{self.source}: {name} is no sin-cos table of a patch grid; positions are fixed "
+                                   "here, so its model would compute something else")
+        require(said in (None, found), f"{self.source}: {name} is the table of a patch grid {found}, but "
+                                       f"--{stream}_size has the grid {said}")
+        return found
+
+    def unimodal_grid(self, stream: str, prefix: str, width: int, patch: tuple[int, int]) -> tuple[int, int]:
+        """The grid that a unimodal encoder was trained on; nothing depends on it, since positions are not taken over.
+
+        AudioMAE counts time in rows: its grid is turned here.
+        """
+        said, name = self.said_grid(stream, patch), f"{prefix}pos_embed"
+        published = (SIZES[stream][0] // patch[0], SIZES[stream][1] // patch[1])
+        if said or name not in self.tensors:
+            return said or published
+        table, tolerance = self.positions(name, width)
+        table = table[int(f"{prefix}cls_token" in self.tensors):]
+        found = find_grid(table, tolerance) or (math.isqrt(len(table)),) * 2
+        require(math.prod(found) == len(table), f"{self.source}: {name} does not tell the grid of its {len(table)} "
+                                                f"patches: give --{stream}_size=ROWS,COLUMNS")
+        return found if stream == "image" else tuple(sorted(found))
+
+    def fusion(self, prefix: str, image: StreamConfig) -> FusionConfig:
+        layers = self.numbered(f"{prefix}fusion_blocks.")
+        if not layers:
+            require(f"{prefix}fusion_tokens" not in self.tensors,
+                    f"{self.source} has fusion tokens but no fusion blocks that update them: no model here has")
+            return FusionConfig(kind="none")
+        _, count, width = self.shape(f"{prefix}fusion_tokens", 3)
+        begin = f"{prefix}fusion_blocks.{min(layers)}"
+        inner = self.shape(f"{begin}.attn.q.weight", 2)[0]
+        hidden = self.shape(f"{begin}.mlp.fc1.weight", 2)[0]
+        if f"{begin}.attn.attn_v.q.weight" in self.tensors:
+            kind = "factorized"
+        else:
+            read = self.shape(f"{begin}.attn.kv.weight", 2)[1]
+            kind = "dense" if read == 2 * width else "token"
+        said = self.options.fusion_heads or self.options.heads
+        return self.checked(lambda: FusionConfig(
+            kind=kind, layers="all" if layers == set(range(image.depth)) else tuple(sorted(layers)),
+            tokens=self.tokens(kind, count), heads=self.heads(said, inner, image.heads, "--fusion_heads"),
+            attention_ratio=ratio(inner, width), mlp_ratio=ratio(hidden, width),
+            width=None if width == image.width else width))
+
+    def tokens(self, kind: str, count: int) -> tuple[int, int, int]:
+        """How many of the tokens are fusion, image-aggregation and audio-aggregation tokens."""
+        said = self.options.tokens
+        if said is None and kind != "factorized" and count != sum(TOKENS):
+            return count, 0, 0
+        tokens = said or TOKENS
+        require(sum(tokens) == count,
+                f"{self.source} has {count} fusion tokens and does not tell how many of them aggregate; "
+                f"{f'--tokens={said}' if said else f'the published {TOKENS}'} are {sum(tokens)}: give "
+                "--tokens=FUSION,IMAGE,AUDIO")
+        return tokens
+
+    def decoder(self) -> DecoderConfig:
+        """Both decoders, which must be alike here."""
+        image, audio = self.one_decoder("image_decoder"), self.one_decoder("audio_decoder")
+        windows = (image.window, audio.window) if image.kind == audio.kind == "swin" else ((4, 4),)
+        image, audio = (dataclasses.replace(decoder, window=max(windows)) for decoder in (image, audio))
+        require(image == audio, f"{self.source} has unlike decoders, here both have one configuration: image {image}, "
+                                f"audio {audio}")
+        return image
+
+    def one_decoder(self, name: str) -> DecoderConfig:
+        width = self.shape(f"{name}_embed.weight", 2)[0]
+        hidden = self.shape(f"{name}_blocks.0.mlp.fc1.weight", 2)[0]
+        table = f"{name}_blocks.0.attn.relative_position_bias_table"
+        depth, kind, window = self.depth(f"{name}_blocks."), "plain", (4, 4)
+        heads = self.options.decoder_heads
+        if table in self.tensors:
+            rows, heads = self.shape(table, 2)
+            side = math.isqrt(rows)
+            require(side * side == rows and side % 2 == 1,
+                    f"{self.source} has {table} of {rows} rows, but a square window of n × n has (2n - 1)²")
+            kind, window = "swin", ((side + 1) // 2,) * 2
+        heads = self.heads(heads, width, DECODER_HEADS, "--decoder_heads")
+        return self.checked(lambda: DecoderConfig(kind=kind, width=width, depth=depth, heads=heads,
+                                                  mlp_ratio=ratio(hidden, width), window=window))
+
+
+def ratio(inner: int, width: int) -> float:
+    """The ratio r with int(width × r) = inner."""
+    value = inner / width
+    return value if int(width * value) == inner else math.nextafter(value, math.inf)
+
+
+def find_grid(table: np.ndarray, tolerance: float) -> tuple[int, int] | None:
+    """The (rows, columns) whose sin-cos positions a table [N, D] holds, None if there is no such grid.
+
+    The second half of the width starts with sin(row): its first value away from 0 is the second row's.
+    """
+    count, width = table.shape
+    if count == 0 or width % 4:
+        return None
+    later = np.flatnonzero(np.abs(table[:, width // 2]) > 0.5)
+    columns = int(later[0]) if len(later) else count
+    if columns == 0 or count % columns:
+        return None
+    grid = (count // columns, columns)
+    return grid if np.abs(sin_cos_2d(grid, width) - table).max() <= tolerance else None
