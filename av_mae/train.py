@@ -54,7 +54,7 @@ def first_state(step: TrainStep, checkpoints: Checkpoints, config: TrainConfig) 
     meta = {"step": 0, "position": 0, "skipped": 0}
     if config.init:
         note(f"starting from the weights of {config.init}")
-        return Restored(step.init(load_params(config.init, abstract.params)), meta)
+        return Restored(step.init(load_params(config.init, abstract.model)), meta)
     return Restored(step.init(), meta)
 
 
@@ -92,7 +92,8 @@ def train_from(config: TrainConfig, workdir: pathlib.Path, step: TrainStep, begi
         progress = stack.enter_context(Progress(last, "pretraining", "steps", initial=first))
         checkpoints.say = say = progress.write if lead else (lambda _: None)
         events = Events(workdir, first) if lead else None
-        metrics = hooks.MetricsHook(config, workdir, events, progress, feed, last, first, begin.meta["skipped"])
+        metrics = hooks.MetricsHook(config, workdir, events, progress, feed, last, first, begin.meta["skipped"],
+                                    step.objective.flops)
         running = [hooks.FailureHook(FailureCount(config.data.max_failure_share), progress.write), metrics,
                    hooks.PictureHook(config, step, workdir, events, say),
                    hooks.ProfileHook(config.profile_at, workdir, say),

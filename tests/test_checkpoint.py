@@ -39,7 +39,7 @@ def state_of(step: int) -> TrainState:
     params = {name: jnp.full(shape, step, jnp.float32) + jnp.arange(np.prod(shape)).reshape(shape) / 7
               for name, shape in SHAPES.items()}
     opt_state = jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), OPTIMIZER.init(params))
-    return TrainState(jnp.int32(step), params, opt_state)
+    return TrainState(jnp.int32(step), params, {}, opt_state)
 
 
 def state_on(step: int, data: int = 1, fsdp: int = 1) -> TrainState:

@@ -131,7 +131,7 @@ def metrics_run(workdir, first, last, **changes):
     progress = Progress(last, "test", "steps", initial=first, stream=io.StringIO())
     feed = FakeFeed(first)
     events = Events(workdir, first)
-    hook = hooks.MetricsHook(config, workdir, events, progress, feed, last, first, skipped=first)
+    hook = hooks.MetricsHook(config, workdir, events, progress, feed, last, first, skipped=first, flops=3e6)
     with progress:
         loop.train(counting_step(), first, feed, first, last, [hook], never)
     events.close()
@@ -145,7 +145,8 @@ def test_metrics_lines(tmp_path):
     assert lines[1]["loss"] == 0.25 and lines[1]["skipped"] == 4  # one clip of each step is not valid
     assert {"image_loss", "audio_loss", "grad_norm", "learning_rate", "clips_per_second", "input_wait",
             "flops_per_second"} <= set(lines[1])
-    assert lines[1]["input_wait"] == 0 and lines[1]["clips_per_second"] > 0
+    assert lines[1]["input_wait"] == 0 and lines[1]["clips_per_second"] > 0 and "valid" not in lines[1]
+    assert lines[1]["flops_per_second"] == 3e6 * lines[1]["clips_per_second"]
 
 
 def test_lines_after_the_restored_step_are_dropped(tmp_path):

@@ -12,10 +12,16 @@ from tiny_training import (FAST_COMPILE, batches, compile_step, first_parameters
                            recipe, run_steps, unfused)
 
 from av_mae import models
-from av_mae.training import feed, mesh, step
+from av_mae.training import feed, mesh, objective, step
 
 MESHES = [(data, count // data) for count in (2, 4, 8) for data in (1, 2, 4, 8) if data <= count]
 DEFAULT_MESHES = [(2, 1), (2, 2), (2, 4)]
+
+
+def noises_of(config, number, rows):
+    """Mask noise of image and sound of step `number`."""
+    drawn = step.draw_rows(objective.Pretraining(config.model), config.seed, number, config.batch_size, rows)
+    return drawn["image_noise"], drawn["audio_noise"]
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +48,12 @@ def test_same_masks_on_every_mesh():
     seen = []
     for data, fsdp in [(1, 1), *MESHES]:
         rows = on_mesh(config, data, fsdp).rows
-        noises = jax.jit(lambda s, rows=rows: step.mask_noises(config, s, rows))(jnp.int32(7))
+        noises = jax.jit(lambda s, rows=rows: noises_of(config, s, rows))(jnp.int32(7))
         seen.append([models.random_mask(noise, 3).mask for noise in jax.device_get(noises)])
     for masks in seen[1:]:
         for ours, expected in zip(masks, seen[0], strict=True):
             np.testing.assert_array_equal(ours, expected)
-    first, later = (step.mask_noises(config, jnp.int32(s), on_mesh(config, 1, 1).rows)[0] for s in (0, 1))
+    first, later = (noises_of(config, jnp.int32(s), on_mesh(config, 1, 1).rows)[0] for s in (0, 1))
     assert not np.array_equal(first, later) and len(np.unique(np.asarray(first), axis=0)) == config.batch_size
 
 
@@ -57,7 +63,7 @@ def test_step_against_a_plain_one():
     train_step = make_step(config)
     batch = batches(config, 2)[1]
     before = first_parameters(config.model)
-    noises = step.mask_noises(config, jnp.int32(0), train_step.rows)
+    noises = noises_of(config, jnp.int32(0), train_step.rows)
     good = np.flatnonzero(batch["valid"])
 
     def plain(params):
@@ -133,8 +139,7 @@ def test_rematerialisation_keeps_less():
         rows = {name: jnp.zeros(shape) for name, shape in (
             ("image", (2, 32, 48, 3)), ("audio", (2, 32, 32)), ("image_noise", (2, 6)), ("audio_noise", (2, 4)),
             ("weight", (2,)))}
-        loss = functools.partial(step.weighted_losses, train_step.definition, train_step.config,
-                                 train_step.shardings.params)
+        loss = functools.partial(train_step.weighted_loss, {}, {})
         gradient = jax.make_jaxpr(jax.grad(lambda params: loss(params, rows)[0]))
         products[remat] = str(gradient(train_step.abstract_state().params)).count("dot_general")
     assert products["none"] < products["dots"] < products["full"]
@@ -167,8 +172,9 @@ def test_compiles_once_and_moves_nothing_between_host_and_devices():
 def test_definition_and_flat_parameters_are_inverse():
     config = recipe().model
     model = models.AVMAE(config, rngs=nnx.Rngs(3))
-    definition, shapes = step.define_model(config)
-    params = step.flat_params(model)
+    definition, shapes, statistics = step.define_model(lambda rngs: models.AVMAE(config, rngs=rngs))
+    params = step.flat_values(model)
+    assert statistics == {}
     assert {name: x.shape for name, x in params.items()} == {name: x.shape for name, x in shapes.items()}
-    again = step.flat_params(definition.merge(params))
+    again = step.flat_values(definition.merge(params))
     assert all(again[name] is params[name] for name in params)

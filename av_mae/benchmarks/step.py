@@ -70,7 +70,7 @@ def forward_flops(config: TrainConfig, train_step: TrainStep) -> float:
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
     forward = lambda params, *args: definition.merge(params).losses(*args)
     image, audio = config.model.image, config.model.audio
-    lowered = jax.jit(forward).lower(train_step.shapes, shape(b, *image.size, 3), shape(b, *audio.size), shape(b, image.tokens),
+    lowered = jax.jit(forward).lower(train_step.shapes.params, shape(b, *image.size, 3), shape(b, *audio.size), shape(b, image.tokens),
                                      shape(b, audio.tokens))
     return lowered.compile().cost_analysis()["flops"] / b
 

@@ -94,12 +94,12 @@ class Checkpoints:
             return
         optimizer = flat_optimizer(state)
         sums = {name: int(jax.device_get(checksum(arrays)))
-                for name, arrays in (("model", state.params), ("optimizer", optimizer))}
+                for name, arrays in (("model", state.model), ("optimizer", optimizer))}
         meta = {"step": step, "seed": config.seed, "config": recipes.to_dict(config), "checksums": sums, **meta}
         try:
             self._pending, self.failed = step, None
             self._manager.save(step, args=ocp.args.Composite(
-                model=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(optimizer),
+                model=ocp.args.StandardSave(state.model), optimizer=ocp.args.StandardSave(optimizer),
                 meta=ocp.args.JsonSave(meta)))
         except Exception as error:  # whatever hinders a save must not end the training
             self._give_up(step, error)
@@ -166,12 +166,13 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: TrainState, meta: Mapping) -> TrainState:
         folder = self.folder / str(step)
-        check_shapes(folder, read_shapes(folder), abstract.params)
-        params = read_arrays(folder, "model", abstract.params, meta)
+        check_shapes(folder, read_shapes(folder), abstract.model)
+        values = read_arrays(folder, "model", abstract.model, meta)
+        params, statistics = ({name: values[name] for name in part} for part in (abstract.params, abstract.statistics))
         optimizer = read_arrays(folder, "optimizer", flat_optimizer(abstract), meta)
         opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), optimizer.values())
         step_array = jax.make_array_from_callback((), abstract.step.sharding, lambda _: jnp.int32(step))
-        return TrainState(step_array, params, opt_state)
+        return TrainState(step_array, params, statistics, opt_state)
 
 
 def read_meta(folder: pathlib.Path) -> dict[str, Any]:

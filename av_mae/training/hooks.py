@@ -1,5 +1,6 @@
 """What happens periodically in a run: metrics, checkpoints, pictures, failures, profile."""
 
+import functools
 import json
 import os
 import pathlib
@@ -17,13 +18,11 @@ from av_mae.training.checkpoint import Checkpoints, first_line
 from av_mae.training.events import Events
 from av_mae.training.feed import Feed
 from av_mae.training.loop import Hook, Moment
-from av_mae.training.step import TrainStep
+from av_mae.training.step import Batch, TrainStep
 
 PICTURE_CLIPS = 4
 PROFILE_STEPS = 3
-LOGGED = ("loss", "image_loss", "audio_loss", "grad_norm", "learning_rate")
-# Forward and backward pass cost three forward passes.
-PASSES = 3
+SHOWN = ("loss", "image_loss", "audio_loss", "clips_per_second")
 
 
 class MetricsFile:
@@ -67,13 +66,16 @@ class MetricsFile:
 
 
 class MetricsHook(Hook):
-    """metrics.jsonl, TensorBoard and the progress bar. `skipped` counts clips that could not be read."""
+    """metrics.jsonl, TensorBoard and the progress bar.
+
+    `flops`: of one clip in one step (0: not counted). `skipped` counts clips that could not be read.
+    """
 
     def __init__(self, config: TrainConfig, workdir: pathlib.Path, events: Events | None, progress: Progress,
-                 feed: Feed, last: int, resumed: int, skipped: int):
+                 feed: Feed, last: int, resumed: int, skipped: int, flops: float = 0.0):
+        self.flops = flops
         self.config, self.events, self.progress, self.feed, self.last = config, events, progress, feed, last
         self.skipped = skipped
-        self.flops = PASSES * models.closed_form_flops(config.model)
         self._file = MetricsFile(workdir / "metrics.jsonl", resumed) if jax.process_index() == 0 else None
         self._window: tuple[int, float, float] | None = None
         self._warned = False
@@ -85,9 +87,10 @@ class MetricsHook(Hook):
                 self._window = (step, time.perf_counter(), self.feed.wait_seconds)
             self.progress.update(1)
             return
-        line = {"step": step, **{name: metrics[name] for name in LOGGED}, "skipped": self.skipped}
+        line = {"step": step, **metrics, "skipped": self.skipped}
+        del line["valid"]
         line.update(self._rates(step))
-        shown = {name: line[name] for name in ("loss", "image_loss", "audio_loss", "clips_per_second") if name in line}
+        shown = {name: line[name] for name in SHOWN if name in line}
         self.progress.update(1, **shown)
         self._write(line)
 
@@ -99,8 +102,8 @@ class MetricsHook(Hook):
             return {}
         seconds = now - before[1]
         clips = (step - before[0]) * self.config.batch_size / seconds
-        return {"clips_per_second": clips, "flops_per_second": clips * self.flops,
-                "input_wait": (waited - before[2]) / seconds}
+        rates = {"clips_per_second": clips, "input_wait": (waited - before[2]) / seconds}
+        return rates | {"flops_per_second": clips * self.flops} if self.flops else rates
 
     def _write(self, line: Mapping[str, float]) -> None:
         if self._file is None:
@@ -148,20 +151,27 @@ class CheckpointHook(Hook):
         self.checkpoints.save(moment.step, moment.state, self.config, position=position, skipped=self.metrics.skipped)
 
 
+def predict_first(model: models.AVMAE, batch: Batch, clips: int) -> tuple[jax.Array, jax.Array, models.Output]:
+    """The batch's first clips (image, audio) and the predictions for them, masked by the batch's noise."""
+    image, audio, *noises = (batch[name][:clips] for name in ("image", "audio", "image_noise", "audio_noise"))
+    return image, audio, model(models.normalize_image(image), audio, *noises)
+
+
 class PictureHook(Hook):
     """Reconstructions of the batch's first clips, every `images_every` steps and at the end."""
 
     def __init__(self, config: TrainConfig, step: TrainStep, workdir: pathlib.Path, events: Events | None,
                  say: Callable[[str], None]):
-        self.config, self.step, self.folder, self.events, self.say = config, step, workdir / "images", events, say
-        self.clips = min(PICTURE_CLIPS, config.batch_size)
+        self.config, self.folder, self.events, self.say = config, workdir / "images", events, say
+        clips = min(PICTURE_CLIPS, config.batch_size)
+        self.predict = step.forward(functools.partial(predict_first, clips=clips))
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
         every = self.config.images_every
         return every > 0 and (finished or step % every == 0)
 
     def after_step(self, moment: Moment) -> None:
-        outputs = self.step.predict(moment.state, moment.batch, self.clips)
+        outputs = self.predict(moment.state, moment.batch)
         if jax.process_index() != 0:
             return
         image, audio, out = jax.device_get(outputs)

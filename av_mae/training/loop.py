@@ -54,9 +54,8 @@ class NonFinite(UserError):
 
 
 def check_finite(step: int, metrics: Mapping[str, float], ids: Sequence[str]) -> None:
-    """Raises NonFinite, naming the step and the clips, unless losses and gradient norm are finite."""
-    names = ("loss", "image_loss", "audio_loss", "grad_norm")
-    wrong = [f"{name}={metrics[name]}" for name in names if not math.isfinite(metrics[name])]
+    """Raises NonFinite, naming the step and the clips, unless losses, gradient norm and all else are finite."""
+    wrong = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
     if wrong:
         raise NonFinite(f"step {step}: {', '.join(wrong)} must be finite; the run stops and keeps its last "
                         "checkpoint. Try a lower optimizer.base_lr, optimizer.clip_norm or dtype=float32. "

@@ -11,11 +11,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from av_mae import models
 from av_mae.config import TrainConfig
 from av_mae.models.layers import Initial
 from av_mae.training.mesh import (ROWS, batch_sharding, check_batch, gather, keep_all_but_gathered,
                                   parameter_shardings, replicated, row_shards)
+from av_mae.training.objective import Objective, Pretraining
 from av_mae.training.optimizer import Length, learning_rate, make_optimizer
 
 Params = dict[str, jax.Array]
@@ -30,77 +30,74 @@ REMAT = {"none": None, "full": jax.checkpoint_policies.nothing_saveable,
 INIT_STREAM = 2 ** 32 - 1
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "statistics", "opt_state"),
+                   meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Optimizer steps done (int32), parameters by dotted name (float32), and optax's state over the same names."""
+    """Optimizer steps done (int32), parameters by dotted name (float32), running statistics of batch norms by dotted
+    name (none in pretraining), and optax's state over the names of the trained parameters."""
 
     step: jax.Array
     params: Params
+    statistics: Params
     opt_state: optax.OptState
+
+    @property
+    def model(self) -> Params:
+        """All that the model computes with: parameters and statistics."""
+        return self.params | self.statistics
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDefinition:
-    """A model without its parameters, which are kept as a flat dict by dotted name."""
+    """A model without its values, which are kept as flat dicts by dotted name."""
 
     graph: nnx.GraphDef
     paths: dict[str, tuple]
     initials: dict[str, Initial]
 
-    def merge(self, params: Params) -> models.AVMAE:
-        """The model that computes with these parameters."""
-        return nnx.merge(self.graph, nnx.from_flat_state([(self.paths[name], x) for name, x in params.items()]))
+    def merge(self, values: Params) -> nnx.Module:
+        """The model that computes with these parameters and statistics."""
+        return nnx.merge(self.graph, nnx.from_flat_state([(self.paths[name], x) for name, x in values.items()]))
 
 
-def flat_params(model: nnx.Module) -> Params:
-    """Parameters of a model by dotted name, e.g. 'encoder.image.blocks.0.mlp.fc1.kernel'."""
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+def flat_values(model: nnx.Module, kind: type[nnx.Variable] = nnx.Param) -> Params:
+    """Values of one kind of a model by dotted name, e.g. 'encoder.image.blocks.0.mlp.fc1.kernel'."""
+    state = nnx.to_flat_state(nnx.state(model, kind))
     return {".".join(map(str, path)): variable.get_value() for path, variable in state}
 
 
-def define_model(config: models.AVMAEConfig) -> tuple[ModelDefinition, dict[str, jax.ShapeDtypeStruct]]:
-    """The model's structure and the shapes of its parameters; nothing is allocated."""
-    model = nnx.eval_shape(lambda: models.AVMAE(config, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model, nnx.Param)
+def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[ModelDefinition, Params, Params]:
+    """The structure of the model that `build` makes, and the shapes of its parameters and of its statistics.
+
+    Nothing is allocated.
+    """
+    model = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    graph, state = nnx.split(model, (nnx.Param, nnx.BatchStat))
     flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
     initials = {name: variable.get_metadata("initial") for name, (_, variable) in flat.items()}
-    return ModelDefinition(graph, {name: path for name, (path, _) in flat.items()}, initials), flat_params(model)
+    definition = ModelDefinition(graph, {name: path for name, (path, _) in flat.items()}, initials)
+    return definition, flat_values(model), flat_values(model, nnx.BatchStat)
 
 
-def draw_params(initials: dict[str, Initial], shardings: dict[str, NamedSharding], key: jax.Array) -> Params:
-    """Initial parameters, each drawn from a key of its name straight into its shards.
+def draw_values(initials: dict[str, Initial], shardings: dict[str, NamedSharding], key: jax.Array) -> Params:
+    """Initial values under the names of `shardings`, each drawn from a key of its name straight into its shards.
 
     One small program per kind of parameter: drawing all in one takes minutes to compile at ViT-B.
     """
     programs = {}
-    for name, initial in initials.items():
-        program = (initial, shardings[name])
+    for name, sharding in shardings.items():
+        program = (initials[name], sharding)
         if program not in programs:
-            programs[program] = jax.jit(initial.__call__, out_shardings=shardings[name])
-    keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in initials}
-    return {name: programs[initial, shardings[name]](keys[name]) for name, initial in initials.items()}
+            programs[program] = jax.jit(initials[name].__call__, out_shardings=sharding)
+    keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in shardings}
+    return {name: programs[initials[name], sharding](keys[name]) for name, sharding in shardings.items()}
 
 
-def mask_noises(config: TrainConfig, step: jax.Array, rows: NamedSharding) -> tuple[jax.Array, jax.Array]:
-    """Noise [B, tokens] of both streams; row b of step s depends on (seed, s, b) alone, never on the mesh."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
-    streams = (config.model.image, config.model.audio)
-    noises = (models.mask_noise(key, config.batch_size, stream.tokens) for key, stream in zip(keys, streams))
-    return tuple(jax.lax.with_sharding_constraint(noise, rows) for noise in noises)
-
-
-def weighted_losses(definition: ModelDefinition, config: TrainConfig, shardings: dict[str, NamedSharding],
-                    params: Params, rows: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Σ weight · loss over the given rows, in all and per stream (float32 scalars)."""
-    model = definition.merge(gather(params, shardings, DTYPES[config.dtype]))
-    if REMAT[config.remat] is not None:
-        remat = functools.partial(jax.checkpoint, policy=REMAT[config.remat])
-        model.encoder.remat = model.image_decoder.remat = model.audio_decoder.remat = remat
-    image = models.normalize_image(rows["image"])
-    losses = model.losses(image, rows["audio"], rows["image_noise"], rows["audio_noise"])
-    image_loss, audio_loss = (jnp.sum(rows["weight"] * loss.astype(jnp.float32)) for loss in losses)
-    return image_loss + audio_loss, (image_loss, audio_loss)
+def draw_rows(objective: Objective, seed: int, step: jax.Array, batch_size: int, rows: NamedSharding) -> Batch:
+    """The step's random numbers; row b of step s depends on (seed, s, b) alone, never on the mesh."""
+    drawn = objective.draw(jax.random.fold_in(jax.random.key(seed), step), batch_size)
+    return {name: jax.lax.with_sharding_constraint(x, rows) for name, x in drawn.items()}
 
 
 def split_rows(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
@@ -130,75 +127,111 @@ class TrainStep:
 
     `step(state, batch)` takes the global batch (`image` uint8 [B, H, W, 3], `audio` float32 [B, mels, frames],
     `valid` bool [B], rows over 'data' and 'fsdp'), donates the state and returns the next state and float32 scalars
-    `loss`, `image_loss`, `audio_loss` (means over valid clips), `grad_norm`, `learning_rate`, `valid` (clips).
+    `loss` and the objective's figures (means over valid clips), `grad_norm`, `learning_rate`, `valid` (clips).
+
+    `objective` None: masked reconstruction with `config.model`.
 
     Raises:
       UserError: the batch does not divide over the mesh.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, length: Length):
+    def __init__(self, config: TrainConfig, mesh: Mesh, length: Length, objective: Objective | None = None):
         check_batch(mesh, config.batch_size, config.grad_accumulation)
         self.config, self.mesh = config, mesh
-        self.definition, self.shapes = define_model(config.model)
+        self.objective = objective or Pretraining(config.model)
+        self.definition, shapes, statistics = define_model(self.objective.build)
+        self.shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, statistics, None)
         self.schedule = learning_rate(config, length)
-        self.optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.optimizer = make_optimizer(config.optimizer, self.schedule, self.objective.multipliers(shapes, length))
         self.rows = batch_sharding(mesh)
-        self.shardings = self._state_shardings(self.shapes)
+        self.shardings = self._state_shardings()
         whole = replicated(mesh)
         self.step = jax.jit(self.train_step, in_shardings=(self.shardings, self.rows),
                             out_shardings=(self.shardings, whole), donate_argnums=0)
-        self.predict = jax.jit(self._predict, in_shardings=(self.shardings, self.rows), out_shardings=whole,
-                               static_argnums=2)
 
-    def _state_shardings(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> TrainState:
-        """Optimizer moments lie as their parameters do, scalars on every device."""
-        params = parameter_shardings({name: x.shape for name, x in shapes.items()}, self.mesh)
+    def forward(self, function: Callable) -> Callable:
+        """`function(model, batch) -> arrays` as compiled forward(state, batch); what comes out is whole everywhere.
+
+        The batch also holds the random rows of the step after `state`.
+        """
+        def run(state: TrainState, batch: Batch):
+            drawn = draw_rows(self.objective, self.config.seed, state.step, self.config.batch_size, self.rows)
+            return function(self._model(state.params, state.statistics), batch | drawn)
+
+        return jax.jit(run, in_shardings=(self.shardings, self.rows), out_shardings=replicated(self.mesh))
+
+    def init(self, params: Params | None = None) -> TrainState:
+        """The state of step 0, every value born in its shards; `params`: weights and statistics to begin with."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), INIT_STREAM)
+        known, cut = params or {}, self.shardings.model
+        drawn = draw_values(self.definition.initials, {name: cut[name] for name in cut if name not in known}, key)
+        return self._start({name: (known | drawn)[name] for name in cut})
+
+    def _start(self, values: Params) -> TrainState:
+        start = jax.jit(self._first_state, in_shardings=(self.shardings.model,), out_shardings=self.shardings)
+        return start(values)
+
+    def _first_state(self, values: Params) -> TrainState:
+        params, statistics = ({name: values[name] for name in part}
+                              for part in (self.shapes.params, self.shapes.statistics))
+        return TrainState(jnp.zeros((), jnp.int32), params, statistics, self.optimizer.init(self._trained(params)))
+
+    def _trained(self, params: Params) -> Params:
+        return {name: x for name, x in params.items() if self.objective.trained(name)}
+
+    def _state_shardings(self) -> TrainState:
+        """Optimizer moments lie as their parameters do, scalars and statistics on every device."""
+        params = parameter_shardings({name: x.shape for name, x in self.shapes.params.items()}, self.mesh)
         whole = replicated(self.mesh)
 
         def of(path, _) -> NamedSharding:
             name = getattr(path[-1], "key", None)
             return params.get(name, whole)
 
-        opt_state = jax.tree_util.tree_map_with_path(of, jax.eval_shape(self.optimizer.init, shapes))
-        return TrainState(whole, params, opt_state)
-
-    def _start(self, params: Params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
-
-    def init(self, params: Params | None = None) -> TrainState:
-        """The state of step 0, every parameter born in its shards; with `params`, from these weights."""
-        if params is None:
-            key = jax.random.fold_in(jax.random.key(self.config.seed), INIT_STREAM)
-            params = draw_params(self.definition.initials, self.shardings.params, key)
-        return jax.jit(self._start, in_shardings=(self.shardings.params,), out_shardings=self.shardings)(params)
+        moments = jax.eval_shape(self.optimizer.init, self._trained(self.shapes.params))
+        return TrainState(whole, params, dict.fromkeys(self.shapes.statistics, whole),
+                          jax.tree_util.tree_map_with_path(of, moments))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to."""
-        shapes = jax.eval_shape(self._start, self.shapes)
+        shapes = jax.eval_shape(self._first_state, self.shapes.model)
         return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                             shapes, self.shardings)
 
+    def _model(self, params: Params, statistics: Params) -> nnx.Module:
+        """The model in the dtype of the computation; statistics keep theirs."""
+        values = gather(params, self.shardings.params, DTYPES[self.config.dtype]) | statistics
+        model = self.definition.merge(values)
+        if REMAT[self.config.remat] is not None:
+            self.objective.rematerialize(model, functools.partial(jax.checkpoint, policy=REMAT[self.config.remat]))
+        return model
+
+    def weighted_loss(self, statistics: Params, frozen: Params, trained: Params,
+                      rows: Batch) -> tuple[jax.Array, tuple[Metrics, Params]]:
+        """Σ weight · loss over the given rows; the same sums of the metrics; the statistics after them."""
+        model = self._model(trained | frozen, statistics)
+        loss, metrics = self.objective.losses(model, rows)
+        metrics = {name: jnp.sum(rows["weight"] * x.astype(jnp.float32)) for name, x in metrics.items()}
+        loss = jnp.sum(rows["weight"] * loss.astype(jnp.float32))
+        return loss, (metrics, flat_values(model, nnx.BatchStat))
+
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """The pure function behind `step`."""
-        image_noise, audio_noise = mask_noises(self.config, state.step, self.rows)
+        parts = self.config.grad_accumulation
         valid = batch["valid"].astype(jnp.float32)
         count = valid.sum()
-        rows = {"image": batch["image"], "audio": batch["audio"], "image_noise": image_noise,
-                "audio_noise": audio_noise, "weight": valid / jnp.maximum(count, 1)}
-        loss = functools.partial(weighted_losses, self.definition, self.config, self.shardings.params)
+        rows = draw_rows(self.objective, self.config.seed, state.step, self.config.batch_size, self.rows)
+        rows |= {**batch, "weight": valid / jnp.maximum(count, 1)}
+        trained = self._trained(state.params)
+        frozen = {name: x for name, x in state.params.items() if name not in trained}
+        loss = functools.partial(self.weighted_loss, state.statistics, frozen)
         if self.mesh.shape["fsdp"] > 1:
             loss = jax.checkpoint(loss, policy=keep_all_but_gathered)
-        (loss, (image_loss, audio_loss)), gradients = accumulate(
-            jax.value_and_grad(loss, has_aux=True), state.params, rows, self.config.grad_accumulation, self.mesh)
-        metrics = {"loss": loss, "image_loss": image_loss, "audio_loss": audio_loss,
-                   "grad_norm": optax.tree.norm(gradients), "learning_rate": self.schedule(state.step),
-                   "valid": count}
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
-
-    def _predict(self, state: TrainState, batch: Batch, clips: int) -> tuple[jax.Array, jax.Array, models.Output]:
-        """The batch's first clips (image, audio) and the predictions for them, masked as in the step after `state`."""
-        noises = mask_noises(self.config, state.step, self.rows)
-        model = self.definition.merge(gather(state.params, self.shardings.params, DTYPES[self.config.dtype]))
-        image, audio = batch["image"][:clips], batch["audio"][:clips]
-        return image, audio, model(models.normalize_image(image), audio, *(noise[:clips] for noise in noises))
+        (loss, (metrics, statistics)), gradients = accumulate(
+            jax.value_and_grad(loss, has_aux=True), trained, rows, parts, self.mesh)
+        metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(gradients),
+                   "learning_rate": self.schedule(state.step), "valid": count}
+        statistics = {name: (x / parts).astype(state.statistics[name].dtype) for name, x in statistics.items()}
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
+        params = {name: (trained | frozen)[name] for name in state.params} | optax.apply_updates(trained, updates)
+        return TrainState(state.step + 1, params, statistics, opt_state), metrics

@@ -1,0 +1,69 @@
+"""What a training step minimises, and of which model. A task of its own is a subclass of Objective."""
+
+import jax
+from flax import nnx
+
+from av_mae import models
+from av_mae.training.optimizer import Length, Multipliers
+
+Rows = dict[str, jax.Array]
+# Forward and backward pass cost three forward passes.
+PASSES = 3
+
+
+class Objective:
+    """A model and its loss, for `TrainStep`. Everything here is pure and traced under jit.
+
+    `flops`: matrix products of one clip, forward and backward, in FLOPs; 0 where they are not counted.
+    """
+
+    flops: float = 0.0
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The model with random weights."""
+        raise NotImplementedError
+
+    def draw(self, key: jax.Array, batch_size: int) -> Rows:
+        """Random numbers of one step, [batch_size, …] each: row b is for clip b of the global batch."""
+        return {}
+
+    def losses(self, model: nnx.Module, rows: Rows) -> tuple[jax.Array, Rows]:
+        """Loss [b] of each row of a batch (its fields and those of `draw`), and further figures [b]."""
+        raise NotImplementedError
+
+    def trained(self, name: str) -> bool:
+        """Whether the parameter of this dotted name is trained; others stay as they are, without optimizer state."""
+        return True
+
+    def multipliers(self, params: Rows, length: Length) -> Multipliers:
+        """What the learning rates of single parameters are multiplied by; others have the full rate."""
+        return {}
+
+    def rematerialize(self, model: nnx.Module, remat) -> None:
+        """Wraps each layer of the model by `remat`, a form of jax.checkpoint."""
+        model.encoder.remat = remat
+
+
+class Pretraining(Objective):
+    """Masked reconstruction: the sum of both streams' losses (paper section 3.3)."""
+
+    def __init__(self, config: models.AVMAEConfig):
+        self.config = config
+        self.flops = PASSES * models.closed_form_flops(config)
+
+    def build(self, rngs: nnx.Rngs) -> models.AVMAE:
+        return models.AVMAE(self.config, rngs=rngs)
+
+    def draw(self, key: jax.Array, batch_size: int) -> Rows:
+        """Mask noise of both streams, [B, patches]."""
+        image, audio = jax.random.split(key)
+        return {"image_noise": models.mask_noise(image, batch_size, self.config.image.tokens),
+                "audio_noise": models.mask_noise(audio, batch_size, self.config.audio.tokens)}
+
+    def losses(self, model: models.AVMAE, rows: Rows) -> tuple[jax.Array, Rows]:
+        image = models.normalize_image(rows["image"])
+        image_loss, audio_loss = model.losses(image, rows["audio"], rows["image_noise"], rows["audio_noise"])
+        return image_loss + audio_loss, {"image_loss": image_loss, "audio_loss": audio_loss}
+
+    def rematerialize(self, model: models.AVMAE, remat) -> None:
+        model.encoder.remat = model.image_decoder.remat = model.audio_decoder.remat = remat
