@@ -113,8 +113,8 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """One pretraining run. Exactly one of `steps` and `epochs` is above 0."""
+class RunConfig:
+    """What every run that trains has. Exactly one of `steps` and `epochs` is above 0."""
 
     seed: int = 0
     steps: int = 0
@@ -125,7 +125,6 @@ class TrainConfig:
     remat: str = "none"
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
-    model: AVMAEConfig = AVMAEConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint_every: int = 1000
     keep_last: int = 3
@@ -151,9 +150,16 @@ class TrainConfig:
         require(min(self.keep_every, self.images_every, self.profile_at) >= 0,
                 f"keep_every={self.keep_every}, images_every={self.images_every} and "
                 f"profile_at={self.profile_at} must be 0 (never) or more")
-        self._check_streams()
 
-    def _check_streams(self):
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """One pretraining run."""
+
+    model: AVMAEConfig = AVMAEConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
         image, audio = self.model.image, self.model.audio
         require(image.channels == 3, f"model.image.channels={image.channels} must be 3: clips have colour frames")
         require(audio.channels == 1, f"model.audio.channels={audio.channels} must be 1: clips have one log-mel")
