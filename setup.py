@@ -22,6 +22,7 @@ REQUIRES = [
     "safetensors>=0.5,<0.9",  # published weights; 0.x without a promise of stability
     "tensorboardX>=2.6.4,<3",  # event files without TensorFlow; 2.6.4 accepts protobuf 6 and later
     "tqdm>=4.66,<5",  # progress bars
+    "mir_eval>=0.8,<0.9",  # BSS Eval as published; 0.9 is to drop its module of separation
     "matplotlib>=3.10,<4",  # figures through Figure and FigureCanvasAgg
     "pillow>=11,<14",  # PNG files
 ]
@@ -30,7 +31,8 @@ EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # CUDA 13 libraries as wheels; the driver is the machine's
     "prepare": ["apache-beam>=2.70,<3"],  # preparing large sets on Beam runners; the demo sets need none
     "test": ["pytest>=8.4,<10",  # 8.4 is the first that fails on tests that return values
-             "pytest-xdist>=3.6,<4"],  # two test files at a time: compilation uses one core
+             "pytest-xdist>=3.6,<4",  # two test files at a time: compilation uses one core
+             "scikit-learn>=1.6,<2"],  # an independent reference for metrics; 1.6 is the first tested with numpy 2
     "colab": ["ipywidgets>=8,<9"],  # progress bars in notebooks
 }
 
