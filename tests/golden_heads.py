@@ -2,14 +2,13 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file
 
 from av_mae import models
-from av_mae.convert import from_published as encoder_from_published
-from av_mae.published import head_names
+from av_mae.convert import load_published
 
 VARIABLES = (nnx.Param, nnx.BatchStat)
 MODELS = {"classifier": models.Classifier, "separator": models.Separator, "segmenter": models.Segmenter}
@@ -30,11 +29,6 @@ def encoder_config(shared, name):
                                    attention_ratio=c["attn"], mlp_ratio=c["mlp"]))
 
 
-def load_tensors(shared, name):
-    """Published tensors of a golden head's file."""
-    return load_file(shared / "golden" / f"{name}.safetensors")
-
-
 def flat_variables(model, kinds=VARIABLES):
     """Parameters and statistics by dotted path."""
     return {".".join(map(str, path)): variable.get_value()
@@ -53,20 +47,22 @@ def set_variables(model, arrays):
     return model
 
 
-def arrays_of(shared, name):
-    """Parameters and statistics here from a golden head's file."""
-    tensors = load_tensors(shared, name)
-    encoder = {key: value for key, value in tensors.items() if key.startswith("encoder.")}
-    return (encoder_from_published(encoder, encoder_config(shared, name))
-            | head_names.head_from_published(FILES[name], tensors))
-
-
 def golden_head(shared, name):
     """The model of a golden head's file with its weights."""
-    kind, config = FILES[name], encoder_config(shared, name)
-    head = head_names.head_config(kind, load_tensors(shared, name))
-    model = nnx.eval_shape(lambda: MODELS[kind](config, head, rngs=nnx.Rngs(0)))
-    return set_variables(model, arrays_of(shared, name))
+    return load_published(shared / "golden" / f"{name}.safetensors", encoder_config(shared, name))
+
+
+def compiled(model, encoder=None):
+    """model(*inputs) as one program, with another encoder if there is one; what training moves in it is lost."""
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, *inputs):
+        model = nnx.merge(graph, state, copy=True)
+        model.encoder = encoder or model.encoder
+        return model(*inputs)
+
+    return lambda *inputs: run(state, *inputs)
 
 
 def load_golden(shared):

@@ -7,33 +7,25 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from golden_heads import FILES, encoder_config, encoder_from_published, flat_variables, load_golden, load_tensors
+from golden_heads import encoder_config, flat_variables, load_golden
 from tiny_training import MODEL, recipe
 
 from av_mae import models
 from av_mae.config import OptimizerConfig
 from av_mae.errors import UserError
-from av_mae.published.head_names import HEADS
+from av_mae.published.names import names_of
 from av_mae.training import optimizer
-
-
-def paths_of(shared, name, published):
-    """Where a published parameter is here; several paths where it is split."""
-    if published.startswith("encoder."):
-        tensor = load_tensors(shared, name)[published]
-        return list(encoder_from_published({published: tensor}, encoder_config(shared, name)))
-    return [HEADS[FILES[name]].published_entries(load_tensors(shared, name))[published].path]
 
 
 def test_scales_and_weight_decay_are_the_published_ones(shared):
     table = json.loads((shared / "golden" / "separation_layer_decay.json").read_text())
     config = encoder_config(shared, "separation")
-    parameters = flat_variables(nnx.eval_shape(
-        lambda: models.Separator(config, models.SeparatorConfig(), rngs=nnx.Rngs(0))), nnx.Param)
+    model = nnx.eval_shape(lambda: models.Separator(config, models.SeparatorConfig(), rngs=nnx.Rngs(0)))
+    parameters, rules = flat_variables(model, nnx.Param), names_of(model).rules
     scales = optimizer.layer_multipliers(parameters, 0.75, config.layers)
     decayed, seen = optimizer.decayed(parameters), []
     for published, (scale, weight_decay) in table.items():
-        for path in paths_of(shared, "separation", published):
+        for path in rules[published].here:
             assert (scales[path], 0.05 * decayed[path]) == (scale, weight_decay), path
             seen.append(path)
     assert sorted(seen) == sorted(parameters)

@@ -1,4 +1,4 @@
-"""Published tensors of the three heads ↔ parameters and statistics here, bit for bit in both directions.
+"""Published names of the three heads' tensors ↔ paths of parameters and statistics here, and how their axes lie.
 
 Everything below 'encoder.' is left out here: its names are those of the encoder.
 """
@@ -12,11 +12,9 @@ import numpy as np
 from av_mae.errors import UserError
 from av_mae.models.head_config import ClassifierConfig, SegmenterConfig, SeparatorConfig
 
-Tensors = dict[str, np.ndarray]
 # The published axes in the order in which they lie here.
 Axes = tuple[int, ...]
 
-ENCODER = "encoder."
 LARGEST_COUNT = 2 ** 31 - 1
 
 COUNT, VECTOR = (), (0,)
@@ -100,12 +98,8 @@ class Head(NamedTuple):
     published_scale: str
     scale: str
 
-    def published_entries(self, names: Collection[str]) -> dict[str, Entry]:
-        """What a head of as many scales as `names` show can have, by published name."""
-        return {entry.published: entry for entry in self.entries(count(self.published_scale, names))}
-
     def path_entries(self, paths: Collection[str]) -> dict[str, Entry]:
-        """The same by path here."""
+        """What a head of as many scales as `paths` show can have, by path here."""
         return {entry.path: entry for entry in self.entries(count(self.scale, paths))}
 
 
@@ -125,40 +119,6 @@ def head_kind(names: Collection[str]) -> str | None:
     return next((kind for kind, head in HEADS.items() if count(head.published_scale, names)), None)
 
 
-def without_encoder(arrays: Mapping[str, np.ndarray]) -> Tensors:
-    return {name: value for name, value in arrays.items() if not name.startswith(ENCODER)}
-
-
-def head_from_published(kind: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Published tensors of a head → parameters and statistics here by dotted path; 'encoder.' is left out.
-
-    Raises:
-      UserError: a name that the head does not have, or a tensor of other dimensions than its name says.
-    """
-    own, result = without_encoder(tensors), {}
-    table = HEADS[kind].published_entries(own)
-    for name, value in own.items():
-        if name not in table:
-            raise UserError(f"a published {kind} has no tensor {name}: the file holds something else as well")
-        _, path, axes = table[name]
-        if value.ndim != len(axes):
-            raise UserError(f"{name} of a published {kind} has {len(axes)} dimensions, the file has {value.shape}")
-        result[path] = as_count(name, value) if axes == COUNT else value.transpose(axes)
-    return result
-
-
-def head_to_published(kind: str, arrays: Mapping[str, np.ndarray]) -> Tensors:
-    """The inverse of `head_from_published`, for exactly the arrays of such a head; results are contiguous."""
-    own, result = without_encoder(arrays), {}
-    table = HEADS[kind].path_entries(own)
-    for path, value in own.items():
-        name, _, axes = table[path]
-        value = np.asarray(value)
-        result[name] = value.astype(np.int64) if axes == COUNT else np.ascontiguousarray(
-            value.transpose(np.argsort(axes)))
-    return result
-
-
 def as_count(name: str, value: np.ndarray) -> np.ndarray:
     """A published int64 count of batches as int32."""
     if value.dtype.kind not in "iu" or not 0 <= int(value) <= LARGEST_COUNT:
@@ -173,7 +133,7 @@ def head_config(kind: str, tensors: Mapping[str, np.ndarray]) -> ClassifierConfi
       UserError: the tensor that tells it is missing.
     """
     def outputs(name: str) -> int:
-        if name not in tensors or not tensors[name].ndim:
+        if name not in tensors or not tensors[name].shape:
             raise UserError(f"a published {kind} needs a tensor {name} of at least one dimension")
         return tensors[name].shape[0]
 
