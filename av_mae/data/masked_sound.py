@@ -4,7 +4,6 @@ import functools
 
 import numpy as np
 import scipy.fft
-import scipy.signal
 
 from av_mae.config import SoundConfig
 from av_mae.data.sound import mel_filter_bank
@@ -15,7 +14,8 @@ _SILENT_WINDOW = 1e-11  # where no window reaches, the waveform is unknown
 @functools.lru_cache(maxsize=8)
 def _window_and_filters(sound: SoundConfig) -> tuple[np.ndarray, np.ndarray]:
     """The periodic Hann window float32 [n_fft] and the filter bank float32 [n_fft // 2 + 1, mels]."""
-    return scipy.signal.get_window("hann", sound.n_fft).astype(np.float32), mel_filter_bank(sound)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(sound.n_fft) / sound.n_fft)
+    return window.astype(np.float32), mel_filter_bank(sound)
 
 
 def stft(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
@@ -60,7 +60,8 @@ def ideal_masks(sources: np.ndarray, kind: str, sound: SoundConfig) -> np.ndarra
     """The masks that a separator would predict if it knew the sources: what its estimates are compared with.
 
     sources: float32 [m, samples], whose sum is the mixture; kind: 'ratio', each source's share of the sources' mel
-    power, or 'binary', 1 where the source has more than all others together.
+    power, or 'binary', 1 where the source has more than all others together. (The published training targets compare
+    a source with the mixture instead: they are lower.)
     Returns float32 [m, mels, samples // hop], 0 where nothing sounds.
     """
     _, filters = _window_and_filters(sound)
@@ -68,4 +69,4 @@ def ideal_masks(sources: np.ndarray, kind: str, sound: SoundConfig) -> np.ndarra
     power = filters.T @ np.square(np.abs(spectra))
     total = power.sum(0)
     share = np.divide(power, total, out=np.zeros_like(power), where=total > 0)
-    return share if kind == "ratio" else (share > 0.5).astype(np.float32)
+    return {"ratio": share, "binary": (share > 0.5).astype(np.float32)}[kind]

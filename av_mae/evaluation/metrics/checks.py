@@ -17,4 +17,4 @@ def require_labels(labels: np.ndarray, classes: int) -> None:
     """Raises UserError where a label is not in 0 … classes - 1."""
     if labels.size and not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"labels {labels.min()} to {labels.max()} do not fit {classes} classes (0 to {classes - 1}): "
-                        "the class list belongs to other labels")
+                        "take the class list that belongs to these labels, and leave out what has no label")

@@ -93,6 +93,7 @@ def right_object(heat: np.ndarray, objects: np.ndarray, sounding: int,
     """
     if not 0 <= sounding < len(objects):
         return "no object sounds"
+    require_finite(heat, "values of a heat map")
     seen = objects.any((1, 2))
     if not seen[sounding]:
         return "the sounding object covers no pixel"

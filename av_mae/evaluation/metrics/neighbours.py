@@ -63,11 +63,12 @@ def nearest(streams: Mapping[str, np.ndarray], block: int = BLOCK,
 def accuracies(neighbours: Neighbours, labels: np.ndarray) -> Values:
     """Leave-one-out accuracy of each clip in percent (as published): 100 where its neighbour has its label, else 0.
 
-    labels: int [n].
+    labels: int [n], below 0 where unknown: such a clip has no accuracy, and is a wrong neighbour to others.
     """
     if len(labels) < 2:
         return ["there is no other clip"] * len(labels)
-    return 100.0 * (labels[neighbours.index] == labels)
+    right = labels[neighbours.index] == labels
+    return [100.0 * hit if label >= 0 else "no label" for label, hit in zip(labels, right, strict=True)]
 
 
 def neighbour_scores(neighbours: Neighbours, targets: np.ndarray) -> np.ndarray:
