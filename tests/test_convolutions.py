@@ -122,8 +122,9 @@ def test_statistics_are_those_of_the_whole_batch_on_a_mesh():
 def test_kaiming_normal_initial_values():
     """Fan out: 9 × outputs; PyTorch counts the inputs of a transposed weight. Statistics begin at 0, 1 and 0."""
     lift = convolutions.Up(96, 64, 2, skip=32, rngs=nnx.Rngs(3))
+    last = convolutions.Convolution(64, 32, rngs=nnx.Rngs(1))
     for layer, fan_out in ((lift.transposed, 4 * 96), (lift.convolutions.conv1, 9 * 64),
-                           (lift.convolutions.conv2, 9 * 64), (convolutions.Convolution(64, 32, rngs=nnx.Rngs(1)), 288)):
+                           (lift.convolutions.conv2, 9 * 64), (last, 9 * 32)):
         kernel = np.asarray(layer.kernel[...])
         assert kernel.std() == pytest.approx((2 / fan_out) ** 0.5, rel=0.03)
         assert abs(kernel.mean()) < 0.05 * kernel.std()

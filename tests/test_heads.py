@@ -250,7 +250,7 @@ def test_head_rules(config, message):
     ("separator", models.SeparatorConfig(), {"audio": {"patch": (8, 4)}},
      r"the separator doubles the patch grid .* patch=\(8, 4\) must be square and a power of two, at least 2"),
     ("separator", models.SeparatorConfig(), {"audio": {"size": (12, 12), "patch": 6}}, "so patch=6 must be square and"),
-    ("segmenter", models.SegmenterConfig(), {"image": {"size": (3, 4), "patch": 1}}, "the segmenter .* so patch=1 must"),
+    ("segmenter", models.SegmenterConfig(), {"image": {"size": (3, 4), "patch": 1}}, "segmenter .* so patch=1 must"),
     ("separator", models.SeparatorConfig(), {"audio": {"size": (32, 32), "patch": 16}},
      "halves the audio width 4 times, so patch=16 must divide width=24"),
     ("segmenter", models.SegmenterConfig(), {"image": {"size": (64, 64), "patch": 32, "width": 24}},

@@ -31,7 +31,7 @@ class SeparatorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SegmenterConfig:
-    """`classes` 1 is a binary mask. `width` is the least width of a scale and that of the predictor (published: 128)."""
+    """`classes` 1: a binary mask. `width` is the least width of a scale and that of the predictor (published: 128)."""
 
     classes: int = 1
     width: int = 128
