@@ -1,9 +1,12 @@
 """Nearest neighbours and retrieval against the golden file, scikit-learn and loops, in any blocks and on 8 devices."""
 
+import json
+
 import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
+from av_mae.benchmarks import neighbours as benchmark
 from av_mae.config import MeshConfig
 from av_mae.errors import UserError
 from av_mae.evaluation.metrics import neighbours
@@ -115,6 +118,15 @@ def test_on_8_devices():
     together = neighbours.retrieval(streams["audio"], streams["image"], 16, mesh)
     for name in alone:
         np.testing.assert_array_equal(together[name], alone[name])
+
+
+def test_benchmark_beside_scikit_learn(tmp_path, capsys):
+    benchmark.main([f"--json={tmp_path / 'figures.json'}", "--clips=60", "--width=8", "--part=20", "--block=16"])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["agreement_share"] == 1 and figures["embeddings_bytes"] == 60 * 8 * 4
+    assert "scikit_learn_extrapolated_seconds" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--part=70 must be at least 2, at most --clips=60"):
+        benchmark.main(["--clips=60", "--part=70"])
 
 
 def test_embeddings_that_are_not_finite_are_refused():

@@ -41,7 +41,8 @@ def measure(clips: int, width: int, part: int, block: int) -> dict:
     others = np.where(index[:, 0] == np.arange(part), index[:, 1], index[:, 0])
     return {"clips": clips, "width": width, "seconds": seconds, "embeddings_bytes": embeddings.nbytes,
             "before_bytes": before, "grown_bytes": grown, "scikit_learn_clips": part,
-            "scikit_learn_extrapolated_seconds": brute_seconds, "agreement_share": float(np.mean(others == found.index[:part]))}
+            "scikit_learn_extrapolated_seconds": brute_seconds,
+            "agreement_share": float(np.mean(others == found.index[:part]))}
 
 
 def brute_force(embeddings: np.ndarray):

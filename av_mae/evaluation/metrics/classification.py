@@ -83,13 +83,14 @@ def _rank_class(counts: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> 
     order = np.argsort(-scores, kind="stable")
     falling, positive = -scores[order], np.flatnonzero(targets[order])
     first, end = (np.searchsorted(falling, falling[positive], side) for side in ("left", "right"))  # of its equals
-    ranked = counts[order]
-    own = ranked[positive].astype(np.float64)
-    clips = _counts_before(ranked)
+    own = counts[order[positive]].astype(np.float64)
     positives = _counts_before(own)
-    clips_until, positives_until = clips[end].astype(np.float64), positives[np.searchsorted(positive, end)]
+    places = np.unique(np.concatenate([[0], first, end, [len(order)]]))  # the only ones where counts are needed
+    between = scipy.sparse.csr_array((np.ones(len(order), counts.dtype), order, places), (len(places) - 1, len(order)))
+    clips = _counts_before((between @ counts).astype(np.float64))
+    clips_until, positives_until = clips[np.searchsorted(places, end)], positives[np.searchsorted(positive, end)]
     negatives_until = clips_until - positives_until
-    negatives_before = clips[first] - positives[np.searchsorted(positive, first)]
+    negatives_before = clips[np.searchsorted(places, first)] - positives[np.searchsorted(positive, first)]
     total, negatives = positives[-1], clips[-1] - positives[-1]
     precision = divide(positives_until, clips_until, empty=0)
     below = negatives - (negatives_until + negatives_before) / 2  # a tie counts half

@@ -125,7 +125,8 @@ def score_map(heat: np.ndarray, truth: np.ndarray, cut: Cut) -> dict[str, Value]
 
 def detection_figures(confidence: np.ndarray, right: np.ndarray, sounding: np.ndarray, threshold: float,
                       bootstrap: Bootstrap) -> dict[str, Figure]:
-    """How well maps tell frames where nothing sounds (Mo & Morgado, NeurIPS 2022, "A closer look …").
+    """How well maps tell frames where nothing sounds (after Mo & Morgado, "A Closer Look at Weakly-Supervised
+    Audio-Visual Source Localization", NeurIPS 2022).
 
     A map counts as a detection where its confidence reaches a threshold; the detection is true where something sounds
     and the map is right about it.
