@@ -5,6 +5,8 @@ import dataclasses
 from av_mae.models.config import AVMAEConfig, require
 
 DTYPES = ("bfloat16", "float32")
+TRUTHS = ("mask", "objects", "sources", "waveforms")
+MOST_MIXED = 4  # clips
 REMATS = ("none", "dots", "full")
 
 
@@ -32,7 +34,10 @@ class SoundConfig:
 class DataConfig:
     """Where clips come from and how they are augmented.
 
-    `path` names prepared sets, separated by commas; `weights` mixes them (None: by size).
+    `path` names prepared sets, separated by commas; `weights` mixes them (None: by size). `truth` names what batches
+    carry of what is known about a clip (data/truth.py). `mix` clips' sounds are added to one, the first clip being
+    the source that is looked for. `image_noise` is the deviation of white noise on normalised images, `sound_snr` the
+    decibels of a sound over white noise (None: without noise).
     """
 
     path: str = ""
@@ -46,8 +51,16 @@ class DataConfig:
     volume_db: float = 6.0
     jitter: bool = True
     max_failure_share: float = 0.1
+    truth: tuple[str, ...] = ()
+    mix: int = 1
+    image_noise: float = 0.0
+    sound_snr: float | None = None
 
     def __post_init__(self):
+        wrong = [name for name in self.truth if name not in TRUTHS]
+        require(not wrong, f"data.truth={self.truth} names {wrong}; known are {', '.join(TRUTHS)}")
+        require(1 <= self.mix <= MOST_MIXED, f"data.mix={self.mix} must be 1 (no mixing) to {MOST_MIXED} clips")
+        require(self.image_noise >= 0, f"data.image_noise={self.image_noise} must be 0 or more")
         require(bool(self.split), "data.split must name a split of the prepared sets, e.g. train or test")
         require(self.workers >= 0, f"data.workers={self.workers} must be 0 (in this process) or more")
         require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be at least 1")

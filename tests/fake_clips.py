@@ -19,15 +19,18 @@ def flac(waveform: np.ndarray, rate: int) -> bytes:
     return file.getvalue()
 
 
+def jpeg(image: np.ndarray) -> bytes:
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=95, colorsubsampling="444")
+
+
 def record(name: str, index: int, size=(24, 32), seconds: float = 0.5, rate: int = 4000, frames: int = 3) -> dict:
     """Clip `index` of a set: noise as sound, smooth noise as frames; its label is its index."""
     generator = np.random.default_rng(index)
     small = generator.integers(0, 255, (size[0] // 8 + 1, size[1] // 8 + 1, 3), np.uint8)
     image = np.ascontiguousarray(np.kron(small, np.ones((8, 8, 1), np.uint8))[:size[0], :size[1]])
-    jpeg = simplejpeg.encode_jpeg(image, quality=95, colorsubsampling="444")
     waveform = 0.1 * generator.standard_normal(int(seconds * rate)).astype(np.float32)
     return {"id": f"{name}-{index}", "label": np.int64(index), "duration": np.float32(seconds),
-            "frames": [jpeg] * frames, "sound": flac(waveform, rate),
+            "frames": [jpeg(image)] * frames, "sound": flac(waveform, rate),
             "frame_times": np.linspace(0, seconds, frames, dtype=np.float32)}
 
 
@@ -47,7 +50,7 @@ class FakeSet:
         if broken == "sound":
             clip["sound"] = clip["sound"][:len(clip["sound"]) // 2]
         if broken == "frame":
-            clip["frames"] = [jpeg[:len(jpeg) // 2] for jpeg in clip["frames"]]
+            clip["frames"] = [frame[:len(frame) // 2] for frame in clip["frames"]]
         return clip
 
 

@@ -1,8 +1,26 @@
-"""How many clips failed, which and why, and the share of them at which a run stops."""
+"""Why a clip failed; how many did, which and why, and the share of them at which a run stops."""
 
 import collections
+import contextlib
+from collections.abc import Iterator
 
 from av_mae.errors import UserError
+
+
+class ClipFailure(Exception):
+    """Why a clip cannot be used: 'stage: cause'."""
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a ClipFailure that names the stage."""
+    try:
+        yield
+    except ClipFailure:
+        raise
+    except Exception as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise ClipFailure(f"{name}: {cause}") from error
 
 
 class FailureCount:

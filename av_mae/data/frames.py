@@ -64,7 +64,11 @@ def decode_crop(jpeg: bytes, box: Box, size: tuple[int, int], flip: bool = False
     if whole and pixels.shape[:2] == tuple(size):
         return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
     scale = round(8 * max(pixels.shape[:2]) / max(height, width)) / 8  # the decoder scales by eighths, then rounds up
-    box = (left * scale, top * scale, right * scale, bottom * scale)
+    return resize_box(pixels, (left * scale, top * scale, right * scale, bottom * scale), size, flip)
+
+
+def resize_box(pixels: np.ndarray, box: Box, size: tuple[int, int], flip: bool = False) -> np.ndarray:
+    """The part `box` of uint8 [H, W, 3], resized (bilinear, antialiased) to uint8 [height, width, 3]."""
     image = Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

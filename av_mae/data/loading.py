@@ -1,32 +1,17 @@
 """From stored records to batches. A clip that fails keeps its slot, with the reason."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from av_mae.config import DataConfig
-from av_mae.data import frames, sound
+from av_mae.data import frames, sound, truth
+from av_mae.data.failures import ClipFailure, stage
 
-
-FIELDS = ("id", "label", "frames", "frame_times", "sound")  # of a record that a batch is made of
-
-
-class ClipFailure(Exception):
-    """Why a clip cannot be used: 'stage: cause'."""
-
-
-@contextlib.contextmanager
-def _stage(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a ClipFailure that names the stage."""
-    try:
-        yield
-    except Exception as error:
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise ClipFailure(f"{name}: {cause}") from error
+FIELDS = ("id", "label", "frames", "frame_times", "sound")  # of a record that every batch is made of
 
 
 class ClipSource:
@@ -45,76 +30,126 @@ class ClipSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            with _stage("read"):
+            with stage("read"):
                 return self._records[index]
         except ClipFailure as failure:
             return {"id": f"{self._name}[{index}]", "error": str(failure)}
+
+
+def batch_fields(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int]) -> truth.Spec:
+    """Shape and dtype, per clip, of the arrays in a batch."""
+    fields = {"image": ((*image_size, 3), np.uint8), "audio": (tuple(audio_size), np.float32), "label": ((), np.int32),
+              "start": ((), np.float32)}
+    return fields | truth.spec(data.truth, tuple(image_size), tuple(audio_size), data.sound.hop)
+
+
+class Companions(grain.MapDataset):
+    """Clips with others beside them: element p is that of `clips`, with the elements `positions(p)` as `others`."""
+
+    def __init__(self, clips: grain.MapDataset, positions: Callable[[int], Sequence[int]]):
+        super().__init__(clips)
+        self._positions = positions
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        return self._parent[index] | {"others": [self._parent[other] for other in self._positions(index)]}
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipLoader(grain.transforms.RandomMap):
     """Decodes, augments and computes the features of one clip.
 
-    `augment` False: middle of the clip, centred crop, no flip, no change of volume.
+    `augment` False: middle of the clip, centred crop, no flip, no change of volume. `swap` 'image' or 'audio' takes
+    the frame or the sound from the last of the record's `others`; the first ones are mixed in as `data.mix` says.
     """
 
     data: DataConfig
     image_size: tuple[int, int]
     audio_size: tuple[int, int]
     augment: bool
+    swap: str = ""
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Record → `image` uint8 [H, W, 3], `audio` float32 [mels, frames], `label`, `start` (s), `id`, `error`.
+        """Record → `image` uint8 [H, W, 3], `audio` float32 [mels, frames], `label`, `start` (s), `id`, `error`, and
+        what `data.truth` asks for.
 
         A clip that fails has `error` = 'clip ID: stage: cause' and neither image nor audio.
         """
         clip = {"id": str(element["id"]), "label": element.get("label", 0), "start": 0.0, "error": ""}
         try:
-            if "error" in element:
-                raise ClipFailure(element["error"])
-            return clip | self._load(element, rng)
+            for record in (element, *element.get("others", ())):
+                if "error" in record:
+                    raise ClipFailure(record["error"])
+            return clip | self._load(self._swapped(element), rng)
         except ClipFailure as failure:
             return clip | {"error": f"clip {clip['id']}: {failure}"}
 
+    def _swapped(self, record: dict[str, Any]) -> dict[str, Any]:
+        if not self.swap:
+            return record
+        taken = ("frames", "frame_times") if self.swap == "image" else ("sound",)
+        return record | {name: record["others"][-1][name] for name in taken}
+
     def _load(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        settings = self.data.sound
-        with _stage("sound"):
+        clip, settings = {}, self.data.sound
+        with stage("sound"):
             place = rng.uniform() if self.augment and self.data.jitter else 0.5
             samples = self.audio_size[1] * settings.hop
-            waveform, start, middle = sound.read_window(record["sound"], settings.rate, samples, place)
-        with _stage("features"):
+            waveform, clip["start"], middle = sound.read_window(record["sound"], settings.rate, samples, place)
+            waveform, sources = self._mix(record, waveform, place)
+        with stage("features"):
             if self.augment and self.data.volume_db:
-                waveform = sound.change_volume(waveform, rng.uniform(-self.data.volume_db, self.data.volume_db))
-            audio = sound.log_mel(waveform, settings)
-            if not np.isfinite(audio).all():
-                raise ValueError("the log-mel spectrogram is not finite")
-        with _stage("frame"):
+                gain = rng.uniform(-self.data.volume_db, self.data.volume_db)
+                waveform, sources = (sound.change_volume(x, gain) for x in (waveform, sources))
+            if self.data.sound_snr is not None:
+                waveform = sound.add_noise(waveform, self.data.sound_snr, rng)
+            clip["audio"] = sound.features(waveform, settings)
+            clip |= truth.source_fields(self.data.truth, waveform, sources, settings)
+        with stage("frame"):
             if len(record["frames"]) == 0:
                 raise ValueError("the clip holds no frames")
             nearest = int(np.argmin(np.abs(np.asarray(record["frame_times"]) - middle)))
-            image = self._image(record["frames"][nearest], rng)
-        return {"image": image, "audio": audio, "start": start}
+            size = frames.frame_size(record["frames"][nearest])
+            box, flip = self._crop(*size, rng)
+            clip["image"] = frames.decode_crop(record["frames"][nearest], box, self.image_size, flip)
+        with stage("truth"):
+            return clip | truth.place_fields(self.data.truth, record, size, box, self.image_size, flip)
 
-    def _image(self, jpeg: bytes, rng: np.random.Generator) -> np.ndarray:
-        height, width = frames.frame_size(jpeg)
+    def _mix(self, record: dict[str, Any], waveform: np.ndarray, place: float) -> tuple[np.ndarray, np.ndarray]:
+        """What is heard [samples], and the clean sounds in it [m, samples] where they are asked for."""
+        rate, samples = self.data.sound.rate, len(waveform)
+        if self.data.mix > 1:
+            others = [sound.read_window(other["sound"], rate, samples, place)[0]
+                      for other in record["others"][:self.data.mix - 1]]
+            sources = np.stack([waveform, *others])
+            return sources.sum(0), sources
+        if {"sources", "waveforms"} & set(self.data.truth):
+            return waveform, truth.read_sources(record, rate, samples, place)
+        return waveform, np.zeros((0, samples), np.float32)
+
+    def _crop(self, height: int, width: int, rng: np.random.Generator) -> tuple[frames.Box, bool]:
         if not self.augment:
-            return frames.decode_crop(jpeg, frames.centre_box(height, width, self.image_size), self.image_size)
+            return frames.centre_box(height, width, self.image_size), False
         flip = self.data.flip and rng.uniform() < 0.5
-        box = frames.random_box(rng, height, width, self.data.crop_scale)
-        return frames.decode_crop(jpeg, box, self.image_size, flip)
+        return frames.random_box(rng, height, width, self.data.crop_scale), flip
 
 
 class HostBatches(grain.MapDataset):
     """This host's rows of the global batches that begin at global position `first` of a dataset of clips.
 
-    Batch i holds positions first + i · batch_size + rows. Positions from `total` on are padding: zeros, `valid` False,
-    `id` and `error` ''. A failed clip is zeros and `valid` False with its `id` and `error`.
+    Batch i holds positions first + i · batch_size + rows; `fields` has shape and dtype of what clips bring. Positions
+    from `total` on are padding: zeros, `valid` False, `id` and `error` ''. A failed clip is zeros and `valid` False
+    with its `id` and `error`.
     """
 
-    def __init__(self, clips: grain.MapDataset, sizes: tuple[tuple[int, int], tuple[int, int]], batch_size: int,
-                 rows: np.ndarray, first: int, total: int):
+    def __init__(self, clips: grain.MapDataset, fields: truth.Spec, batch_size: int, rows: np.ndarray, first: int,
+                 total: int):
         super().__init__(clips)
-        self._image_size, self._audio_size = sizes
+        self._fields = fields
         self._batch_size, self._rows, self._first, self._total = batch_size, [int(row) for row in rows], first, total
 
     def __len__(self) -> int:
@@ -124,15 +159,9 @@ class HostBatches(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         count, begin = len(self._rows), self._first + index * self._batch_size
-        batch = {
-            "image": np.zeros((count, *self._image_size, 3), np.uint8),
-            "audio": np.zeros((count, *self._audio_size), np.float32),
-            "label": np.zeros(count, np.int32),
-            "start": np.zeros(count, np.float32),
-            "valid": np.zeros(count, bool),
-            "id": np.full(count, "", object),
-            "error": np.full(count, "", object),
-        }
+        batch = {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in self._fields.items()}
+        batch |= {"valid": np.zeros(count, bool), "id": np.full(count, "", object),
+                  "error": np.full(count, "", object)}
         for place, row in enumerate(self._rows):
             if begin + row < self._total:
                 clip = self._parent[begin + row]

@@ -5,6 +5,8 @@ batch → worker processes. The clip at global position p, and every random draw
 so that any number of hosts and workers sees the same order, and resuming is a slice at a position.
 """
 
+import functools
+import math
 import multiprocessing
 import os
 import shutil
@@ -21,8 +23,9 @@ import numpy as np
 from absl import flags
 
 from av_mae.config import DataConfig
-from av_mae.data.loading import FIELDS, ClipLoader, ClipSource, HostBatches
+from av_mae.data.loading import FIELDS, ClipLoader, ClipSource, Companions, HostBatches, batch_fields
 from av_mae.data.sound import check_sound
+from av_mae.data.truth import RECORD_FIELDS
 from av_mae.errors import UserError
 
 _ENDLESS = sys.maxsize
@@ -60,14 +63,14 @@ class _Batches:
 
     def __init__(self, clips: grain.MapDataset, data: DataConfig, image_size: tuple[int, int],
                  audio_size: tuple[int, int], batch_size: int, rows: np.ndarray):
-        self._dataset, self._data, self._sizes = clips, data, (tuple(image_size), tuple(audio_size))
+        self._dataset, self._data, self._fields = clips, data, batch_fields(data, image_size, audio_size)
         self._batch_size, self._rows = batch_size, np.asarray(rows)
         self._open = weakref.WeakSet()
         if self._rows.size == 0 or self._rows.min() < 0 or self._rows.max() >= batch_size:
             raise UserError(f"this host's rows must lie in the global batch: batch_size={batch_size}, rows={rows}")
 
     def _iterate(self, first: int, total: int) -> BatchIterator:
-        batches = HostBatches(self._dataset, self._sizes, self._batch_size, self._rows, first, total)
+        batches = HostBatches(self._dataset, self._fields, self._batch_size, self._rows, first, total)
         workers = self._data.workers
         # Without workers one thread keeps a few batches ready; a worker computes one batch after the other.
         reading = grain.ReadOptions(num_threads=0 if workers else 1,
@@ -84,8 +87,8 @@ class _Batches:
         return iterator
 
     def _batch_bytes(self) -> int:
-        (height, width), (mels, frames) = self._sizes
-        return len(self._rows) * (height * width * 3 + mels * frames * 4)
+        return len(self._rows) * sum(math.prod(shape) * np.dtype(dtype).itemsize
+                                     for shape, dtype in self._fields.values())
 
     def close(self) -> None:
         """Stops the workers of every iterator; none of them can be used afterwards."""
@@ -115,6 +118,8 @@ class TrainingData(_Batches):
             sets = [grain.MapDataset.concatenate(sets)]
         order = [clips.shuffle(seed=own_seed).repeat() for clips, own_seed in zip(sets, seeds)]
         mixture = order[0] if len(order) == 1 else grain.MapDataset.mix(order, data.weights)
+        if data.mix > 1:
+            mixture = Companions(mixture, functools.partial(following, data.mix - 1))
         loader = ClipLoader(data, tuple(image_size), tuple(audio_size), augment=True)
         super().__init__(mixture.random_map(loader, seed=seeds[-1]), data, image_size, audio_size, batch_size, rows)
 
@@ -130,14 +135,17 @@ class TrainingData(_Batches):
 class EvaluationData(_Batches):
     """Every clip once, in stored order, without augmentation: iterable (anew each time), `len` batches.
 
-    Batches are those of TrainingData; the last one is padded with `valid` False and empty `id` and `error`.
+    Batches are those of TrainingData; the last one is padded with `valid` False and empty `id` and `error`. With
+    `swap` 'image' or 'audio' that stream is another clip's, each serving once.
     """
 
     def __init__(self, sources: Sequence[ClipSource], data: DataConfig, image_size: tuple[int, int],
-                 audio_size: tuple[int, int], batch_size: int, rows: np.ndarray):
+                 audio_size: tuple[int, int], batch_size: int, rows: np.ndarray, swap: str = ""):
         self.clips = sum(len(source) for source in sources)
         clips = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
-        loader = ClipLoader(data, tuple(image_size), tuple(audio_size), augment=False)
+        if swap or data.mix > 1:
+            clips = Companions(clips, functools.partial(others_of, partners(self.clips, 0), data.mix - 1 + bool(swap)))
+        loader = ClipLoader(data, tuple(image_size), tuple(audio_size), augment=False, swap=swap)
         super().__init__(clips.random_map(loader, seed=0), data, image_size, audio_size, batch_size, rows)
 
     def __len__(self) -> int:
@@ -145,6 +153,33 @@ class EvaluationData(_Batches):
 
     def __iter__(self) -> BatchIterator:
         return self._iterate(0, self.clips)
+
+
+def partners(clips: int, seed: int) -> np.ndarray:
+    """For each clip another one, to be mixed or swapped with: int64 [clips]; each serves once, none itself.
+
+    Raises UserError for a single clip.
+    """
+    if clips < 2:
+        raise UserError(f"mixing and swapping need at least 2 readable clips in a set, got {clips}")
+    order = np.random.default_rng(seed).permutation(clips)
+    partner = np.empty(clips, np.int64)
+    partner[order] = np.roll(order, -1)
+    return partner
+
+
+def following(mixed: int, position: int) -> range:
+    """The `mixed` clips that come after the one at `position`: in training they are mixed with it."""
+    return range(position + 1, position + 1 + mixed)
+
+
+def others_of(partner: np.ndarray, count: int, position: int) -> list[int]:
+    """The `count` clips that are mixed and swapped with the one at `position`: its partner, its partner's partner, …"""
+    others = []
+    for _ in range(count):
+        position = int(partner[position])
+        others.append(position)
+    return others
 
 
 def open_training_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int], seed: int,
@@ -158,9 +193,9 @@ def open_training_data(data: DataConfig, image_size: tuple[int, int], audio_size
 
 
 def open_evaluation_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int],
-                         batch_size: int, rows: np.ndarray) -> EvaluationData:
-    """Opens the sets of `data` for evaluation; arguments and errors as in open_training_data."""
-    return EvaluationData(_open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows)
+                         batch_size: int, rows: np.ndarray, swap: str = "") -> EvaluationData:
+    """Opens the sets of `data` for evaluation; arguments as in EvaluationData, errors as in open_training_data."""
+    return EvaluationData(_open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows, swap)
 
 
 def _open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSource]:
@@ -173,7 +208,8 @@ def _open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSou
     check_sound(data.sound)
     from av_mae.data import records  # brings in TFDS
 
-    return [ClipSource(path, records.open_source(path, data.split, FIELDS)) for path in data.paths]
+    fields = dict.fromkeys((*FIELDS, *(field for name in data.truth for field in RECORD_FIELDS[name])))
+    return [ClipSource(path, records.open_source(path, data.split, tuple(fields))) for path in data.paths]
 
 
 def _without_full_shared_memory(dataset: grain.IterDataset, needed: int) -> grain.IterDataset:

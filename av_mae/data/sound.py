@@ -3,6 +3,7 @@
 import functools
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 import scipy.fft
@@ -69,6 +70,14 @@ def log_mel(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
     return logarithm
 
 
+def features(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
+    """log_mel, what the model takes. Raises ValueError where it is not finite."""
+    audio = log_mel(waveform, sound)
+    if not np.isfinite(audio).all():
+        raise ValueError("the log-mel spectrogram is not finite")
+    return audio
+
+
 def extend_mirrored(waveform: np.ndarray, samples: int) -> np.ndarray:
     """[n] → [samples], n ≥ 1: the sound, its reversal (edge sample repeated), the sound again, …, then cut."""
     length = len(waveform)
@@ -78,9 +87,27 @@ def extend_mirrored(waveform: np.ndarray, samples: int) -> np.ndarray:
     return waveform[np.minimum(place, 2 * length - 1 - place)]
 
 
+def cut(waveform: np.ndarray, own_rate: int, rate: int, first: int, samples: int) -> np.ndarray:
+    """float32 [samples] at `rate` Hz of a mono sound at `own_rate` Hz from its sample `first` on.
+
+    What is before and after helps the resampling; a sound that ends sooner is extended by its reversal.
+    """
+    def read(begin: int, length: int) -> np.ndarray:
+        return waveform[begin:begin + length]
+
+    count = min(math.ceil(samples * own_rate / rate), len(waveform) - first)
+    return extend_mirrored(take(read, len(waveform), own_rate, rate, first, count), samples)
+
+
 def change_volume(waveform: np.ndarray, decibels: float) -> np.ndarray:
     """The waveform louder by `decibels`; nothing is clipped."""
     return waveform * np.float32(10 ** (decibels / 20))
+
+
+def add_noise(waveform: np.ndarray, snr: float, generator: np.random.Generator) -> np.ndarray:
+    """The waveform under white noise `snr` decibels below its mean power (negative: above)."""
+    level = math.sqrt(float(np.mean(np.square(waveform), dtype=np.float64)) * 10 ** (-snr / 10))
+    return waveform + np.float32(level) * generator.standard_normal(len(waveform), np.float32)
 
 
 def read_window(encoded: bytes, rate: int, samples: int, place: float) -> tuple[np.ndarray, float, float]:
@@ -97,8 +124,7 @@ def read_window(encoded: bytes, rate: int, samples: int, place: float) -> tuple[
                 raise ValueError("the sound holds no samples")
             needed = math.ceil(samples * own_rate / rate)
             first, count = round(place * max(0, total - needed)), min(needed, total)
-            read = _read if own_rate == rate else functools.partial(_read_resampled, rate=rate)
-            waveform = read(file, first, count)
+            waveform = take(functools.partial(_read, file), total, own_rate, rate, first, count)
     except soundfile.LibsndfileError as error:  # its own text holds an address
         raise ValueError(error.error_string) from error
     start = first / own_rate
@@ -115,12 +141,22 @@ def _read(file: soundfile.SoundFile, first: int, count: int) -> np.ndarray:
     return waveform if waveform.ndim == 1 else waveform.mean(axis=1)
 
 
-def _read_resampled(file: soundfile.SoundFile, first: int, count: int, rate: int) -> np.ndarray:
-    """Like _read, at `rate` Hz: the window is read with a margin in which both rates' samples coincide."""
-    step = file.samplerate // math.gcd(file.samplerate, rate)
-    margin = step * math.ceil(_RESAMPLING_MARGIN * file.samplerate / step)
+def take(read: Callable[[int, int], np.ndarray], total: int, own_rate: int, rate: int, first: int,
+         count: int) -> np.ndarray:
+    """Samples first … first + count of a mono sound of `total` samples at `own_rate` Hz, resampled to `rate` Hz.
+
+    read(first, count) gives float32 [count] of the sound; it is asked for a margin in which both rates' samples
+    coincide, too.
+    """
+    if own_rate == rate:
+        return read(first, count)
+    step = own_rate // math.gcd(own_rate, rate)
+    margin = step * math.ceil(_RESAMPLING_MARGIN * own_rate / step)
     before = min(margin, first // step * step)
-    after = min(margin, file.frames - first - count)
-    waveform = soxr.resample(_read(file, first - before, before + count + after), file.samplerate, rate)
-    skipped = before * rate // file.samplerate
-    return waveform[skipped:skipped + math.ceil(count * rate / file.samplerate)]
+    after = min(margin, total - first - count)
+    waveform = soxr.resample(read(first - before, before + count + after), own_rate, rate)
+    skipped = before * rate // own_rate
+    waveform = waveform[skipped:skipped + math.ceil(count * rate / own_rate)]
+    if not len(waveform):
+        raise ValueError(f"the sound is too short: {count} samples at {own_rate} Hz are none at {rate} Hz")
+    return waveform

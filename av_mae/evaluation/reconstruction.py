@@ -23,7 +23,7 @@ from flax import nnx
 
 from av_mae import models, pictures
 from av_mae.config import EvaluationConfig, SoundConfig
-from av_mae.errors import UserError
+from av_mae.data.pipeline import partners
 from av_mae.evaluation.baselines import interpolate_image, row_means
 from av_mae.evaluation.clips import Clips, load_clips, map_batches, set_names
 from av_mae.evaluation.figures import Bootstrap, Figure, Report
@@ -82,16 +82,6 @@ def masks(noise: Noise, model: models.AVMAEConfig) -> tuple[np.ndarray, np.ndarr
     """Masks [n, patches] of both streams, True where removed: the least noise is kept."""
     return tuple(np.asarray(models.random_mask(values, stream.keep).mask, bool)
                  for values, stream in zip(noise, (model.image, model.audio), strict=True))
-
-
-def partners(clips: int, seed: int) -> np.ndarray:
-    """For each clip another one, whose other stream it gets when swapped: each serves once, none its own."""
-    if clips < 2:
-        raise UserError(f"swapping needs at least 2 readable clips in a set, got {clips}")
-    order = np.random.default_rng(seed).permutation(clips)
-    partner = np.empty(clips, np.int64)
-    partner[order] = np.roll(order, -1)
-    return partner
 
 
 def model_errors(model: models.AVMAE, untrained: models.AVMAE, clips: Clips, noise: Noise, sound: SoundConfig,

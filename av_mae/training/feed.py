@@ -9,20 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 
-DEVICE_FIELDS = ("image", "audio", "label", "start", "valid")
 HOST_FIELDS = ("id", "error")
 
 _END = object()
 
 
 def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """The fields of a host batch that the step reads, as global arrays [B, …] of `sharding`.
+    """The arrays of a host batch as global arrays [B, …] of `sharding`.
 
     The rows of all hosts together are the global batch; a host passes its own rows in ascending order. `id` and
     `error` stay on the host.
     """
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(batch[name]))
-            for name in DEVICE_FIELDS}
+    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x))
+            for name, x in batch.items() if name not in HOST_FIELDS}
 
 
 class Feed:

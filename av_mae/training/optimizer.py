@@ -63,8 +63,8 @@ def learning_rate(config: TrainConfig, length: Length) -> Schedule:
 
 
 def decayed(parameters: Mapping[str, jax.Array]) -> dict[str, bool]:
-    """Which parameters get weight decay: all but biases, norms and others of one dimension."""
-    return {name: x.ndim > 1 for name, x in parameters.items()}
+    """Which parameters get weight decay: all but biases (Swin's relative ones too), norms and others of one dimension."""
+    return {name: x.ndim > 1 and not name.endswith("bias") for name, x in parameters.items()}
 
 
 def layer_multipliers(names: Iterable[str], decay: float, layers: int) -> dict[str, float]:
