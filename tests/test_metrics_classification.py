@@ -12,7 +12,7 @@ from av_mae.errors import UserError
 from av_mae.evaluation.figures import Bootstrap
 from av_mae.evaluation.metrics import classification
 
-SEED, DRAWS = 3, 200
+SEED, DRAWS = 3, 80
 
 
 def scores_and_labels(clips, classes, digits=6, seed=0):
