@@ -6,23 +6,20 @@ import errno
 import logging
 import pathlib
 import tempfile
+from collections.abc import Mapping
 
 import jax
 
 from av_mae import recipes
 from av_mae.config import TrainConfig
-from av_mae.data.failures import FailureCount
-from av_mae.data.pipeline import TrainingData, open_training_data
+from av_mae.data.pipeline import open_training_data
 from av_mae.errors import UserError, run_command
-from av_mae.progress import Progress
-from av_mae.training import hooks
-from av_mae.training.checkpoint import Checkpoints, Restored, load_params, note
-from av_mae.training.events import Events
-from av_mae.training.feed import Feed
-from av_mae.training.loop import stop_on_sigterm, train
+from av_mae.training.checkpoint import Checkpoints, load_params, note
+from av_mae.training.hooks import PictureHook
 from av_mae.training.mesh import batch_sharding, check_batch, initialize_processes, local_rows, make_mesh
 from av_mae.training.optimizer import run_length
-from av_mae.training.step import TrainStep
+from av_mae.training.run import first_state, train_from
+from av_mae.training.step import Params, TrainStep
 
 # What the system says where a run cannot begin to write; once it runs, hooks and checkpoints warn and go on.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -40,22 +37,12 @@ def make_workdir(path: str) -> pathlib.Path:
                         "write to") from error
 
 
-def first_state(step: TrainStep, checkpoints: Checkpoints, config: TrainConfig) -> Restored:
-    """The state to begin with, in this order: own checkpoint, then `init`, then random weights."""
-    abstract = step.abstract_state()
-    restored = checkpoints.restore(abstract, config)
-    if restored is not None:
-        checkpoints.set_aside(restored.meta["step"])
-        if restored.meta["position"] % config.batch_size:
-            raise UserError(f"batch_size={config.batch_size} must divide the position in the data at which the run "
-                            f"stopped, {restored.meta['position']} clips: use the batch_size of before")
-        note(f"resuming after step {restored.meta['step']}")
-        return restored
-    meta = {"step": 0, "position": 0, "skipped": 0}
-    if config.init:
-        note(f"starting from the weights of {config.init}")
-        return Restored(step.init(load_params(config.init, abstract.model)), meta)
-    return Restored(step.init(), meta)
+def first_weights(step: TrainStep, config: TrainConfig) -> Params | None:
+    """The weights that a run begins with where it has no checkpoint of its own: those of `init`, or None (random)."""
+    if not config.init:
+        return None
+    note(f"starting from the weights of {config.init}")
+    return load_params(config.init, step.abstract_state().model)
 
 
 def run(config: TrainConfig, workdir: pathlib.Path) -> None:
@@ -74,42 +61,14 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
         step = TrainStep(config, mesh, length)
         checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last, config.keep_every)
         stack.callback(checkpoints.close)
-        begin = first_state(step, checkpoints, config)
+        begin = first_state(step, checkpoints, config, lambda: first_weights(step, config))
         if jax.process_index() == 0:
             recipes.save(config, workdir / "config.json")
         if begin.meta["step"] >= length.steps:
             note(f"this run is finished: it has done {begin.meta['step']} of {length.steps} steps")
             return
-        train_from(config, workdir, step, begin, data, length.steps, checkpoints)
-
-
-def train_from(config: TrainConfig, workdir: pathlib.Path, step: TrainStep, begin: Restored, data: TrainingData,
-               last: int, checkpoints: Checkpoints) -> None:
-    """Runs the loop from a state to step `last` with all hooks."""
-    first, lead = begin.meta["step"], jax.process_index() == 0
-    with contextlib.ExitStack() as stack:
-        feed = stack.enter_context(Feed(data.batches(begin.meta["position"]), step.rows, config.data.prefetch))
-        progress = stack.enter_context(Progress(last, "pretraining", "steps", initial=first))
-        checkpoints.say = say = progress.write if lead else (lambda _: None)
-        events = Events(workdir, first) if lead else None
-        metrics = hooks.MetricsHook(config, workdir, events, progress, feed, last, first, begin.meta["skipped"],
-                                    step.objective.flops)
-        running = [hooks.FailureHook(FailureCount(config.data.max_failure_share), progress.write), metrics,
-                   hooks.PictureHook(config, step, workdir, events, say),
-                   hooks.ProfileHook(config.profile_at, workdir, say),
-                   hooks.CheckpointHook(config, checkpoints, metrics, first, begin.meta["position"])]
-        for hook in running:
-            stack.callback(hook.close)
-        should_stop = stack.enter_context(stop_on_sigterm())
-        say(f"{data.clips} clips per epoch, {last} steps of {config.batch_size} clips on {step.mesh.size} "
-            f"{jax.devices()[0].platform} devices; the first step compiles")
-        done = int(train(step.step, begin.state, feed, first, last, running, should_stop).step)
-        checkpoints.wait()
-        if done < last:
-            say(f"asked to stop: step {done} is saved, the same command goes on from there")
-    if checkpoints.failed is not None:
-        raise UserError(f"the checkpoint of step {checkpoints.failed} could not be saved: make room for "
-                        f"{workdir} and run the same command again")
+        train_from(config, workdir, step, begin, data, length.steps, checkpoints, "pretraining",
+                   lambda events, say: [PictureHook(config, step, workdir, events, say)])
 
 
 def quiet_libraries() -> None:

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tiny_training import first_parameters, first_state, make_step, recipe, unfused
+from tiny_training import first_parameters, make_step, recipe, unfused
+from tiny_training import first_state as state_zero
 from train_processes import RECIPE
 
 from av_mae import recipes, train
 from av_mae.errors import UserError, run_command
-from av_mae.training import checkpoint
+from av_mae.training import checkpoint, run
 
 
 @pytest.fixture
@@ -76,10 +77,15 @@ def test_help_shows_options_and_an_example(capsys):
     assert ended.value.code == 0 and "--workdir" in shown and "python -m av_mae.train --config=" in shown
 
 
+def first_state(step, checkpoints, config):
+    """As the command begins."""
+    return run.first_state(step, checkpoints, config, lambda: train.first_weights(step, config))
+
+
 def saved_run(workdir, config, step, params=None):
     """A workdir with one checkpoint."""
     train_step = make_step(config)
-    state = first_state(train_step)
+    state = state_zero(train_step)
     if params is not None:
         state = dataclasses.replace(state, params=params(state.params))
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
@@ -94,14 +100,14 @@ def test_order_own_checkpoint_then_init_then_random(tmp_path):
     other, _ = saved_run(tmp_path / "other", config, 3, params=lambda _: twice)
     with_init = dataclasses.replace(config, init=str(tmp_path / "other"))
     empty = checkpoint.Checkpoints(tmp_path / "new" / "checkpoints")
-    random = train.first_state(other, empty, config)
-    started = train.first_state(other, empty, with_init)
+    random = first_state(other, empty, config)
+    started = first_state(other, empty, with_init)
     for begin, factor in ((random, 1), (started, 2)):
         assert begin.meta == {"step": 0, "position": 0, "skipped": 0} and int(begin.state.step) == 0
         for name, x in twice.items():
             np.testing.assert_array_equal(begin.state.params[name], x * (factor / 2), err_msg=name)
     own, checkpoints = saved_run(tmp_path / "own", with_init, 7)
-    resumed = train.first_state(own, checkpoints, with_init)
+    resumed = first_state(own, checkpoints, with_init)
     assert int(resumed.state.step) == 7 and resumed.meta["skipped"] == 5
     assert resumed.meta["position"] == 7 * config.batch_size
     assert jax.tree.structure(resumed.state) == jax.tree.structure(own.abstract_state())
@@ -110,9 +116,9 @@ def test_order_own_checkpoint_then_init_then_random(tmp_path):
 def test_another_batch_size_must_fit_the_position(tmp_path):
     smaller, larger = (recipe(unfused(), batch_size=size) for size in (12, 32))
     _, checkpoints = saved_run(tmp_path, recipe(unfused()), 3)
-    train.first_state(make_step(smaller), checkpoints, smaller)
+    first_state(make_step(smaller), checkpoints, smaller)
     with pytest.raises(UserError, match="batch_size=32 must divide the position .* 48 clips"):
-        train.first_state(make_step(larger), checkpoints, larger)
+        first_state(make_step(larger), checkpoints, larger)
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path):
@@ -121,10 +127,10 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     wider = dataclasses.replace(config.model, decoder=dataclasses.replace(config.model.decoder, width=64))
     other = dataclasses.replace(config, model=wider)
     with pytest.raises(UserError, match="model.decoder.width is 32 in it and 64 in the recipe"):
-        train.first_state(make_step(other), checkpoints, other)
+        first_state(make_step(other), checkpoints, other)
     other = dataclasses.replace(other, init=str(tmp_path))
     with pytest.raises(UserError, match=r"parameter .*decoder.* is \(32, 128\)|parameter .* is .* in it"):
-        train.first_state(make_step(other), checkpoint.Checkpoints(tmp_path / "new"), other)
+        first_state(make_step(other), checkpoint.Checkpoints(tmp_path / "new"), other)
 
 
 def test_config_json_is_read_back(tmp_path):

@@ -1,0 +1,78 @@
+"""One run in a work directory: from its own checkpoint or a first state, through the loop with all hooks, to the end."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+
+from av_mae.config import TrainConfig
+from av_mae.data.failures import FailureCount
+from av_mae.data.pipeline import TrainingData
+from av_mae.errors import UserError
+from av_mae.progress import Progress
+from av_mae.training import hooks
+from av_mae.training.checkpoint import Checkpoints, Restored, note
+from av_mae.training.events import Events
+from av_mae.training.feed import Feed
+from av_mae.training.loop import Hook, stop_on_sigterm, train
+from av_mae.training.step import Params, TrainStep
+
+# Further hooks of a run, made from its TensorBoard events (None: not the first process) and how to tell the user.
+MakeHooks = Callable[[Events | None, Callable[[str], None]], Sequence[Hook]]
+
+
+def first_state(step: TrainStep, checkpoints: Checkpoints, config: TrainConfig,
+                begin: Callable[[], Params | None]) -> Restored:
+    """The state of the run's own checkpoint, or the first state from the weights that `begin` gives (None: random).
+
+    Raises:
+      UserError: the checkpoint is of another run, or its position does not fit the batch size.
+    """
+    restored = checkpoints.restore(step.abstract_state(), config)
+    if restored is None:
+        return Restored(step.init(begin()), {"step": 0, "position": 0, "skipped": 0})
+    checkpoints.set_aside(restored.meta["step"])
+    if restored.meta["position"] % config.batch_size:
+        raise UserError(f"batch_size={config.batch_size} must divide the position in the data at which the run "
+                        f"stopped, {restored.meta['position']} clips: use the batch_size of before")
+    note(f"resuming after step {restored.meta['step']}")
+    return restored
+
+
+def train_from(config: TrainConfig, workdir: pathlib.Path, step: TrainStep, begin: Restored, data: TrainingData,
+               last: int, checkpoints: Checkpoints, description: str, more_hooks: MakeHooks = lambda *_: ()) -> Restored:
+    """Runs the loop from a state to step `last` with all hooks; returns the state after the last step done.
+
+    It is before `last` where the process was asked to stop.
+
+    Raises:
+      UserError: the run went wrong, or its last checkpoint could not be saved.
+    """
+    first, lead = begin.meta["step"], jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        feed = stack.enter_context(Feed(data.batches(begin.meta["position"]), step.rows, config.data.prefetch))
+        progress = stack.enter_context(Progress(last, description, "steps", initial=first))
+        checkpoints.say = say = progress.write if lead else (lambda _: None)
+        events = Events(workdir, first) if lead else None
+        metrics = hooks.MetricsHook(config, workdir, events, progress, feed, last, first, begin.meta["skipped"],
+                                    step.objective.flops)
+        running = [hooks.FailureHook(FailureCount(config.data.max_failure_share), progress.write), metrics,
+                   *more_hooks(events, say),
+                   hooks.ProfileHook(config.profile_at, workdir, say),
+                   hooks.CheckpointHook(config, checkpoints, metrics, first, begin.meta["position"])]
+        for hook in running:
+            stack.callback(hook.close)
+        should_stop = stack.enter_context(stop_on_sigterm())
+        say(f"{data.clips} clips per epoch, {last} steps of {config.batch_size} clips on {step.mesh.size} "
+            f"{jax.devices()[0].platform} devices; the first step compiles")
+        state = train(step.step, begin.state, feed, first, last, running, should_stop)
+        checkpoints.wait()
+        done = int(state.step)
+        if done < last:
+            say(f"asked to stop: step {done} is saved, the same command goes on from there")
+    checkpoints.say = note
+    if checkpoints.failed is not None:
+        raise UserError(f"the checkpoint of step {checkpoints.failed} could not be saved: make room for "
+                        f"{workdir} and run the same command again")
+    return Restored(state, begin.meta | {"step": done})
