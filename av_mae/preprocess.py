@@ -1,0 +1,160 @@
+"""Any media file, or a frame and a waveform → exactly what the model expects: a batch of one clip.
+
+Window, crop and features are computed by the code that training and evaluation use. Files are decoded in a process
+of its own, which the first of them starts (0.3 s) and which is killed when a file takes too long.
+"""
+
+import math
+import os
+import threading
+from typing import Any
+
+import numpy as np
+
+from av_mae.config import SoundConfig
+from av_mae.data import bounded, frames, media
+from av_mae.data import sound as sounds
+from av_mae.data.failures import ClipFailure, stage
+from av_mae.errors import UserError
+
+LOUDEST = 8.0  # decoders overshoot 1 a little; 16-bit samples given as floats go far beyond
+MOST_CHANNELS = 64
+_local = threading.local()
+
+
+def load(path: str | os.PathLike | None = None, start: float | None = None, duration: float = 3.0, *,
+         frame: np.ndarray | None = None, waveform: np.ndarray | None = None, rate: int | None = None,
+         sound: SoundConfig = SoundConfig(), image_size: tuple[int, int] = (224, 224), missing: str = "error",
+         time_limit: float = 20.0) -> dict[str, np.ndarray]:
+    """One clip as the model takes it, from a media file or from arrays.
+
+    path: a file that FFmpeg can read. Instead of it, frame: uint8 [H, W, 3], and waveform: [samples] or
+    [channels, samples] at `rate` Hz, floats in -1…1 or int16.
+    start, duration: seconds of sound from `start` on, or in the middle of the clip as evaluation does (None). A sound
+    that ends sooner is extended by its reversal. The file's frame is the one in the middle of that sound.
+    missing: 'error', or 'zeros' for what has no sound or no picture. time_limit: seconds for decoding a file.
+
+    Returns `image` uint8 [1, H, W, 3], `audio` float32 [1, mels, frames], `id` str [1] (the path), `start` float32 [1]
+    (seconds), `has_image` and `has_audio` bool [1]. Raises UserError, with file, stage and cause, for what cannot be
+    used.
+    """
+    _check_settings(start, duration, sound, image_size, missing, time_limit)
+    samples = round(duration * sound.rate) // sound.hop * sound.hop
+    seconds = samples / sound.rate
+    arrays = {"frame": frame, "waveform": waveform, "rate": rate}
+    given = [name for name, value in ({"path": path} | arrays).items() if value is not None]
+    if not given or path is not None and len(given) > 1:
+        raise UserError("give either a path, or frame and waveform with its rate; got "
+                        f"{' and '.join(given) or 'none of them'}")
+    name = "" if path is None else _file_name(path)
+    try:
+        if path is None:
+            clip = _from_arrays(frame, waveform, rate, start, seconds)
+        else:
+            clip = _worker().call(media.read_excerpt, name, start, seconds, time_limit=time_limit)
+        return _batch(name, clip, samples, sound, image_size, missing)
+    except ClipFailure as failure:
+        raise UserError(f"{name}: {failure}" if name else str(failure)) from failure
+
+
+def _worker() -> bounded.Worker:
+    """One decoding process for each thread; a forked process starts its own."""
+    if getattr(_local, "process", None) != os.getpid():
+        _local.worker, _local.process = bounded.Worker(), os.getpid()
+    return _local.worker
+
+
+def _batch(name: str, clip: media.Excerpt, samples: int, sound: SoundConfig, image_size: tuple[int, int],
+           missing: str) -> dict[str, np.ndarray]:
+    image = np.zeros((*image_size, 3), np.uint8)
+    audio = np.zeros((sound.mels, samples // sound.hop), np.float32)
+    for part, value in (("frame", clip.frame), ("sound", clip.waveform)):
+        if value is None and missing == "error":
+            raise ClipFailure(f"{part}: there is none; missing='zeros' takes zeros instead")
+    if clip.frame is not None:
+        with stage("frame"):
+            box = frames.centre_box(*clip.frame.shape[:2], image_size)
+            image = frames.resize_box(clip.frame, box, image_size)
+    if clip.waveform is not None:
+        with stage("features"):
+            waveform = sounds.cut(clip.waveform, clip.rate, sound.rate, clip.first, samples)
+            audio = sounds.features(waveform, sound)
+    return {"image": image[None], "audio": audio[None], "id": np.array([name], object),
+            "start": np.array([clip.start], np.float32), "has_image": np.array([clip.frame is not None]),
+            "has_audio": np.array([clip.waveform is not None])}
+
+
+def _from_arrays(frame: Any, waveform: Any, rate: Any, start: float | None, seconds: float) -> media.Excerpt:
+    frame = None if frame is None else _check_frame(np.asarray(frame))
+    if waveform is None:
+        if rate is not None:
+            raise UserError(f"rate={rate!r} comes without a waveform")
+        return media.Excerpt(frame, None, 0, 0, start or 0.0)
+    if not (_is_number(rate) and rate > 0 and int(rate) == rate):
+        raise UserError(f"rate={rate!r} must be the waveform's samples per second, a whole number above 0")
+    mono = _check_waveform(np.asarray(waveform))
+    spare = max(0, len(mono) - math.ceil(seconds * rate))
+    first = round(spare / 2 if start is None else start * rate)
+    if first >= len(mono):
+        raise UserError(f"start={start} is beyond the end of the waveform, {len(mono) / rate:.2f} s")
+    return media.Excerpt(frame, mono, int(rate), first, first / rate)
+
+
+def _check_settings(start: Any, duration: Any, sound: SoundConfig, image_size: Any, missing: Any,
+                    time_limit: Any) -> None:
+    if start is not None and not (_is_number(start) and start >= 0):
+        raise UserError(f"start={start!r} must be 0 or more seconds, or None for the middle of the clip")
+    for name, value in (("duration", duration), ("time_limit", time_limit)):
+        if not (_is_number(value) and value > 0):
+            raise UserError(f"{name}={value!r} must be a number of seconds above 0")
+    sounds.check_sound(sound)
+    if round(duration * sound.rate) < sound.hop:
+        raise UserError(f"duration={duration} is shorter than one frame of sound, {sound.hop / sound.rate:g} s")
+    whole = np.shape(image_size) == (2,) and all(isinstance(side, (int, np.integer)) for side in image_size)
+    if not whole or min(image_size) < 1:
+        raise UserError(f"image_size={image_size!r} must be (height, width) in pixels, 1 or more")
+    if missing not in ("error", "zeros"):
+        raise UserError(f"missing={missing!r} must be 'error' or 'zeros'")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)
+
+
+def _file_name(path: Any) -> str:
+    try:
+        name = os.fsdecode(path)
+    except TypeError:
+        raise UserError(f"path={path!r} must be the path of a file") from None
+    if not os.path.isfile(name):
+        what = "is a folder, not a media file" if os.path.isdir(name) else "there is no such file"
+        raise UserError(f"{name or repr(name)}: open: {what}")
+    return name
+
+
+def _check_frame(frame: np.ndarray) -> np.ndarray:
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or frame.size == 0:
+        raise UserError(f"frame must be uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}")
+    return frame
+
+
+def _check_waveform(waveform: np.ndarray) -> np.ndarray:
+    """The waveform with its channels averaged: float32 [samples]."""
+    if waveform.dtype not in (np.int16, np.float16, np.float32, np.float64) or waveform.ndim not in (1, 2):
+        raise UserError("waveform must be floats or int16, [samples] or [channels, samples], got "
+                        f"{waveform.dtype} {list(waveform.shape)}")
+    if waveform.size == 0:
+        raise UserError(f"waveform holds no samples: {list(waveform.shape)}")
+    if waveform.ndim == 2 and len(waveform) > MOST_CHANNELS:
+        raise UserError(f"waveform {list(waveform.shape)} has {len(waveform)} channels, at most {MOST_CHANNELS} make "
+                        "sense; transpose [samples, channels]")
+    if waveform.dtype == np.int16:
+        waveform = waveform / np.float32(32768)
+    bad = int(np.sum(~np.isfinite(waveform)))
+    if bad:
+        raise UserError(f"{bad} of the waveform's {waveform.size} samples are not finite")
+    loudest = float(np.abs(waveform).max())
+    if loudest > LOUDEST:
+        raise UserError(f"the waveform reaches {loudest:g}, but floats must lie in -1…1; divide 16-bit samples "
+                        "by 32768")
+    return np.atleast_2d(waveform).mean(axis=0, dtype=np.float32)
