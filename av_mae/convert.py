@@ -1,130 +1,119 @@
-"""Published weights (PyTorch layout, safetensors) → models of this package."""
+"""`python -m av_mae.convert`: published PyTorch weights → a checkpoint of av_mae, and back to safetensors."""
 
+import argparse
+import contextlib
+import logging
 import pathlib
-import re
+import signal
+import sys
+from collections.abc import Iterator
 
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
+from av_mae.errors import run_command
+from av_mae.published import store
+from av_mae.published.infer import Options, infer
+from av_mae.published.source import Published, load_published
+from av_mae.published.summary import complain, summarize
+from av_mae.training.stored import open_checkpoint
+from av_mae.weight_files import open_weights
 
-from av_mae.errors import UserError
-from av_mae.models import AVMAE, AVMAEConfig
+__all__ = ["convert", "export", "load_published"]
 
-# Published path → path here, in order. The fusion norms of `token` are swapped in the published system.
-RENAMES = (
-    (r"_decoder_blocks\.", "_decoder.blocks."),
-    (r"_decoder_pos_embed$", "_decoder.positions"),
-    (r"_decoder_mask_token$", "_decoder.mask_token"),
-    (r"_decoder_pred\.", "_decoder.predict."),
-    (r"_decoder_(embed|norm)\.", r"_decoder.\1."),
-    (r"patch_embed\.proj\.", "patch_embed."),
-    (r"\.attn\.attn_v\.", ".attention.aggregate_image."),
-    (r"\.attn\.attn_a\.", ".attention.aggregate_audio."),
-    (r"\.attn\.relative_position_bias_table$", ".relative_bias"),
-    (r"\.attn\.", ".attention."),
-    (r"norm1_mm\.", "norm_fusion."),
-    (r"norm1_img\.", "norm_image."),
-    (r"norm1_aud\.", "norm_audio."),
-    (r"\.proj\.", ".out."),
-    (r"\.q\.", ".query."),
-    (r"\.k\.", ".key."),
-    (r"\.v\.", ".value."),
-)
-BUFFERS = re.compile(r"^encoder\.(image|audio)\.pos_embed$|\.attn_mask$|\.relative_position_index$")
-FUSED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
+EXAMPLE = """examples:
+  python -m av_mae.convert --source=checkpoint_latest.pth --output=runs/published
+  python -m av_mae.convert --source=runs/published --to=safetensors --output=published.safetensors
+"""
 
 
-def rename(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def convert(source: pathlib.Path, output: pathlib.Path, options: Options = Options()) -> str:
+    """Writes a published file as a work directory with one checkpoint; returns what the file is, in lines.
 
+    In memory are a few times the largest tensor, never the whole model.
 
-def unfuse(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits rows of fused weights and biases: q, k, v or k, v in this order."""
-    match = re.search(r"\.(qkv|kv)\.", name)
-    if match is None:
-        return {name: value}
-    parts = FUSED[match.group(1)]
-    return {name.replace(match.group(0), f".{part}."): rows
-            for part, rows in zip(parts, np.split(value, len(parts)), strict=True)}
-
-
-def split_pairs(name: str, value: np.ndarray, kind: str) -> dict[str, np.ndarray]:
-    """Splits a pair's key or value weight [out, 2 D] into its halves; the bias counts once, on the image half.
-
-    The first half multiplies sound in `dense` and the image in `factorized`.
+    Raises:
+      UserError: the file cannot be read or is no published model, or `output` is there already.
     """
-    match = re.match(r"(encoder\.fusion_blocks\.\d+\.attention)\.(query|key|value|out)\.(weight|bias)$", name)
-    if match is None or kind not in ("dense", "factorized"):
-        return {name: value}
-    base, part, leaf = match.groups()
-    base = f"{base}.pairs" if kind == "factorized" else base
-    if part in ("query", "out"):
-        return {f"{base}.{part}.{leaf}": value}
-    if leaf == "bias":
-        return {f"{base}.{part}_image.bias": value}
-    halves = ("audio", "image") if kind == "dense" else ("image", "audio")
-    return {f"{base}.{part}_{half}.weight": columns
-            for half, columns in zip(halves, np.split(value, 2, axis=1), strict=True)}
+    file = open_weights(source)
+    published = Published(file, infer(file.tensors, str(source), options))
+    survey = published.survey()
+    if survey.nonfinite:
+        print(f"warning: {source} has {complain(survey.nonfinite)}", file=sys.stderr)
+    with store.whole_or_nothing(output) as unfinished:
+        store.write_checkpoint(unfinished, published, survey)
+    return summarize(published, options)
 
 
-def to_layout(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
-    """Leaf names and layouts: kernels [in, out], patch embedding as a linear layer over (row, column, channel)."""
-    if name.endswith("patch_embed.weight"):
-        out = value.shape[0]
-        return name.replace("weight", "kernel"), value.transpose(2, 3, 1, 0).reshape(-1, out)
-    if name.endswith(".weight"):
-        return (name[:-6] + "kernel", value.T) if value.ndim == 2 else (name[:-6] + "scale", value)
-    return name, value
+def export(source: pathlib.Path, output: pathlib.Path) -> str:
+    """Writes a checkpoint, or a weight file, as safetensors with published names; returns what was written, in a line.
 
+    What a checkpoint was converted from comes back bit for bit.
 
-def from_published(tensors: dict[str, np.ndarray], config: AVMAEConfig) -> dict[str, np.ndarray]:
-    """Published tensors by name → parameters here by dotted path; buffers are dropped."""
-    result = {}
-    for name, value in tensors.items():
-        if BUFFERS.search(name):
-            continue
-        name = rename(name)
-        if config.fusion.kind == "token":
-            swap = {"norm_image.": "norm_audio.", "norm_audio.": "norm_image."}
-            name = re.sub(r"norm_(image|audio)\.", lambda match: swap[match.group(0)], name)
-        for part, rows in unfuse(name, value).items():
-            for half, columns in split_pairs(part, rows, config.fusion.kind).items():
-                path, array = to_layout(half, columns)
-                result[path] = array
-    return result
-
-
-def load_parameters(model: nnx.Module, tensors: dict[str, np.ndarray], source: str = "the file") -> None:
-    """Sets all parameters of `model` from dotted path → array. Raises UserError naming the first that does not fit."""
-    parameters = {".".join(map(str, path)): variable
-                  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    for path in (*sorted(parameters.keys() - tensors.keys()), *sorted(tensors.keys() - parameters.keys())):
-        what = "lacks" if path in parameters else "has, beyond the configured model,"
-        raise UserError(f"{source} {what} the parameter {path}; check the model configuration")
-    for path, variable in parameters.items():
-        if variable.shape != tensors[path].shape:
-            raise UserError(f"{source} has {path} of shape {tensors[path].shape}, "
-                            f"but the configured model needs {variable.shape}")
-    state = nnx.state(model, nnx.Param)
-    flat = [(path, variable.replace(jnp.asarray(tensors[".".join(map(str, path))])))
-            for path, variable in nnx.to_flat_state(state)]
-    nnx.update(model, nnx.from_flat_state(flat))
-
-
-def load_published(path: str | pathlib.Path, config: AVMAEConfig) -> AVMAE:
-    """A published pretraining checkpoint in safetensors → AVMAE with its weights.
-
-    Raises UserError when the file cannot be read or holds a model of another configuration.
+    Raises:
+      UserError: the source cannot be read, the published system has no such model, or `output` is there already.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    if source.is_file():
+        tensors = list(open_weights(source).tensors.items())
+    else:
+        tensors = store.published_tensors(open_checkpoint(str(source)))
+    with store.whole_or_nothing(output) as unfinished:
+        store.write_safetensors(unfinished, tensors)
+    return f"{len(tensors)} tensors, {output.stat().st_size / 1e6:.1f} MB"
 
+
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """A process that is told to end removes what it has half written."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} as safetensors: {error}") from error
-    model = AVMAE(config, rngs=nnx.Rngs(0))
-    load_parameters(model, from_published(tensors, config), str(path))
-    return model
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def numbers(count: int):
+    """Argument type: so many whole numbers, separated by commas."""
+    def read(text: str) -> tuple[int, ...]:
+        values = tuple(int(part) for part in text.split(","))
+        if len(values) != count:
+            raise ValueError(text)
+        return values
+
+    read.__name__ = f"{count} whole numbers, separated by commas,"
+    return read
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m av_mae.convert", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Published weights (.pth, .pt, .safetensors) to a checkpoint, and back to safetensors.")
+    parser.add_argument("--source", required=True, type=pathlib.Path, metavar="FILE",
+                        help="published file; with --to=safetensors also a work directory or checkpoint")
+    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR",
+                        help="new work directory; with --to=safetensors a new file")
+    parser.add_argument("--to", choices=("checkpoint", "safetensors"), default="checkpoint", help="(%(default)s)")
+    said = parser.add_argument_group("what a file does not tell", "Default: the published value, where it fits.")
+    said.add_argument("--heads", type=int, metavar="N", help="attention heads of both encoders (width / 64)")
+    said.add_argument("--fusion_heads", type=int, metavar="N", help="of the fusion blocks (those of the encoders)")
+    said.add_argument("--decoder_heads", type=int, metavar="N", help="of plain decoders (16)")
+    said.add_argument("--tokens", type=numbers(3), metavar="F,I,A",
+                      help="fusion, image-aggregation and audio-aggregation tokens (16,8,8)")
+    said.add_argument("--image_size", type=numbers(2), metavar="ROWS,COLUMNS", help="pixels (224,224)")
+    said.add_argument("--audio_size", type=numbers(2), metavar="MELS,FRAMES", help="(128,192)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Converts one file and says what it is."""
+    arguments = parse(argv)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    options = Options(arguments.heads, arguments.fusion_heads, arguments.decoder_heads, arguments.tokens,
+                      arguments.image_size, arguments.audio_size)
+    with ended_in_order():
+        if arguments.to == "safetensors":
+            print(f"{arguments.output}: {export(arguments.source, arguments.output)}")
+        else:
+            print(convert(arguments.source, arguments.output, options))
+            print(f"written to {arguments.output}; use it with --config.init={arguments.output} or av_mae.load")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,12 +1,24 @@
-"""Test-only reader of the golden `.pth` files (PyTorch zip format): tensors as NumPy arrays, nothing else."""
+"""Published weights for tests: a second reader of `.pth` files, golden files with what they do not tell, small files."""
 
 import collections
+import functools
 import pickle
 import zipfile
 
 import numpy as np
+import safetensors.numpy
+from flax import nnx
+
+from av_mae import models
+from av_mae.published.infer import Options
+from av_mae.published.names import Names, names_of
 
 STORAGES = {"FloatStorage": np.float32, "LongStorage": np.int64}
+GOLDEN = ("factorized_mmi.pth", "dense_mmi.pth", "token.pth", "factorized_mmi_swin.pth", "factorized_mmi.safetensors",
+          "classifier_plain.safetensors", "classifier_norm.safetensors", "separation.safetensors",
+          "segmentation5.safetensors")
+# What the golden files do not tell of their small models.
+GOLDEN_OPTIONS = Options(heads=4, decoder_heads=4, tokens=(6, 4, 2))
 
 
 class _Reader(pickle.Unpickler):
@@ -37,6 +49,49 @@ class _Reader(pickle.Unpickler):
 
 
 def read_state_dict(path) -> dict[str, np.ndarray]:
-    """The `state_dict` of a golden checkpoint."""
+    """The tensors of a golden file: the `state_dict` of a checkpoint, or safetensors read by their own package."""
+    if str(path).endswith(".safetensors"):
+        return safetensors.numpy.load_file(path)
     with zipfile.ZipFile(path) as archive:
         return dict(_Reader(archive).load()["state_dict"])
+
+
+@functools.cache
+def pretraining_names(config: models.AVMAEConfig) -> Names:
+    return names_of(nnx.eval_shape(lambda: models.AVMAE(config, rngs=nnx.Rngs(0))))
+
+
+def as_here(tensors: dict[str, np.ndarray], config: models.AVMAEConfig) -> dict[str, np.ndarray]:
+    """Some published tensors (or gradients) of a pretraining model → arrays by path here; buffers are left out."""
+    names, arrays = pretraining_names(config), {}
+    for name in tensors.keys() - names.buffers.keys():
+        arrays |= names.rules[name].split(tensors[name])
+    return arrays
+
+
+def assert_same_tensors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Names, dtypes, shapes and bytes."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+def unimodal_tensors(channels: int, patches: int, width: int = 32, depth: int = 2, patch: int = 16,
+                     decoder: bool = True) -> dict[str, np.ndarray]:
+    """A MAE (3 channels) or AudioMAE (1 channel) with the official names, random throughout."""
+    random = np.random.default_rng(channels)
+    draw = lambda *shape: random.normal(0, 0.2, shape).astype(np.float32)
+    block = {"norm1.weight": (width,), "norm1.bias": (width,), "attn.qkv.weight": (3 * width, width),
+             "attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
+             "norm2.weight": (width,), "norm2.bias": (width,), "mlp.fc1.weight": (2 * width, width),
+             "mlp.fc1.bias": (2 * width,), "mlp.fc2.weight": (width, 2 * width), "mlp.fc2.bias": (width,)}
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, patches + 1, width),
+              "patch_embed.proj.weight": (width, channels, patch, patch), "patch_embed.proj.bias": (width,)}
+    shapes |= {f"blocks.{n}.{name}": shape for n in range(depth) for name, shape in block.items()}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    if decoder:
+        shapes |= {"mask_token": (1, 1, 16), "decoder_pos_embed": (1, patches + 1, 16),
+                   "decoder_embed.weight": (16, width), "decoder_blocks.0.norm1.weight": (16,),
+                   "decoder_norm.bias": (16,), "decoder_pred.weight": (patch * patch * channels, 16)}
+    return {name: draw(*shape) for name, shape in shapes.items()}

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from av_mae import convert, models
-from published import read_state_dict
+from published import as_here
 
 NAMES = ("factorized_mmi", "dense_mmi", "token", "factorized_mmi_swin")
 KINDS = {"factorized_mmi": "factorized", "dense_mmi": "dense", "token": "token", "factorized_mmi_swin": "factorized"}
@@ -33,11 +33,7 @@ def golden_config(shared, name, pair="separable", normalize=True):
 
 
 def golden_model(shared, name, **options):
-    config = golden_config(shared, name, **options)
-    model = models.AVMAE(config, rngs=nnx.Rngs(0))
-    tensors = read_state_dict(shared / "golden" / f"{name}.pth")
-    convert.load_parameters(model, convert.from_published(tensors, config))
-    return model
+    return convert.load_published(shared / "golden" / f"{name}.pth", golden_config(shared, name, **options))
 
 
 def golden_inputs(data):
@@ -106,11 +102,11 @@ def test_gradients(shared, golden, name, pair):
     gradients = nnx.grad(lambda *a: mean_loss(*a)[0])(model, *args)
     gradients = {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(gradients)}
     published = {key[5:]: value for key, value in data.items() if key.startswith("grad/")}
-    assert convert.from_published(published, config).keys() == gradients.keys()
+    assert as_here(published, config).keys() == gradients.keys()
     for name, whole in published.items():
         # A published weight may be several here (q, k, v; the halves of pairs): its largest entry is the measure.
         tolerance = 1e-5 * np.abs(whole).max()
-        for path, part in convert.from_published({name: whole}, config).items():
+        for path, part in as_here({name: whole}, config).items():
             if name.endswith("attn.k.bias"):
                 # Zero in theory (softmax does not see a constant): rounding only, in the published system too.
                 assert np.abs(gradients[path]).max() < 1e-9
@@ -137,7 +133,7 @@ def test_trajectory(shared):
         parameters, state, losses = step(
             parameters, state, data[f"image_noise_{number}"], data[f"audio_noise_{number}"])
         near(losses, expected, 1e-5)
-    final = convert.from_published(
+    final = as_here(
         {key[6:]: value for key, value in data.items() if key.startswith("final/")}, model.config)
     found = {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(parameters)}
     assert final.keys() == found.keys()
@@ -164,5 +160,5 @@ def test_load_published_of_another_model(shared, tmp_path):
             config, decoder=dataclasses.replace(config.decoder, depth=3)))
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot read .*broken.safetensors as safetensors"):
+    with pytest.raises(ValueError, match="cannot read weights from .*broken.safetensors"):
         convert.load_published(broken, config)

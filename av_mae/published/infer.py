@@ -7,22 +7,24 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+from flax import nnx
 
 from av_mae.errors import UserError
+from av_mae.models import kinds
 from av_mae.models.config import AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig, require
 from av_mae.models.positions import sin_cos_2d
 from av_mae.published import head_names
 
 # What tells kinds apart; heads are told by head_names.
-PRETRAINING = "image_decoder_pred.weight"
+DECODER = "image_decoder_pred.weight"
 ENCODERS = {"encoder.": "encoder.image.patch_embed.proj.weight", "": "image.patch_embed.proj.weight"}
 UNIMODAL = "patch_embed.proj.weight"
-UNIMODAL_KINDS = {3: "image_encoder", 1: "audio_encoder"}
+CHANNELS = {3: "image_encoder", 1: "audio_encoder"}
 # The published input sizes, tokens and heads: what a file does not tell and nobody says otherwise.
 SIZES = {"image": (224, 224), "audio": (128, 192)}
 MASK_RATIOS = {"image": 0.75, "audio": 0.8}
 TOKENS = (16, 8, 8)
-DECODER_HEADS = 16
+DECODER_HEADS, DECODER_WIDTH = 16, 256  # in decoders not much narrower than the published 512
 HEAD_WIDTH = 64
 HUGE_WIDTH, HUGE_HEADS = 1280, 16
 # How far stored positions may be from ours, by dtype: rounding, not another table.
@@ -63,6 +65,10 @@ class Found:
     head: Any = None
     prefix: str = "encoder."
 
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The model with random weights."""
+        return kinds.build_model(self.kind, self.config, self.head, rngs)
+
 
 def identify(tensors: Tensors, source: str) -> tuple[str, str]:
     """The kind of a file, and what the names of its encoder begin with.
@@ -75,36 +81,31 @@ def identify(tensors: Tensors, source: str) -> tuple[str, str]:
     prefix = next((prefix for prefix, name in ENCODERS.items() if name in tensors), None)
     if prefix is not None:
         head = head_names.head_kind(tensors)
-        return "pretraining" if PRETRAINING in tensors else head or "encoder", prefix
+        return kinds.PRETRAINING if DECODER in tensors else head or kinds.ENCODER, prefix
     shape = tensors[UNIMODAL].shape if UNIMODAL in tensors else ()
-    if len(shape) == 4 and shape[1] in UNIMODAL_KINDS:
-        return UNIMODAL_KINDS[shape[1]], ""
+    if len(shape) == 4 and shape[1] in CHANNELS:
+        return CHANNELS[shape[1]], ""
     names = ", ".join(sorted(tensors)[:3]) or "nothing"
     raise UserError(f"{source} is none of the published models: neither a pretraining checkpoint, an encoder, a "
                     "classifier, separator or segmenter, nor a unimodal MAE image encoder or AudioMAE encoder; it "
                     f"holds {len(tensors)} tensors ({names}{', …' if len(tensors) > 3 else ''})")
 
 
-def infer(tensors: Tensors, source: str, options: Options = Options()) -> Found:
+def infer(tensors: Tensors, source: str, options: Options = Options(), config: AVMAEConfig | None = None) -> Found:
     """What a file is and how its model is configured; reads no values but those of fixed positions.
 
-    Not in a file, so as published: mask ratios, and that targets are normalised.
+    Not in a file, so as published: mask ratios, and that targets are normalised. `config` is taken as it is, where
+    given: then only the head's configuration is read off.
 
     Raises:
       UserError: the file is no published model, lacks a tensor that tells a size, or needs an option to be understood.
     """
     kind, prefix = identify(tensors, source)
     reader = Reader(tensors, source, options)
-    if kind in UNIMODAL_KINDS.values():
-        stream = kind.removesuffix("_encoder")
-        config = reader.stream(stream, "", reader.unimodal_grid)
-        return Found(kind, AVMAEConfig(**{stream: config}, fusion=FusionConfig(kind="none")), prefix="")
-    image, audio = (reader.stream(name, f"{prefix}{name}.", reader.grid) for name in ("image", "audio"))
-    parts = {"image": image, "audio": audio, "fusion": reader.fusion(prefix, image)}
-    if kind == "pretraining":
-        parts["decoder"] = reader.decoder()
-    head = head_names.head_config(kind, tensors) if kind in head_names.HEADS else None
-    return Found(kind, reader.checked(lambda: AVMAEConfig(**parts)), head, prefix)
+    head = head_names.head_config(kind, tensors) if kind in kinds.HEADS else None
+    if config is None:
+        config = reader.unimodal(kind) if kind in kinds.STREAMS else reader.model(kind, prefix)
+    return Found(kind, config, head, prefix)
 
 
 class Reader:
@@ -113,12 +114,23 @@ class Reader:
     def __init__(self, tensors: Tensors, source: str, options: Options):
         self.tensors, self.source, self.options = tensors, source, options
 
-    def checked(self, make):
-        """`make()`, its errors with the file's name before them."""
+    def checked(self, make: type, **values):
+        """make(**values); the rules that these break are told with the file's name."""
         try:
-            return make()
+            return make(**values)
         except UserError as error:
             raise UserError(f"{self.source}: {error}") from error
+
+    def model(self, kind: str, prefix: str) -> AVMAEConfig:
+        image, audio = (self.stream(name, f"{prefix}{name}.", self.grid) for name in ("image", "audio"))
+        parts = {"image": image, "audio": audio, "fusion": self.fusion(prefix, image)}
+        if kind == kinds.PRETRAINING:
+            parts["decoder"] = self.decoder()
+        return self.checked(AVMAEConfig, **parts)
+
+    def unimodal(self, kind: str) -> AVMAEConfig:
+        stream = kinds.STREAMS[kind]
+        return AVMAEConfig(**{stream: self.stream(stream, "", self.unimodal_grid)}, fusion=FusionConfig(kind="none"))
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
         require(name in self.tensors, f"{self.source} lacks the parameter {name}, which tells a size of the model")
@@ -140,25 +152,26 @@ class Reader:
         return len(numbers)
 
     def heads(self, said: int | None, width: int, default: int, option: str) -> int:
-        """Heads that no tensor tells: the option, else the published number where it divides the width."""
-        heads = said if said is not None else default
-        require(heads > 0 and width % heads == 0,
-                f"{self.source} does not tell the number of attention heads of {width} wide blocks, and "
-                f"{f'{option}={said}' if said is not None else f'the published number ({default})'} does not divide "
-                f"{width}: give {option}=N")
+        """Heads that no tensor tells: what was said, else the published number (0: there is none for this width)."""
+        heads = default if said is None else said
+        require(said is not None or heads > 0 and width % heads == 0,
+                f"{self.source} does not tell how many attention heads its {width} wide blocks have, and no published "
+                f"model has such blocks: give {option}=N")
+        require(heads > 0 and width % heads == 0, f"{option}={said} must divide the {width} wide blocks of "
+                                                  f"{self.source}")
         return heads
 
     def stream(self, name: str, prefix: str, find: Callable) -> StreamConfig:
         """One ViT; `find` tells its patch grid from name, prefix, width and patch."""
         width, channels, *patch = self.shape(f"{prefix}patch_embed.proj.weight", 4)
         hidden = self.shape(f"{prefix}blocks.0.mlp.fc1.weight", 2)[0]
-        default = HUGE_HEADS if width == HUGE_WIDTH else width // HEAD_WIDTH
+        default = HUGE_HEADS if width == HUGE_WIDTH else 0 if width % HEAD_WIDTH else width // HEAD_WIDTH
         grid = find(name, prefix, width, tuple(patch))
-        return self.checked(lambda: StreamConfig(
-            size=(grid[0] * patch[0], grid[1] * patch[1]), channels=channels,
+        return self.checked(
+            StreamConfig, size=(grid[0] * patch[0], grid[1] * patch[1]), channels=channels,
             patch=patch[0] if patch[0] == patch[1] else tuple(patch), width=width,
             depth=self.depth(f"{prefix}blocks."), heads=self.heads(self.options.heads, width, default, "--heads"),
-            mlp_ratio=ratio(hidden, width), mask_ratio=MASK_RATIOS[name]))
+            mlp_ratio=ratio(hidden, width), mask_ratio=MASK_RATIOS[name])
 
     def said_grid(self, stream: str, patch: tuple[int, int]) -> tuple[int, int] | None:
         """The patch grid of the size that the user gave."""
@@ -219,11 +232,11 @@ class Reader:
             read = self.shape(f"{begin}.attn.kv.weight", 2)[1]
             kind = "dense" if read == 2 * width else "token"
         said = self.options.fusion_heads or self.options.heads
-        return self.checked(lambda: FusionConfig(
-            kind=kind, layers="all" if layers == set(range(image.depth)) else tuple(sorted(layers)),
+        return self.checked(
+            FusionConfig, kind=kind, layers="all" if layers == set(range(image.depth)) else tuple(sorted(layers)),
             tokens=self.tokens(kind, count), heads=self.heads(said, inner, image.heads, "--fusion_heads"),
             attention_ratio=ratio(inner, width), mlp_ratio=ratio(hidden, width),
-            width=None if width == image.width else width))
+            width=None if width == image.width else width)
 
     def tokens(self, kind: str, count: int) -> tuple[int, int, int]:
         """How many of the tokens are fusion, image-aggregation and audio-aggregation tokens."""
@@ -258,9 +271,9 @@ class Reader:
             require(side * side == rows and side % 2 == 1,
                     f"{self.source} has {table} of {rows} rows, but a square window of n × n has (2n - 1)²")
             kind, window = "swin", ((side + 1) // 2,) * 2
-        heads = self.heads(heads, width, DECODER_HEADS, "--decoder_heads")
-        return self.checked(lambda: DecoderConfig(kind=kind, width=width, depth=depth, heads=heads,
-                                                  mlp_ratio=ratio(hidden, width), window=window))
+        heads = self.heads(heads, width, DECODER_HEADS if width >= DECODER_WIDTH else 0, "--decoder_heads")
+        return self.checked(DecoderConfig, kind=kind, width=width, depth=depth, heads=heads,
+                            mlp_ratio=ratio(hidden, width), window=window)
 
 
 def ratio(inner: int, width: int) -> float:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from av_mae import models
 from av_mae.errors import UserError
+from av_mae.models import kinds
 from av_mae.models.config import StreamConfig
 from av_mae.models.decoder import Decoder
 from av_mae.models.encoder import Encoder, Stream
@@ -20,8 +21,9 @@ from av_mae.models.fusion import FactorizedAttention, FusionBlock, PairAttention
 from av_mae.models.positions import sin_cos_2d
 from av_mae.models.swin import SwinBlock, relative_position_index, shift_mask
 from av_mae.published import head_names
+from av_mae.training.step import flat_values
 
-HEADS = {models.Classifier: "classifier", models.Separator: "separator", models.Segmenter: "segmenter"}
+HEADS = {model: kind for kind, (model, _) in kinds.HEADS.items()}
 
 
 class Layout(NamedTuple):
@@ -48,9 +50,9 @@ LINEAR = Layout(lambda x, n: [part.T for part in np.split(x, n)], lambda parts: 
 PAIRS = Layout(lambda x, n: [half.T for rows in np.split(x, n // 2) for half in np.split(rows, 2, axis=1)], join_pairs)
 
 
-def axes(order: tuple[int, ...], published_order: tuple[int, ...]) -> Layout:
-    """The same array with its axes in another order."""
-    return Layout(lambda x, _: [x.transpose(order)], lambda parts: parts[0].transpose(published_order))
+def axes(order: tuple[int, ...]) -> Layout:
+    """The published array with its axes in another order."""
+    return Layout(lambda x, _: [x.transpose(order)], lambda parts: parts[0].transpose(np.argsort(order)))
 
 
 def patches(config: StreamConfig) -> Layout:
@@ -87,21 +89,21 @@ class Names:
 
 
 def names_of(model: nnx.Module, prefix: str = "encoder.") -> Names:
-    """The table of a model, which may be abstract: AVMAE, Classifier, Separator, Segmenter, or an Encoder by itself.
+    """The table of a model of any kind in models.kinds, which may be abstract.
 
     prefix: what published names of the encoder begin with.
 
     Raises:
       UserError: the published system has no such model.
     """
-    if isinstance(model, Encoder):
-        return Names(by_name(encoder_rules(model, prefix, "")), encoder_buffers(model, prefix))
-    rules, buffers = encoder_rules(model.encoder, prefix, "encoder."), encoder_buffers(model.encoder, prefix)
+    if isinstance(model, Stream):
+        return Names(by_name(stream_rules(model, "", "")), {})
+    rules, buffers = encoder_rules(model.encoder, prefix), encoder_buffers(model.encoder, prefix)
     if isinstance(model, models.AVMAE):
         for stream, decoder in (("image", model.image_decoder), ("audio", model.audio_decoder)):
             rules += decoder_rules(decoder, f"{stream}_decoder")
             buffers |= decoder_buffers(decoder, f"{stream}_decoder")
-    else:
+    elif type(model) in HEADS:
         rules += head_rules(model)
     return Names(by_name(rules), buffers)
 
@@ -148,7 +150,8 @@ def stream_rules(stream: Stream, published: str, here: str) -> list[Rule]:
     return rules + norm(f"{published}norm", f"{here}norm")
 
 
-def encoder_rules(encoder: Encoder, published: str, here: str) -> list[Rule]:
+def encoder_rules(encoder: Encoder, published: str) -> list[Rule]:
+    here = "encoder."
     rules, depths = [], (len(encoder.image.blocks), len(encoder.audio.blocks))
     if depths[0] != depths[1]:
         raise UserError(f"the published system runs no layers beyond those of the shallower stream; the streams have "
@@ -216,11 +219,9 @@ def decoder_rules(decoder: Decoder, published: str) -> list[Rule]:
 
 def head_rules(model: nnx.Module) -> list[Rule]:
     """All but the encoder of a classifier, separator or segmenter."""
-    kind, own = HEADS[type(model)], arrays_of(model)
-    head = head_names.HEADS[kind]
-    entries = head.entries(head_names.count_scales(head.scale, own))
-    return [Rule(entry.published, (entry.path,), axes(entry.layout.order, entry.layout.published_order))
-            for entry in entries if entry.path in own]
+    own = flat_values(model) | flat_values(model, nnx.BatchStat)
+    entries = head_names.HEADS[HEADS[type(model)]].path_entries(own)
+    return [Rule(entry.published, (path,), axes(entry.axes)) for path, entry in entries.items() if path in own]
 
 
 def encoder_buffers(encoder: Encoder, published: str) -> dict[str, Callable[[], np.ndarray]]:
@@ -241,9 +242,3 @@ def decoder_buffers(decoder: Decoder, published: str) -> dict[str, Callable[[], 
         if any(module.shift):
             buffers[f"{name}.attn_mask"] = lambda module=module: shift_mask(module.grid, module.window, module.shift)
     return buffers
-
-
-def arrays_of(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Parameters and batch statistics of a model, which may be abstract, by dotted path."""
-    state = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
-    return {".".join(map(str, path)): variable for path, variable in state}

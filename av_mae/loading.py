@@ -1,0 +1,71 @@
+"""Models from checkpoints: the one entry for notebooks, export and evaluation, and the forward pass that they share."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from av_mae import models
+from av_mae.config import SoundConfig
+from av_mae.errors import UserError
+from av_mae.models import kinds
+from av_mae.training.stored import open_checkpoint
+
+
+class Encoding(NamedTuple):
+    """tokens after the final norms (`models.Tokens`), and their means: features {'image', …} → [B, D]."""
+
+    tokens: models.Tokens
+    features: dict[str, jax.Array]
+
+
+def load(path: str | os.PathLike) -> nnx.Module:
+    """The model of a checkpoint: float32, on the default device, with its configuration as `.config` and that of its
+    log-mel features as `.sound` (for `preprocess.load`).
+
+    Args:
+      path: a run's work directory (its newest checkpoint), its `checkpoints`, one of them, what av_mae.convert made,
+        or a published file whose configuration can be told without options.
+
+    Returns:
+      AVMAE, Classifier, Separator or Segmenter (with `.head`), or models.kinds.EncoderModel, whatever is there.
+
+    Raises:
+      UserError: there is no such checkpoint, it cannot be read, or it holds one unimodal stream, which is no model.
+    """
+    if pathlib.Path(path).is_file():
+        from av_mae.published.source import load_published
+
+        model = load_published(path)
+        model.sound = SoundConfig(mels=model.config.audio.size[0])
+        return model
+    stored = open_checkpoint(os.fspath(path))
+    if stored.kind in kinds.STREAMS:
+        raise UserError(f"{path} holds a unimodal encoder by itself, which is no whole model: start a run from it with "
+                        f"--config.init_{kinds.STREAMS[stored.kind]}={path}")
+    definition, arrays = stored.load()
+    model = definition.merge(arrays)
+    model.sound = stored.config.data.sound
+    return model
+
+
+def encode(model: nnx.Module, batch: Mapping[str, jax.Array]) -> Encoding:
+    """Tokens and pooled features of a batch, all patches visible; compiled once per model structure and batch shape.
+
+    Args:
+      model: whatever has an `.encoder`.
+      batch: `image` [B, H, W, 3] (uint8, or float as the model takes it: ImageNet's mean and deviation) and `audio`
+        [B, mels, frames(, 1)] (log-mel, standardised as in the run that trained the model). Other entries are left.
+    """
+    return _encode(model.encoder, jnp.asarray(batch["image"]), jnp.asarray(batch["audio"]))
+
+
+@nnx.jit
+def _encode(encoder: models.Encoder, image: jax.Array, audio: jax.Array) -> Encoding:
+    image = models.normalize_image(image) if image.dtype == jnp.uint8 else image
+    tokens = encoder(image, audio)
+    return Encoding(tokens, models.pool(tokens))

@@ -1,0 +1,172 @@
+"""Writing what was converted: an av_mae checkpoint, array by array, and safetensors, tensor by tensor.
+
+A converted checkpoint has the layout of training.checkpoint with one folder more, `published/`: `names.json` tells the
+file's tensors in order, with their dtypes, and `tensors.safetensors` holds those that the model cannot give back.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+
+from av_mae import recipes
+from av_mae.config import DataConfig, SoundConfig, TrainConfig
+from av_mae.errors import UserError
+from av_mae.models import AVMAEConfig
+from av_mae.published.names import names_of
+from av_mae.published.source import Published, Survey
+from av_mae.training.stored import Stored
+from av_mae.weight_files import StoredTensor, open_weights
+
+RECORD, KEPT = "names.json", "tensors.safetensors"
+# Names of dtypes in safetensors.
+TYPES = {np.dtype(dtype): name for dtype, name in (
+    (np.float64, "F64"), (np.float32, "F32"), (np.float16, "F16"), (ml_dtypes.bfloat16, "BF16"), (np.int64, "I64"),
+    (np.int32, "I32"), (np.int16, "I16"), (np.int8, "I8"), (np.uint64, "U64"), (np.uint32, "U32"),
+    (np.uint16, "U16"), (np.uint8, "U8"), (np.bool_, "BOOL"))}
+BATCH = 2 ** 25  # bytes that are written at once: single arrays cost a commit each
+ALIGNMENT = 8  # bytes: where the data of a safetensors file begin
+# Parameters are float32 in both systems; batches are counted in int32 here and int64 there.
+PUBLISHED_DTYPES = {np.dtype(np.float32): np.dtype(np.float32), np.dtype(np.int32): np.dtype(np.int64)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """An array that is made when it is written, and then forgotten."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+class LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Lets Orbax write Lazy arrays in groups of BATCH bytes, one after the other: else it holds them all, twice."""
+
+    async def serialize(self, values, infos, args=None):
+        begin, size = 0, 0
+        for end, value in enumerate(values, 1):
+            size += math.prod(value.shape) * value.dtype.itemsize
+            if size >= BATCH or end == len(values):
+                group = slice(begin, end)
+                arrays = [lazy.read() for lazy in values[group]]
+                for written in await super().serialize(arrays, infos[group], args[group]):
+                    await asyncio.to_thread(written.result)
+                begin, size = end, 0
+        return []
+
+
+def write_arrays(folder: pathlib.Path, arrays: dict[str, Lazy]) -> None:
+    """One item of a checkpoint, as training.checkpoint reads it."""
+    registry = ocp.type_handlers.create_type_handler_registry((Lazy, LazyHandler(deepcopy_host_arrays=False)),
+                                                              (jax.Array, ocp.type_handlers.ArrayHandler()))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as writer:
+        writer.save(folder.absolute(), arrays)
+
+
+def write_safetensors(path: pathlib.Path, tensors: Sequence[tuple[str, Lazy | StoredTensor]]) -> None:
+    """A safetensors file of named tensors in their order, one in memory at a time.
+
+    Source: the format's description in the safetensors repository.
+    """
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors:
+        end = position + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in tensors:
+            file.write(np.asarray(tensor.read(), order="C").reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def whole_or_nothing(output: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A place to write what becomes `output` at the end, at once; nothing of it is left where that is not reached.
+
+    Raises:
+      UserError: `output` is there already, or cannot be written.
+    """
+    if output.exists():
+        raise UserError(f"--output={output} is there already: name another one, or move it away")
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    try:
+        remove(unfinished)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        os.rename(unfinished, output)
+    except OSError as error:
+        raise UserError(f"cannot write --output={output}: {error.strerror or error}") from error
+    finally:
+        remove(unfinished)
+
+
+def remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_checkpoint(folder: pathlib.Path, published: Published, survey: Survey) -> None:
+    """A work directory with one checkpoint of a published file's model, and what the model does not hold."""
+    found, checkpoint = published.found, folder / "checkpoints" / "0"
+    (checkpoint / "meta").mkdir(parents=True)
+    write_arrays(checkpoint / "model", {
+        path: Lazy(x.shape, x.dtype, functools.partial(published.read, path)) for path, x in published.shapes.items()})
+    config = recipe_of(found.config)
+    meta = {"step": 0, "seed": config.seed, "config": recipes.to_dict(config), "kind": found.kind,
+            "head": recipes.to_dict(found.head), "checksums": {"model": survey.checksum}}
+    (checkpoint / "meta" / "metadata").write_text(json.dumps(meta))
+    record = checkpoint / "published"
+    record.mkdir()
+    tensors = published.file.tensors
+    names = [(name, str(tensor.dtype)) for name, tensor in tensors.items()]
+    (record / RECORD).write_text(json.dumps({"prefix": found.prefix, "tensors": names}))
+    write_safetensors(record / KEPT, [(name, tensors[name]) for name in survey.kept])
+    recipes.save(config, folder / "config.json")
+
+
+def recipe_of(model: AVMAEConfig) -> TrainConfig:
+    """The published recipe around a model: what a checkpoint's configuration is besides."""
+    return TrainConfig(epochs=200.0, data=DataConfig(sound=SoundConfig(mels=model.audio.size[0])), model=model)
+
+
+def published_tensors(stored: Stored) -> list[tuple[str, Lazy | StoredTensor]]:
+    """What a checkpoint is in the published system, by published name: of a converted file just what that held.
+
+    Raises:
+      UserError: the published system has no such model, or the checkpoint cannot be read.
+    """
+    definition, values = stored.load()
+    model, record = definition.merge(values), stored.folder / "published"
+    known = json.loads((record / RECORD).read_text()) if record.is_dir() else {"prefix": "encoder.", "tensors": None}
+    names = names_of(model, known["prefix"])
+    kept = open_weights(record / KEPT).tensors if record.is_dir() else {}
+    shapes = {path: x.shape for path, x in values.items()}
+
+    def tensor(name: str, dtype: np.dtype | None) -> Lazy | StoredTensor:
+        if name in kept:
+            return kept[name]
+        if name in names.buffers:
+            value = np.asarray(names.buffers[name]())
+            return Lazy(value.shape, dtype or value.dtype, lambda: value.astype(dtype or value.dtype))
+        rule = names.rules[name]
+        dtype = dtype or PUBLISHED_DTYPES[np.dtype(values[rule.here[0]].dtype)]
+        return Lazy(rule.shape(shapes), dtype, lambda: rule.join(values).astype(dtype))
+
+    tensors = known["tensors"] or [(name, None) for name in (*names.rules, *names.buffers)]
+    return [(name, tensor(name, dtype and np.dtype(dtype))) for name, dtype in tensors]
