@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import pathlib
 import signal
 import sys
@@ -24,7 +25,7 @@ EXAMPLE = """examples:
 """
 
 
-def convert(source: pathlib.Path, output: pathlib.Path, options: Options = Options()) -> str:
+def convert(source: str | os.PathLike, output: str | os.PathLike, options: Options = Options()) -> str:
     """Writes a published file as a work directory with one checkpoint; returns what the file is, in lines.
 
     In memory are a few times the largest tensor, never the whole model.
@@ -37,12 +38,12 @@ def convert(source: pathlib.Path, output: pathlib.Path, options: Options = Optio
     survey = published.survey()
     if survey.nonfinite:
         print(f"warning: {source} has {complain(survey.nonfinite)}", file=sys.stderr)
-    with store.whole_or_nothing(output) as unfinished:
+    with store.whole_or_nothing(pathlib.Path(output)) as unfinished:
         store.write_checkpoint(unfinished, published, survey)
     return summarize(published, options)
 
 
-def export(source: pathlib.Path, output: pathlib.Path) -> str:
+def export(source: str | os.PathLike, output: str | os.PathLike) -> str:
     """Writes a checkpoint, or a weight file, as safetensors with published names; returns what was written, in a line.
 
     What a checkpoint was converted from comes back bit for bit.
@@ -50,13 +51,13 @@ def export(source: pathlib.Path, output: pathlib.Path) -> str:
     Raises:
       UserError: the source cannot be read, the published system has no such model, or `output` is there already.
     """
-    if source.is_file():
+    if os.path.isfile(source):
         tensors = list(open_weights(source).tensors.items())
     else:
-        tensors = store.published_tensors(open_checkpoint(str(source)))
-    with store.whole_or_nothing(output) as unfinished:
+        tensors = store.published_tensors(open_checkpoint(os.fspath(source)))
+    with store.whole_or_nothing(pathlib.Path(output)) as unfinished:
         store.write_safetensors(unfinished, tensors)
-    return f"{len(tensors)} tensors, {output.stat().st_size / 1e6:.1f} MB"
+    return f"{len(tensors)} tensors, {os.path.getsize(output) / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager

@@ -45,8 +45,9 @@ def load(path: str | os.PathLike) -> nnx.Module:
         return model
     stored = open_checkpoint(os.fspath(path))
     if stored.kind in kinds.STREAMS:
-        raise UserError(f"{path} holds a unimodal encoder by itself, which is no whole model: start a run from it with "
-                        f"--config.init_{kinds.STREAMS[stored.kind]}={path}")
+        stream = kinds.STREAMS[stored.kind]
+        raise UserError(f"{path} holds a unimodal {stream} encoder, which is no whole model: start a run from it with "
+                        f"--config.init_{stream}={path}")
     definition, arrays = stored.load()
     model = definition.merge(arrays)
     model.sound = stored.config.data.sound

@@ -211,9 +211,9 @@ class Reader:
             return said or published
         table, tolerance = self.positions(name, width)
         table = table[int(f"{prefix}cls_token" in self.tensors):]
-        found = find_grid(table, tolerance) or (math.isqrt(len(table)),) * 2
-        require(math.prod(found) == len(table), f"{self.source}: {name} does not tell the grid of its {len(table)} "
-                                                f"patches: give --{stream}_size=ROWS,COLUMNS")
+        rows = math.isqrt(len(table)) if stream == "image" else published[0]
+        found = find_grid(table, tolerance) or (rows, len(table) // rows)
+        found = found if math.prod(found) == len(table) else (1, len(table))
         return found if stream == "image" else tuple(sorted(found))
 
     def fusion(self, prefix: str, image: StreamConfig) -> FusionConfig:

@@ -12,7 +12,7 @@ from flax import nnx
 from av_mae.errors import UserError
 from av_mae.models import AVMAEConfig, kinds
 from av_mae.published import head_names
-from av_mae.published.infer import POSITION_TOLERANCE, Found, infer
+from av_mae.published.infer import POSITION_TOLERANCE, Found, identify, infer
 from av_mae.published.names import names_of
 from av_mae.published.summary import complain
 from av_mae.training.step import define_model
@@ -64,17 +64,18 @@ class Published:
 
     def _check(self) -> None:
         tensors, rules = self.file.tensors, self.names.rules
-        shapes = {path: x.shape for path, x in self.shapes.items()}
         for name in rules:
             if name not in tensors:
                 raise UserError(f"{self.source} lacks the parameter {name}; check the model configuration")
-        for name, tensor in tensors.items():
+        for name in tensors:
             if name not in rules and name not in self.names.buffers and name not in self.left_out:
                 raise UserError(f"{self.source} has, beyond the configured model, the parameter {shown(name)}; check "
                                 "the model configuration")
-            if name in rules and tensor.shape != rules[name].shape(shapes):
-                raise UserError(f"{self.source} has {name} of shape {tensor.shape}, but the configured model needs "
-                                f"{rules[name].shape(shapes)}")
+        shapes = {path: x.shape for path, x in self.shapes.items()}
+        for name, rule in rules.items():
+            if tensors[name].shape != rule.shape(shapes):
+                raise UserError(f"{self.source} has {name} of shape {tensors[name].shape}, but the configured model "
+                                f"needs {rule.shape(shapes)}")
 
     def read(self, path: str) -> np.ndarray:
         """One array of the model, in its dtype and layout, read from the file."""
@@ -132,12 +133,12 @@ def load_published(path: str | os.PathLike, config: AVMAEConfig | None = None) -
       UserError: the file cannot be read or holds a model of another configuration.
     """
     file = open_weights(path)
-    found = infer(file.tensors, str(path), config=config)
-    if found.kind in kinds.STREAMS:
-        stream = kinds.STREAMS[found.kind]
+    kind, _ = identify(file.tensors, str(path))
+    if kind in kinds.STREAMS:
+        stream = kinds.STREAMS[kind]
         raise UserError(f"{path} holds a unimodal {stream} encoder, which is no whole model: start a run from it with "
                         f"--config.init_{stream}={path}")
-    published = Published(file, found)
+    published = Published(file, infer(file.tensors, str(path), config=config))
     nonfinite = published.survey().nonfinite
     if nonfinite:
         warnings.warn(f"{path} has {complain(nonfinite)}", stacklevel=2)

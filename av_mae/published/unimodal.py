@@ -4,7 +4,6 @@ Class token, positions and decoder of the unimodal model are left out; the run k
 grid. Patches are taken as they are: AudioMAE counts time in rows, and the published system does not turn them either.
 """
 
-import dataclasses
 import pathlib
 
 import numpy as np
@@ -52,5 +51,4 @@ def read_file(path: str, kind: str, config: AVMAEConfig) -> dict[str, np.ndarray
 def read_checkpoint(path: str, kind: str, config: AVMAEConfig) -> dict[str, np.ndarray]:
     stored = open_checkpoint(path)
     check_kind(path, stored.kind, kind)
-    recipe = dataclasses.replace(stored.config, model=config)
-    return {name: np.asarray(x) for name, x in dataclasses.replace(stored, config=recipe).load()[1].items()}
+    return {name: np.asarray(x) for name, x in stored.load(config)[1].items()}

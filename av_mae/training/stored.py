@@ -8,12 +8,11 @@ import pathlib
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from av_mae import recipes
 from av_mae.config import TrainConfig
-from av_mae.models import kinds
+from av_mae.models import AVMAEConfig, kinds
 from av_mae.training.checkpoint import Arrays, find_checkpoint, load_config, load_params, read_meta
 from av_mae.training.step import ModelDefinition, define_model
 
@@ -27,17 +26,16 @@ class Stored:
     kind: str
     head: Any
 
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The model with random weights."""
-        return kinds.build_model(self.kind, self.config.model, self.head, rngs)
-
-    def load(self) -> tuple[ModelDefinition, Arrays]:
+    def load(self, config: AVMAEConfig | None = None) -> tuple[ModelDefinition, Arrays]:
         """The model's definition, and its arrays on the default device: definition.merge(arrays) is the model.
+
+        config: that the model must have, if it is not simply the checkpoint's own.
 
         Raises:
           UserError: the checkpoint cannot be read, or is one of another model.
         """
-        definition, *shapes = define_model(self.build)
+        config = config or self.config.model
+        definition, *shapes = define_model(lambda rngs: kinds.build_model(self.kind, config, self.head, rngs))
         device = SingleDeviceSharding(jax.devices()[0])
         abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
                     for part in shapes for name, x in part.items()}
