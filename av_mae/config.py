@@ -8,6 +8,7 @@ DTYPES = ("bfloat16", "float32")
 TRUTHS = ("mask", "objects", "sources", "waveforms")
 MOST_MIXED = 4  # clips
 REMATS = ("none", "dots", "full")
+OPTIMIZERS = ("adamw", "lars")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,25 +105,32 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; learning rate = base_lr × batch_size / 256 with linear warm-up and cosine decay to 0.
+    """AdamW or LARS; learning rate = base_lr × batch_size / 256 with linear warm-up and cosine decay to 0.
 
-    `warmup` is in epochs where the recipe counts epochs, else in steps. `clip_norm` 0: no clipping.
+    `warmup` is in epochs where the recipe counts epochs, else in steps. `clip_norm` 0: no clipping. `b1` and `b2` are
+    AdamW's, `momentum` and `trust` (the trust coefficient) those of LARS.
     """
 
+    kind: str = "adamw"
     base_lr: float = 1.5e-4
     warmup: float = 40.0
     weight_decay: float = 0.05
     b1: float = 0.9
     b2: float = 0.95
+    momentum: float = 0.9
+    trust: float = 0.001
     clip_norm: float = 0.0
 
     def __post_init__(self):
+        require(self.kind in OPTIMIZERS, f"optimizer.kind={self.kind!r} must be one of {', '.join(OPTIMIZERS)}")
         require(self.base_lr > 0, f"optimizer.base_lr={self.base_lr} must be above 0")
         require(min(self.warmup, self.weight_decay, self.clip_norm) >= 0,
                 f"optimizer.warmup={self.warmup}, weight_decay={self.weight_decay} and clip_norm={self.clip_norm} "
                 "must be 0 or more")
         require(0 <= self.b1 < 1 and 0 <= self.b2 < 1,
                 f"optimizer.b1={self.b1} and b2={self.b2} must be at least 0 and below 1")
+        require(0 <= self.momentum < 1, f"optimizer.momentum={self.momentum} must be at least 0 and below 1")
+        require(self.trust > 0, f"optimizer.trust={self.trust} must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,17 +175,28 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """One pretraining run."""
+    """One pretraining run. It starts from the checkpoint `init`, or its streams from the unimodal encoders `init_image`
+    (MAE) and `init_audio` (AudioMAE): published files, or what av_mae.convert made of them."""
 
     model: AVMAEConfig = AVMAEConfig()
+    init_image: str = ""
+    init_audio: str = ""
 
     def __post_init__(self):
         super().__post_init__()
+        require(not (self.init and self.pretrained), f"init={self.init!r} is a checkpoint of both streams: set either "
+                                                     "init, or init_image and init_audio")
         image, audio = self.model.image, self.model.audio
         require(image.channels == 3, f"model.image.channels={image.channels} must be 3: clips have colour frames")
         require(audio.channels == 1, f"model.audio.channels={audio.channels} must be 1: clips have one log-mel")
         require(audio.size[0] == self.data.sound.mels,
                 f"model.audio.size={audio.size} must have as many rows as data.sound.mels={self.data.sound.mels}")
+
+    @property
+    def pretrained(self) -> dict[str, str]:
+        """Stream → the unimodal encoder that it starts from, where there is one."""
+        paths = {"image": self.init_image, "audio": self.init_audio}
+        return {stream: path for stream, path in paths.items() if path}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,35 +4,53 @@ import argparse
 import importlib
 import pathlib
 
+import jax
+
 from av_mae import recipes
 from av_mae.config import EvaluationConfig
 from av_mae.errors import UserError, run_command
+from av_mae.task_config import CONFIGS
+from av_mae.training.checkpoint import quiet_libraries
+from av_mae.training.mesh import add_process_arguments, initialize_processes
 
 # Each module has run(config, workdir) -> Report; it is imported when asked for.
-TASKS = {"reconstruction": "av_mae.evaluation.reconstruction"}
+TASKS = {"reconstruction": "av_mae.evaluation.reconstruction", **{task: "av_mae.evaluation.task" for task in CONFIGS}}
+KINDS = {"reconstruction": EvaluationConfig, **CONFIGS}
+
+
+def kind_of(values: dict) -> type:
+    """The dataclass of a recipe, by its task. Raises UserError for an unknown task."""
+    task = values.get("task")
+    if task not in KINDS:
+        raise UserError(f"task={task!r} must be one of {', '.join(KINDS)}")
+    return KINDS[task]
 
 
 def main(argv: list[str]) -> None:
     """Loads the recipe, runs its task and writes `config.json` and `results.json` into the workdir."""
     parser = argparse.ArgumentParser(
-        prog="python -m av_mae.evaluate", description="Measures a checkpoint on held-out clips.",
+        prog="python -m av_mae.evaluate",
+        description="Measures a checkpoint on held-out clips; a task with a head trains it first. Resumes by itself.",
         epilog="example: python -m av_mae.evaluate --config=configs/reconstruction.py:demo --workdir=runs/evaluation "
                "--config.init=runs/demo")
-    recipes.add_config_argument(parser, EvaluationConfig)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where results.json and pictures go")
+    recipes.add_config_argument(parser, *KINDS.values())
+    parser.add_argument("--workdir", required=True, metavar="DIR",
+                        help="where results.json and pictures go, and the checkpoints of a head")
+    add_process_arguments(parser)
     arguments, overrides = recipes.parse_arguments(parser, argv)
-    config = recipes.load_recipe(arguments.config, overrides, EvaluationConfig)
-    if config.task not in TASKS:
-        raise UserError(f"task={config.task!r} must be one of {', '.join(TASKS)}")
+    config = recipes.load_recipe(arguments.config, overrides, kind_of)
+    quiet_libraries()
     workdir = pathlib.Path(arguments.workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         recipes.save(config, workdir / "config.json")
     except OSError as error:
         raise UserError(f"cannot write to --workdir={arguments.workdir}: {error.strerror}") from error
+    initialize_processes(arguments.coordinator, arguments.process_id, arguments.process_count)
     report = importlib.import_module(TASKS[config.task]).run(config, workdir)
-    report.save(workdir / "results.json")
-    print(report.table)
+    if jax.process_index() == 0:
+        report.save(workdir / "results.json")
+        print(report.table)
 
 
 if __name__ == "__main__":

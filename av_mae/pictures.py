@@ -79,6 +79,29 @@ def reconstructions(image: np.ndarray, sound: np.ndarray, out, config: AVMAEConf
     return _render(figure)
 
 
+def gallery(rows: list[list[np.ndarray]], columns: tuple[str, ...], titles: list[str]) -> np.ndarray:
+    """A picture with one row per clip, of frames uint8 [H, W, 3] or spectrograms [mels, frames] under `columns`.
+
+    Spectrograms of a row share the colour scale of its first one. Returns uint8 [height, width, 3].
+    """
+    inches = ROW_INCHES * len(rows) + HEADER_INCHES
+    figure = Figure(figsize=(1.75 * len(columns), inches), dpi=100, facecolor="white")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False,
+                           gridspec_kw={"left": 0.01, "right": 0.99, "bottom": 0.02, "wspace": 0.04, "hspace": 0.14,
+                                        "top": 1 - HEADER_INCHES / inches})
+    for places, panels, title in zip(axes, rows, titles, strict=True):
+        spectrograms = [number for number, panel in enumerate(panels) if panel.ndim == 2]
+        _draw_frames([places[n] for n, panel in enumerate(panels) if panel.ndim == 3],
+                     [panel for panel in panels if panel.ndim == 3])
+        if spectrograms:
+            _draw_spectrograms([places[n] for n in spectrograms], [panels[n] for n in spectrograms])
+        places[0].text(0, 1.03, title, transform=places[0].transAxes, fontsize=8)
+    for place, name in zip(axes[0], columns, strict=True):
+        box = place.get_position()
+        figure.text((box.x0 + box.x1) / 2, 1 - 0.4 * HEADER_INCHES / inches, name, ha="center", fontsize=10)
+    return _render(figure)
+
+
 def curves(metrics: list[dict]) -> np.ndarray:
     """Curves of the lines of `metrics.jsonl` over steps: losses, learning rate, gradient norm, speed.
 
@@ -133,7 +156,8 @@ def _panels(original: np.ndarray, prediction: np.ndarray, mask: np.ndarray, stre
 def _draw_frames(axes: list, frames: list[np.ndarray]) -> None:
     for place, frame in zip(axes, frames, strict=True):
         place.set_axis_off()
-        place.imshow(np.where(np.isnan(frame), HIDDEN, frame), interpolation="nearest")
+        place.imshow(frame if frame.dtype == np.uint8 else np.where(np.isnan(frame), HIDDEN, frame),
+                     interpolation="nearest")
 
 
 def _draw_spectrograms(axes: list, spectrograms: list[np.ndarray]) -> None:

@@ -39,13 +39,15 @@ def load_recipe(spec: str, overrides: typing.Sequence[str] = (), kind: type = Tr
     Args:
       spec: the recipe's file, from the working directory or the repository root, and an optional variant.
       overrides: strings as given on the command line.
-      kind: the frozen dataclass that the recipe fills.
+      kind: the frozen dataclass that the recipe fills, or a function that tells it from the recipe's values.
 
     Raises:
       UserError: unknown file, variant or key (naming the nearest right key), a value of the wrong type, or a value
         that breaks a rule of the dataclasses.
     """
     values = _call_get_config(spec).to_dict()
+    if not isinstance(kind, type):
+        kind = kind(values)
     for override in overrides:
         _apply(kind, values, override)
     return from_dict(values, kind)
@@ -94,11 +96,12 @@ def keys(kind: type, prefix: str = "") -> list[str]:
     return names
 
 
-def add_config_argument(parser: argparse.ArgumentParser, kind: type = TrainConfig) -> None:
-    """Adds `--config`; the help says how single values of a `kind` are overridden, and names its keys."""
+def add_config_argument(parser: argparse.ArgumentParser, *kinds: type) -> None:
+    """Adds `--config`; the help says how single values are overridden, and names the keys of the given dataclasses."""
+    names = dict.fromkeys(name for kind in kinds or (TrainConfig,) for name in keys(kind))
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]",
                         help="recipe, e.g. configs/demo.py; override single values with --config.KEY=VALUE, "
-                             f"e.g. --config.batch_size=128; keys: {', '.join(keys(kind))}")
+                             f"e.g. --config.batch_size=128; keys: {', '.join(names)}")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

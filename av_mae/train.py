@@ -3,22 +3,19 @@
 import argparse
 import contextlib
 import errno
-import logging
 import pathlib
 import tempfile
-from collections.abc import Mapping
 
 import jax
 
 from av_mae import recipes
 from av_mae.config import TrainConfig
-from av_mae.data.pipeline import open_training_data
 from av_mae.errors import UserError, run_command
-from av_mae.training.checkpoint import Checkpoints, load_params, note
+from av_mae.published.unimodal import stream_arrays
+from av_mae.training.checkpoint import Checkpoints, load_params, note, quiet_libraries
 from av_mae.training.hooks import PictureHook
-from av_mae.training.mesh import batch_sharding, check_batch, initialize_processes, local_rows, make_mesh
-from av_mae.training.optimizer import run_length
-from av_mae.training.run import first_state, train_from
+from av_mae.training.mesh import add_process_arguments, initialize_processes
+from av_mae.training.run import first_state, open_run, train_from
 from av_mae.training.step import Params, TrainStep
 
 # What the system says where a run cannot begin to write; once it runs, hooks and checkpoints warn and go on.
@@ -38,11 +35,17 @@ def make_workdir(path: str) -> pathlib.Path:
 
 
 def first_weights(step: TrainStep, config: TrainConfig) -> Params | None:
-    """The weights that a run begins with where it has no checkpoint of its own: those of `init`, or None (random)."""
-    if not config.init:
-        return None
-    note(f"starting from the weights of {config.init}")
-    return load_params(config.init, step.abstract_state().model)
+    """The weights that a run begins with where it has no checkpoint of its own: those of `init`, or of the streams
+    that start from `init_image` and `init_audio`; all others are random."""
+    if config.init:
+        note(f"starting from the weights of {config.init}")
+        return load_params(config.init, step.abstract_state().model)
+    weights, shardings = {}, step.shardings.params
+    for stream, path in config.pretrained.items():
+        note(f"starting the {stream} stream from {path}")
+        weights |= {name: jax.make_array_from_callback(x.shape, shardings[name], x.__getitem__)
+                    for name, x in stream_arrays(path, stream, config.model).items()}
+    return weights or None
 
 
 def run(config: TrainConfig, workdir: pathlib.Path) -> None:
@@ -51,30 +54,18 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
     Raises:
       UserError: the recipe does not fit the devices, the data or the checkpoints in `workdir`, or the run went wrong.
     """
-    mesh = make_mesh(config.mesh)
-    check_batch(mesh, config.batch_size, config.grad_accumulation)
-    rows = local_rows(batch_sharding(mesh), config.batch_size)
-    sizes = config.model.image.size, config.model.audio.size
     with contextlib.ExitStack() as stack:
-        data = stack.enter_context(open_training_data(config.data, *sizes, config.seed, config.batch_size, rows))
-        length = run_length(config, data.clips)
-        step = TrainStep(config, mesh, length)
+        step, data, last = stack.enter_context(open_run(config))
         checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last, config.keep_every)
         stack.callback(checkpoints.close)
         begin = first_state(step, checkpoints, config, lambda: first_weights(step, config))
         if jax.process_index() == 0:
             recipes.save(config, workdir / "config.json")
-        if begin.meta["step"] >= length.steps:
-            note(f"this run is finished: it has done {begin.meta['step']} of {length.steps} steps")
+        if begin.meta["step"] >= last:
+            note(f"this run is finished: it has done {begin.meta['step']} of {last} steps")
             return
-        train_from(config, workdir, step, begin, data, length.steps, checkpoints, "pretraining",
+        train_from(config, workdir, step, begin, data, last, checkpoints, "pretraining",
                    lambda events, say: [PictureHook(config, step, workdir, events, say)])
-
-
-def quiet_libraries() -> None:
-    """Failures in the background are told in one line by whoever waits for them; the libraries' traces are noise."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def main(argv: list[str]) -> None:
@@ -85,10 +76,7 @@ def main(argv: list[str]) -> None:
     recipes.add_config_argument(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR",
                         help="config.json, checkpoints/, metrics.jsonl, TensorBoard events and images/ go here")
-    parser.add_argument("--coordinator", metavar="HOST:PORT",
-                        help="several processes: address of process 0, or 'auto' on TPU pods and Slurm")
-    parser.add_argument("--process_id", type=int, metavar="N", help="number of this process, from 0")
-    parser.add_argument("--process_count", type=int, metavar="N", help="processes of the run")
+    add_process_arguments(parser)
     arguments, overrides = recipes.parse_arguments(parser, argv)
     config = recipes.load_recipe(arguments.config, overrides, TrainConfig)
     quiet_libraries()

@@ -6,6 +6,7 @@ XLA compiles without its expensive passes, here and in child processes: the test
 import os
 import pathlib
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads only wait for one another where tests share cores
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax  # noqa: E402  (reads XLA_FLAGS when imported)

@@ -29,7 +29,7 @@ def _help(module: str, capsys, *arguments: str) -> str:
 def test_every_command_has_help_with_an_example(module, capsys):
     text = _help(module, capsys)
     assert "usage: python -m av_mae." + module in text
-    assert re.search(rf"example:\s+python -m av_mae\.{module} ", text)
+    assert re.search(rf"examples?:\s+python -m av_mae\.{module} ", text)
 
 
 def test_the_readme_has_commands():

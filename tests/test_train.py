@@ -143,7 +143,7 @@ def test_config_json_is_read_back(tmp_path):
 def test_finished_run_says_so_and_changes_nothing(tmp_path, monkeypatch, capsys):
     config = recipe(unfused(), steps=3)
     saved_run(tmp_path, config, 3)
-    monkeypatch.setattr(train, "open_training_data", lambda *_: contextlib.nullcontext(SimpleNamespace(clips=9)))
+    monkeypatch.setattr(run, "open_training_data", lambda *_: contextlib.nullcontext(SimpleNamespace(clips=9)))
     train.run(config, tmp_path)
     assert "this run is finished: it has done 3 of 3 steps" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.json"]

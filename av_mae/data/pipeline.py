@@ -136,12 +136,13 @@ class EvaluationData(_Batches):
     """Every clip once, in stored order, without augmentation: iterable (anew each time), `len` batches.
 
     Batches are those of TrainingData; the last one is padded with `valid` False and empty `id` and `error`. With
-    `swap` 'image' or 'audio' that stream is another clip's, each serving once.
+    `swap` 'image' or 'audio' that stream is another clip's, each serving once. `most`: only so many clips (0: all).
     """
 
     def __init__(self, sources: Sequence[ClipSource], data: DataConfig, image_size: tuple[int, int],
-                 audio_size: tuple[int, int], batch_size: int, rows: np.ndarray, swap: str = ""):
-        self.clips = sum(len(source) for source in sources)
+                 audio_size: tuple[int, int], batch_size: int, rows: np.ndarray, swap: str = "", most: int = 0):
+        clips = sum(len(source) for source in sources)
+        self.clips = min(clips, most or clips)
         clips = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
         if swap or data.mix > 1:
             clips = Companions(clips, functools.partial(others_of, partners(self.clips, 0), data.mix - 1 + bool(swap)))
@@ -193,9 +194,9 @@ def open_training_data(data: DataConfig, image_size: tuple[int, int], audio_size
 
 
 def open_evaluation_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int],
-                         batch_size: int, rows: np.ndarray, swap: str = "") -> EvaluationData:
+                         batch_size: int, rows: np.ndarray, swap: str = "", most: int = 0) -> EvaluationData:
     """Opens the sets of `data` for evaluation; arguments as in EvaluationData, errors as in open_training_data."""
-    return EvaluationData(_open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows, swap)
+    return EvaluationData(_open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows, swap, most)
 
 
 def _open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSource]:

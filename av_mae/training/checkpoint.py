@@ -6,6 +6,7 @@ stopped: step, random seed, position in the data (global clips consumed), the re
 
 import dataclasses
 import json
+import logging
 import pathlib
 import shutil
 import sys
@@ -32,6 +33,12 @@ def note(message: str) -> None:
     """Tells the user something on stderr; only the first process speaks."""
     if jax.process_index() == 0:
         print(message, file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Failures in the background are told in one line by whoever waits for them; the libraries' traces are noise."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def first_line(error: BaseException) -> str:
@@ -67,12 +74,13 @@ class Checkpoints:
     """The checkpoints of one run. Every process of the run makes the same calls.
 
     A save that fails (a full disk, say) is reported and leaves the earlier checkpoints as they are; `failed` holds
-    the step of the last save if it failed, else None.
+    the step of the last save if it failed, else None. `labels`, as JSON has them, are stored with each checkpoint and
+    must be the same when one is restored: what the run is besides its recipe.
     """
 
     def __init__(self, folder: pathlib.Path, keep_last: int = 3, keep_every: int = 0,
-                 say: Callable[[str], None] = note):
-        self.folder, self.say, self.failed = folder.absolute(), say, None
+                 say: Callable[[str], None] = note, labels: Mapping[str, Any] | None = None):
+        self.folder, self.say, self.failed, self.labels = folder.absolute(), say, None, dict(labels or {})
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every or None, cleanup_tmp_directories=True)
         for unfinished in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
@@ -95,7 +103,8 @@ class Checkpoints:
         optimizer = flat_optimizer(state)
         sums = {name: int(jax.device_get(checksum(arrays)))
                 for name, arrays in (("model", state.model), ("optimizer", optimizer))}
-        meta = {"step": step, "seed": config.seed, "config": recipes.to_dict(config), "checksums": sums, **meta}
+        meta = {"step": step, "seed": config.seed, "config": recipes.to_dict(config), "checksums": sums,
+                **self.labels, **meta}
         try:
             self._pending, self.failed = step, None
             self._manager.save(step, args=ocp.args.Composite(
@@ -140,6 +149,7 @@ class Checkpoints:
             try:
                 meta = read_meta(self.folder / str(step))
                 check_same_run(meta["config"], config)
+                check_same_labels(meta, self.labels)
                 return Restored(self._read(step, abstract, meta), meta)
             except UserError:
                 raise
@@ -180,27 +190,36 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any]:
     return json.loads((folder / "meta" / "metadata").read_text())
 
 
+def read_layout(folder: pathlib.Path, item: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays in one item of a checkpoint."""
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.metadata(folder / item).item_metadata.tree
+    return {name: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for name, x in tree.items()}
+
+
 def read_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's parameters in one checkpoint."""
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.metadata(folder / "model").item_metadata.tree
-    return {name: tuple(x.shape) for name, x in tree.items()}
+    return {name: x.shape for name, x in read_layout(folder, "model").items()}
 
 
 def read_arrays(folder: pathlib.Path, item: str, abstract: Mapping[str, jax.ShapeDtypeStruct],
                 meta: Mapping) -> Arrays:
-    """One item of a checkpoint on the shardings of `abstract`.
+    """One item of a checkpoint, or the part of it that `abstract` names, on the shardings of `abstract`.
 
     Raises:
       ValueError: the arrays are not those that were saved.
     """
+    anywhere = next(iter(abstract.values())).sharding
+    whole = jax.sharding.NamedSharding(anywhere.mesh, jax.sharding.PartitionSpec()) if isinstance(
+        anywhere, jax.sharding.NamedSharding) else anywhere
+    others = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+              for name, x in read_layout(folder, item).items() if name not in abstract}
     with ocp.StandardCheckpointer() as reader:
-        arrays = reader.restore(folder / item, dict(abstract))
-    arrays = {name: arrays[name] for name in abstract}
+        arrays = reader.restore(folder / item, {**abstract, **others})
     found, saved = int(jax.device_get(checksum(arrays))), meta["checksums"][item]
     if found != saved:
         raise ValueError(f"checksum of {item} is {found}, it was {saved} when saved")
-    return arrays
+    return {name: arrays[name] for name in abstract}
 
 
 def first_difference(ours: Mapping, theirs: Mapping, prefix: str = "") -> tuple[str, Any, Any] | None:
@@ -227,6 +246,15 @@ def check_same_run(saved: Mapping, config: TrainConfig) -> None:
     if ours["seed"] != saved["seed"]:
         raise UserError(f"the checkpoint is of another run: its seed is {saved['seed']}, the recipe's is "
                         f"{ours['seed']}; set it alike, or give another --workdir")
+
+
+def check_same_labels(meta: Mapping, labels: Mapping) -> None:
+    """Raises UserError where a checkpoint's meta has other labels than the run, naming the first difference."""
+    difference = first_difference(labels, {name: meta.get(name) for name in labels})
+    if difference is not None:
+        name, here, there = difference
+        raise UserError(f"the checkpoint is of another run: {name} is {there} in it and {here} now; set it alike, or "
+                        "give another --workdir")
 
 
 def check_shapes(folder: pathlib.Path, found: Mapping[str, tuple], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -256,16 +284,16 @@ def find_checkpoint(path: str) -> pathlib.Path:
     raise UserError(f"there is no checkpoint in {path!r}: name a work directory, its checkpoints/ or one of them")
 
 
-def load_params(path: str, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> Arrays:
-    """The parameters of a checkpoint on the shardings of `abstract`.
+def load_params(path: str, abstract: Mapping[str, jax.ShapeDtypeStruct], partly: bool = False) -> Arrays:
+    """The parameters of a checkpoint on the shardings of `abstract`; `partly`: the checkpoint may hold others besides.
 
     Raises:
       UserError: there is no checkpoint, it cannot be read, or it is one of another model.
     """
     folder = find_checkpoint(path)
     try:
-        meta = read_meta(folder)
-        check_shapes(folder, read_shapes(folder), abstract)
+        meta, found = read_meta(folder), read_shapes(folder)
+        check_shapes(folder, {name: found[name] for name in found if name in abstract or not partly}, abstract)
         return read_arrays(folder, "model", abstract, meta)
     except UserError:
         raise

@@ -164,7 +164,7 @@ class PictureHook(Hook):
                  say: Callable[[str], None]):
         self.config, self.folder, self.events, self.say = config, workdir / "images", events, say
         clips = min(PICTURE_CLIPS, config.batch_size)
-        self.predict = step.forward(functools.partial(predict_first, clips=clips))
+        self.predict = step.forward(functools.partial(predict_first, clips=clips), drawn=True)
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
         every = self.config.images_every

@@ -1,12 +1,15 @@
 """Devices as a mesh with the axes 'data', 'fsdp' and 'tensor', and where rows and parameters lie on it."""
 
+import argparse
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from av_mae.config import MeshConfig
@@ -30,6 +33,14 @@ SHARDING_RULES = (("inputs", "fsdp"), ("outputs", "fsdp"), ("tokens", "fsdp"), (
 SMALL = 2 ** 12
 # A parameter with more values than this must be cut when there is an axis to cut it over.
 LARGE = 2 ** 16
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what several processes of one run need to find each other."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT",
+                        help="several processes: address of process 0, or 'auto' on TPU pods and Slurm")
+    parser.add_argument("--process_id", type=int, metavar="N", help="number of this process, from 0")
+    parser.add_argument("--process_count", type=int, metavar="N", help="processes of the run")
 
 
 def initialize_processes(coordinator: str | None, process_id: int | None, process_count: int | None) -> None:
@@ -122,6 +133,18 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     """The rows of the global batch that this process holds: int64 [b], ascending, each once."""
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def gather_texts(texts: Sequence[str]) -> list[str]:
+    """The texts of all processes, those of the first process first; every process must call this."""
+    if jax.process_count() == 1:
+        return list(texts)
+    own = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[:len(own)] = own
+    parts = multihost_utils.process_allgather(padded)
+    return [text for part, size in zip(parts, sizes, strict=True) for text in json.loads(part[:int(size)].tobytes())]
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -1,10 +1,12 @@
 """What a training step minimises, and of which model. A task of its own is a subclass of Objective."""
 
+from collections.abc import Iterable
+
 import jax
 from flax import nnx
 
 from av_mae import models
-from av_mae.training.optimizer import Length, Multipliers
+from av_mae.training.optimizer import Length, Multipliers, pretrained_multipliers
 
 Rows = dict[str, jax.Array]
 # Forward and backward pass cost three forward passes.
@@ -45,10 +47,13 @@ class Objective:
 
 
 class Pretraining(Objective):
-    """Masked reconstruction: the sum of both streams' losses (paper section 3.3)."""
+    """Masked reconstruction: the sum of both streams' losses (paper section 3.3).
 
-    def __init__(self, config: models.AVMAEConfig):
-        self.config = config
+    `pretrained` streams ('image', 'audio') come from unimodal encoders: their learning rates rise over the first half.
+    """
+
+    def __init__(self, config: models.AVMAEConfig, pretrained: Iterable[str] = ()):
+        self.config, self.pretrained = config, tuple(pretrained)
         self.flops = PASSES * models.closed_form_flops(config)
 
     def build(self, rngs: nnx.Rngs) -> models.AVMAE:
@@ -64,6 +69,9 @@ class Pretraining(Objective):
         image = models.normalize_image(rows["image"])
         image_loss, audio_loss = model.losses(image, rows["audio"], rows["image_noise"], rows["audio_noise"])
         return image_loss + audio_loss, {"image_loss": image_loss, "audio_loss": audio_loss}
+
+    def multipliers(self, params: Rows, length: Length) -> Multipliers:
+        return pretrained_multipliers(params, self.pretrained, length)
 
     def rematerialize(self, model: models.AVMAE, remat) -> None:
         model.encoder.remat = model.image_decoder.remat = model.audio_decoder.remat = remat

@@ -2,13 +2,13 @@
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
 from av_mae.config import TrainConfig
 from av_mae.data.failures import FailureCount
-from av_mae.data.pipeline import TrainingData
+from av_mae.data.pipeline import TrainingData, open_training_data
 from av_mae.errors import UserError
 from av_mae.progress import Progress
 from av_mae.training import hooks
@@ -16,10 +16,29 @@ from av_mae.training.checkpoint import Checkpoints, Restored, note
 from av_mae.training.events import Events
 from av_mae.training.feed import Feed
 from av_mae.training.loop import Hook, stop_on_sigterm, train
+from av_mae.training.mesh import batch_sharding, check_batch, local_rows, make_mesh
+from av_mae.training.objective import Objective
+from av_mae.training.optimizer import run_length
 from av_mae.training.step import Params, TrainStep
 
 # Further hooks of a run, made from its TensorBoard events (None: not the first process) and how to tell the user.
 MakeHooks = Callable[[Events | None, Callable[[str], None]], Sequence[Hook]]
+
+
+@contextlib.contextmanager
+def open_run(config: TrainConfig, objective: Objective | None = None) -> Iterator[tuple[TrainStep, TrainingData, int]]:
+    """The compiled step of a recipe (`objective` None: pretraining), its data, and the number of steps to do.
+
+    Raises:
+      UserError: the recipe does not fit the devices or the data.
+    """
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.batch_size, config.grad_accumulation)
+    rows = local_rows(batch_sharding(mesh), config.batch_size)
+    sizes = config.model.image.size, config.model.audio.size
+    with open_training_data(config.data, *sizes, config.seed, config.batch_size, rows) as data:
+        length = run_length(config, data.clips)
+        yield TrainStep(config, mesh, length, objective), data, length.steps
 
 
 def first_state(step: TrainStep, checkpoints: Checkpoints, config: TrainConfig,

@@ -138,7 +138,7 @@ class TrainStep:
     def __init__(self, config: TrainConfig, mesh: Mesh, length: Length, objective: Objective | None = None):
         check_batch(mesh, config.batch_size, config.grad_accumulation)
         self.config, self.mesh = config, mesh
-        self.objective = objective or Pretraining(config.model)
+        self.objective = objective or Pretraining(config.model, config.pretrained)
         self.definition, shapes, statistics = define_model(self.objective.build)
         self.shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, statistics, None)
         self.schedule = learning_rate(config, length)
@@ -149,14 +149,15 @@ class TrainStep:
         self.step = jax.jit(self.train_step, in_shardings=(self.shardings, self.rows),
                             out_shardings=(self.shardings, whole), donate_argnums=0)
 
-    def forward(self, function: Callable) -> Callable:
+    def forward(self, function: Callable, drawn: bool = False) -> Callable:
         """`function(model, batch) -> arrays` as compiled forward(state, batch); what comes out is whole everywhere.
 
-        The batch also holds the random rows of the step after `state`.
+        With `drawn` the batch also holds the random rows of the step after `state`.
         """
         def run(state: TrainState, batch: Batch):
-            drawn = draw_rows(self.objective, self.config.seed, state.step, self.config.batch_size, self.rows)
-            return function(self._model(state.params, state.statistics), batch | drawn)
+            if drawn:
+                batch |= draw_rows(self.objective, self.config.seed, state.step, self.config.batch_size, self.rows)
+            return function(self._model(state.params, state.statistics), batch)
 
         return jax.jit(run, in_shardings=(self.shardings, self.rows), out_shardings=replicated(self.mesh))
 

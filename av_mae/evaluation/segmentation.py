@@ -1,0 +1,66 @@
+"""Segmentation of what sounds: a mask over the frame (published protocol: AVSBench S4, MS3 and AVSS)."""
+
+import pathlib
+
+import jax
+import numpy as np
+from flax import nnx
+
+from av_mae import models, pictures
+from av_mae.evaluation.figures import Bootstrap, Figure
+from av_mae.evaluation.metrics.localization import box_masks, right_object
+from av_mae.evaluation.metrics.segmentation import ClipScores, score_clip, segmentation_figures
+from av_mae.evaluation.task import Clip, Task
+from av_mae.models.objectives import segmentation_loss
+from av_mae.training.objective import Rows
+from av_mae.training.step import Batch
+
+
+class Segmentation(Task):
+    """The segmenter, fine-tuned with its encoder; the sound is what is swapped and blanked."""
+
+    kind = "segmenter"
+    truth = ("mask", "objects")
+
+    def build(self, rngs: nnx.Rngs) -> models.Segmenter:
+        return models.Segmenter(self.stored.config.model, self.config.head, rngs=rngs)
+
+    def losses(self, model: models.Segmenter, rows: Rows) -> tuple[jax.Array, Rows]:
+        image = models.normalize_image(rows["image"])
+        logits = model(image, rows["audio"], train_rows=rows["valid"])
+        return segmentation_loss(logits, rows["mask"].astype(int)), {}
+
+    def forward(self, model: models.Segmenter, batch: Batch) -> dict[str, jax.Array]:
+        return {"logits": model(models.normalize_image(batch["image"]), batch["audio"])}
+
+    def score(self, clip: Clip) -> tuple[ClipScores | str, float | str]:
+        """The clip's segmentation scores, and 1 where the sounding one of its objects is the one marked most."""
+        objects = box_masks(clip["boxes"][clip["object_labels"] >= 0], clip["mask"].shape)
+        return (score_clip(clip["logits"].astype(np.float32), clip["mask"]),
+                right_object(probability(clip), objects, int(clip["sounding"])))
+
+    def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
+        found = {}
+        for prefix, clips in scores.items():
+            masks, objects = zip(*clips, strict=True)
+            found |= {prefix + name: figure for name, figure in segmentation_figures(masks, bootstrap).items()}
+            found[f"{prefix}right_object"] = bootstrap.mean(objects)
+        return found
+
+    def picture(self, clips: list[Clip], names: list[str], folder: pathlib.Path) -> None:
+        rows = [[clip["image"], overlay(clip["image"], probability(clip)), overlay(clip["image"], clip["mask"] > 0)]
+                for clip in clips]
+        pictures.save_png(folder / "segmentation.png", pictures.gallery(rows, ("frame", "mask", "truth"), names))
+
+
+def probability(clip: Clip) -> np.ndarray:
+    """Float [H, W]: that of the object, or of anything but background where there are several classes."""
+    logits = clip["logits"].astype(np.float32)
+    if logits.shape[-1] == 1:
+        return 1 / (1 + np.exp(-logits[..., 0]))
+    return np.asarray(1 - jax.nn.softmax(logits)[..., 0])
+
+
+def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A frame uint8 [H, W, 3], darkened where the mask [H, W] (0 … 1) is not."""
+    return (image * (0.25 + 0.75 * np.clip(mask, 0, 1)[..., None])).astype(np.uint8)

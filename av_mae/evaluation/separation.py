@@ -1,0 +1,71 @@
+"""Separation: the sound of what the image shows, from a mixture of sounds (published protocol: VGGSound-Music, MUSIC)."""
+
+import pathlib
+
+import jax
+import numpy as np
+import soundfile
+from flax import nnx
+
+from av_mae import models, pictures
+from av_mae.data.masked_sound import apply_mask, ideal_masks
+from av_mae.data.sound import log_mel
+from av_mae.evaluation.figures import Bootstrap, Figure, Value
+from av_mae.evaluation.metrics.separation import mixture_ratios, score_clip, separation_figures
+from av_mae.evaluation.task import Clip, Task
+from av_mae.models.objectives import separation_loss
+from av_mae.training.objective import Rows
+from av_mae.training.step import Batch
+
+PAIRED = ("sdr", "sdr_improvement", "si_sdr_improvement")
+
+
+class Separation(Task):
+    """The separator, fine-tuned with its encoder; the image is what is swapped and blanked."""
+
+    kind = "separator"
+    truth = ("sources", "waveforms")
+    other = "image"
+
+    def build(self, rngs: nnx.Rngs) -> models.Separator:
+        return models.Separator(self.stored.config.model, self.config.head, rngs=rngs)
+
+    def losses(self, model: models.Separator, rows: Rows) -> tuple[jax.Array, Rows]:
+        image = models.normalize_image(rows["image"])
+        logits = model(image, rows["audio"], train_rows=rows["valid"])
+        mixture, source = (x * self.sound.std + self.sound.mean for x in (rows["audio"], rows["source"]))
+        return separation_loss(logits, mixture, source, self.config.head), {}
+
+    def forward(self, model: models.Separator, batch: Batch) -> dict[str, jax.Array]:
+        return {"mask": jax.nn.sigmoid(model(models.normalize_image(batch["image"]), batch["audio"]))}
+
+    def score(self, clip: Clip) -> dict[str, Value]:
+        """The clip's ratios, and under `ideal/` those of the mask that the sources themselves give."""
+        sources = clip["sources"][clip["sources"].any(1)]
+        estimate = apply_mask(clip["mixture"], clip["mask"].astype(np.float32), self.sound)
+        ideal = apply_mask(clip["mixture"], ideal_masks(sources, "ratio", self.sound)[0], self.sound)
+        unprocessed = mixture_ratios(sources, clip["mixture"], 1)
+        scores = score_clip(sources, estimate[None], unprocessed)
+        return scores | {f"ideal/{name}": value
+                         for name, value in score_clip(sources, ideal[None], unprocessed).items()}
+
+    def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
+        found = {f"{prefix}{name}": figure for prefix, clips in scores.items()
+                 for name, figure in separation_figures(clips, bootstrap).items()
+                 if not (prefix and name.startswith("ideal/"))}
+        right, swapped = scores[""], scores["swapped/"]
+        return found | {f"right_minus_swapped/{name}": bootstrap.difference(
+            [clip[name] for clip in right], [clip[name] for clip in swapped]) for name in PAIRED}
+
+    def picture(self, clips: list[Clip], names: list[str], folder: pathlib.Path) -> None:
+        """Spectrograms of mixture, estimate and truth beside the frame, and the three sounds as wav files."""
+        rows, folder = [], folder / "separation"
+        folder.mkdir(parents=True, exist_ok=True)
+        for clip, name in zip(clips, names, strict=True):
+            estimate = apply_mask(clip["mixture"], clip["mask"].astype(np.float32), self.sound)
+            sounds = {"mixture": clip["mixture"], "estimate": estimate, "truth": clip["sources"][0]}
+            rows.append([clip["image"], *(log_mel(sound, self.sound) for sound in sounds.values())])
+            for kind, sound in sounds.items():
+                soundfile.write(folder / f"{pathlib.PurePath(name).name}_{kind}.wav", sound, self.sound.rate)
+        picture = pictures.gallery(rows, ("frame", "mixture", "estimate", "truth"), names)
+        pictures.save_png(folder.parent / "separation.png", picture)

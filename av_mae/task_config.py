@@ -1,0 +1,64 @@
+"""Recipes of the downstream tasks as frozen dataclasses: a head is trained on a pretrained encoder, then measured."""
+
+import dataclasses
+from typing import Any
+
+from av_mae.config import RunConfig, TrainConfig
+from av_mae.models.config import require
+from av_mae.models.head_config import SegmenterConfig, SeparatorConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig(RunConfig):
+    """What all tasks share. The encoder, its sizes and its sound features (`data.sound`) are those of `init`.
+
+    `random_weights` takes the sizes of `init` but not its weights. `encoder_rate` multiplies the encoder's learning
+    rate, `layer_decay` those of its layers (deepest first). `data.split` is trained on and `test_split` measured,
+    `test_clips` of it (0: all) in batches of `test_batch_size`. `bootstrap` resamplings give the intervals,
+    `pictures` clips are drawn.
+    """
+
+    task: str = ""
+    random_weights: bool = False
+    encoder_rate: float = 1.0
+    layer_decay: float = 1.0
+    test_split: str = "test"
+    test_clips: int = 0
+    test_batch_size: int = 64
+    bootstrap: int = 2000
+    pictures: int = 6
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 < self.layer_decay <= 1, f"layer_decay={self.layer_decay} must be above 0 and at most 1")
+        require(self.encoder_rate >= 0, f"encoder_rate={self.encoder_rate} must be 0 or more")
+        require(bool(self.test_split), "test_split must name a split of the prepared sets, e.g. test")
+        require(self.test_clips >= 0, f"test_clips={self.test_clips} must be 0 (all) or more")
+        require(self.test_batch_size > 0, f"test_batch_size={self.test_batch_size} must be at least 1")
+        require(self.bootstrap >= 100, f"bootstrap={self.bootstrap} must be at least 100 for 95 % intervals")
+        require(self.pictures >= 0, f"pictures={self.pictures} must be 0 (none) or more")
+
+    def run_config(self, pretrained: TrainConfig, truth: tuple[str, ...]) -> TrainConfig:
+        """The recipe of the run that trains the head on the encoder of a pretraining: batches also carry `truth`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)}
+        data = dataclasses.replace(self.data, sound=pretrained.data.sound, truth=truth)
+        return TrainConfig(**fields | {"data": data}, model=pretrained.model)
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationConfig(TaskConfig):
+    """A mask of what sounds."""
+
+    task: str = "segmentation"
+    head: SegmenterConfig = SegmenterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class SeparationConfig(TaskConfig):
+    """The sound of what the image shows, from a mixture."""
+
+    task: str = "separation"
+    head: SeparatorConfig = SeparatorConfig()
+
+
+CONFIGS: dict[str, Any] = {"segmentation": SegmentationConfig, "separation": SeparationConfig}
