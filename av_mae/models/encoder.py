@@ -60,10 +60,10 @@ class Stream(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """encoder(image, audio, image_keep=None, audio_keep=None, return_layers=False) → Tokens.
+    """encoder(image, audio, image_keep=None, audio_keep=None, return_layers=False, fused=True) → Tokens.
 
     Inputs are normalised images [B, H, W, 3] and log-mels [B, mels, frames(, 1)]; `*_keep` [B, K] names the visible
-    patches. `remat` wraps one layer for rematerialisation in training (None: keep everything).
+    patches. Not `fused`: without fusion tokens, so that neither stream sees the other. `remat` wraps one layer for rematerialisation in training (None: keep everything).
     """
 
     def __init__(self, config: AVMAEConfig, *, rngs: nnx.Rngs):
@@ -83,21 +83,25 @@ class Encoder(nnx.Module):
         self.fusion_width = width
         self.remat = None
 
+    def start(self, image: jax.Array, audio: jax.Array, image_keep: jax.Array | None = None,
+              audio_keep: jax.Array | None = None, fused: bool = True) -> Tokens:
+        """The tokens that layer 0 reads; F is 0 where there are no fusion tokens."""
+        image, audio = self.image.embed(image, image_keep), self.audio.embed(audio, audio_keep)
+        if self.fusion_tokens is None or not fused:
+            return Tokens(image, audio, jnp.zeros((image.shape[0], 0, self.fusion_width), image.dtype))
+        fusion = self.fusion_tokens[...]
+        return Tokens(image, audio, jnp.broadcast_to(fusion, (image.shape[0], *fusion.shape[1:])))
+
     def layer(self, number: int, image: jax.Array, audio: jax.Array, fusion: jax.Array):
         """Layer `number`: both blocks and the fusion block read the tokens from before the layer."""
-        block = self.fusion_blocks[number]
+        block = self.fusion_blocks[number] if fusion.shape[1] else None
         read = None if block is None else fusion
         new_image, new_audio = self.image.layer(number, image, read), self.audio.layer(number, audio, read)
         return new_image, new_audio, fusion if block is None else block(fusion, image, audio)
 
     def __call__(self, image: jax.Array, audio: jax.Array, image_keep: jax.Array | None = None,
-                 audio_keep: jax.Array | None = None, return_layers: bool = False) -> Tokens:
-        image, audio = self.image.embed(image, image_keep), self.audio.embed(audio, audio_keep)
-        if self.fusion_tokens is None:
-            fusion = jnp.zeros((image.shape[0], 0, self.fusion_width), image.dtype)
-        else:
-            fusion = self.fusion_tokens[...]
-            fusion = jnp.broadcast_to(fusion, (image.shape[0], *fusion.shape[1:]))
+                 audio_keep: jax.Array | None = None, return_layers: bool = False, fused: bool = True) -> Tokens:
+        image, audio, fusion, _ = self.start(image, audio, image_keep, audio_keep, fused)
         layers = []
         for number in range(len(self.fusion_blocks)):
             layer = self.layer if self.remat is None else self.remat(self.layer, static_argnums=0)

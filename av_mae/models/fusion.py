@@ -1,11 +1,16 @@
-"""Fusion blocks: fusion tokens read the image and audio tokens of a layer (paper section 3.2)."""
+"""Fusion blocks: fusion tokens read the image and audio tokens of a layer (paper section 3.2).
+
+`image_weights` of a block and of its attention tell how strongly tokens attend to each image token, averaged over
+heads and summed over the sound's tokens where pairs are read. Nothing of it is computed in training.
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from av_mae.models.config import FusionConfig
-from av_mae.models.layers import MLP, Attention, LayerNorm, Linear, attend, merge_heads, split_heads
+from av_mae.models.layers import (MLP, Attention, LayerNorm, Linear, attend, attention_weights, merge_heads,
+                                  split_heads)
 from av_mae.models.pair_attention import IMPLEMENTATIONS, KeysValues
 
 
@@ -25,6 +30,12 @@ class TokenAttention(nnx.Module):
         read = jnp.concatenate([image, audio], axis=1)
         q, k, v = (split_heads(y, self.heads) for y in (self.query(fusion), self.key(read), self.value(read)))
         return self.out(merge_heads(attend(q, k, v, self.scale)))
+
+    def image_weights(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
+        """[B, F, I]; what is left to 1 is the sound's."""
+        read = jnp.concatenate([image, audio], axis=1)
+        q, k = (split_heads(y, self.heads) for y in (self.query(fusion), self.key(read)))
+        return attention_weights(q, k, self.scale).mean(1)[..., :image.shape[1]]
 
 
 class PairRead(nnx.Module):
@@ -61,6 +72,14 @@ class PairRead(nnx.Module):
     def __call__(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
         return self.out(merge_heads(self.read(fusion, image, audio, self.implementation)))
 
+    def image_weights(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
+        """[B, F, I]. With sums the softmax over pairs is a product, so that over images alone is its sum over sounds."""
+        if self.pair == "sum":
+            q, k = (split_heads(y, self.heads) for y in (self.query(fusion), self.key_image(image)))
+            return attention_weights(q, k, self.scale).mean(1)
+        _, weights = self.read(fusion, image, audio, "chunked", return_weights=True)
+        return weights.sum(-1).mean(1)
+
 
 class PairAttention(PairRead):
     """`dense` and `bilinear`: fusion tokens read all pairs of image and audio tokens, values at the inner width."""
@@ -83,6 +102,14 @@ class FactorizedAttention(nnx.Module):
         image = self.aggregate_image(fusion[:, f:v], image)
         audio = self.aggregate_audio(fusion[:, v:], audio)
         return jnp.concatenate([self.pairs(fusion[:, :f], image, audio), image, audio], axis=1)
+
+    def image_weights(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
+        """[B, F, I] of fusion tokens, through the aggregation tokens whose pairs they read, and of these themselves."""
+        f, v = self.tokens[0], self.tokens[0] + self.tokens[1]
+        read = self.aggregate_image.weights(fusion[:, f:v], image).mean(1)
+        aggregated = self.aggregate_image(fusion[:, f:v], image), self.aggregate_audio(fusion[:, v:], audio)
+        pairs = self.pairs.image_weights(fusion[:, :f], *aggregated)
+        return jnp.concatenate([jnp.einsum("bfv,bvi->bfi", pairs, read), read], axis=1)
 
 
 ATTENTIONS = {"token": TokenAttention, "dense": PairAttention, "bilinear": PairAttention,
@@ -107,3 +134,7 @@ class FusionBlock(nnx.Module):
         fusion = self.norm_fusion(fusion)
         fusion = fusion + self.attention(fusion, self.norm_image(image), self.norm_audio(audio))
         return fusion + self.mlp(self.norm2(fusion))
+
+    def image_weights(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
+        """How strongly the tokens that read the image attend to each of its tokens: [B, F, I], at least float32."""
+        return self.attention.image_weights(self.norm_fusion(fusion), self.norm_image(image), self.norm_audio(audio))

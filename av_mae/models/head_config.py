@@ -41,6 +41,19 @@ class SegmenterConfig:
         require(self.width > 0 and self.width % 2 == 0, f"segmenter width={self.width} must be positive and even")
 
 
+@dataclasses.dataclass(frozen=True)
+class LocalizerConfig:
+    """`width` of the sphere that image tokens and sounds are projected to; similarities are divided by `temperature`,
+    which is not learned, in the contrastive loss."""
+
+    width: int = 128
+    temperature: float = 0.07
+
+    def __post_init__(self):
+        require(self.width > 0, f"localizer width={self.width} must be at least 1")
+        require(self.temperature > 0, f"localizer temperature={self.temperature} must be above 0")
+
+
 def doublings(stream: StreamConfig, head: str) -> int:
     """How many times the grid of a stream is doubled to reach its input's resolution: n for patches of 2^n × 2^n.
 

@@ -113,17 +113,20 @@ def softmax(logits: jax.Array) -> jax.Array:
     return jax.nn.softmax(at_least_float32(logits), axis=-1)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
-    """Attention of q [B, N, H, K] over k, v [B, M, H, K] → [B, N, H, K]; `bias` broadcasts to [B, H, N, M].
+def attention_weights(q: jax.Array, k: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
+    """How q [B, N, H, K] attend to k [B, M, H, K], in at least float32: [B, H, N, M], to which `bias` broadcasts.
 
     Heads are moved beside the batch first: with heads between tokens and head width the CPU's matrix products were
     measured at a third of this rate in the forward pass.
     """
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
-    logits = jnp.einsum("bhnk,bhmk->bhnm", q, k)
-    if bias is not None:
-        logits = logits + bias
-    return jnp.swapaxes(jnp.einsum("bhnm,bhmk->bhnk", softmax(logits).astype(v.dtype), v), 1, 2)
+    logits = jnp.einsum("bhnk,bhmk->bhnm", jnp.swapaxes(q * scale, 1, 2), jnp.swapaxes(k, 1, 2))
+    return softmax(logits if bias is None else logits + bias)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
+    """Attention of q [B, N, H, K] over k, v [B, M, H, K] → [B, N, H, K]; `bias` broadcasts to [B, H, N, M]."""
+    weights = attention_weights(q, k, scale, bias).astype(v.dtype)
+    return jnp.swapaxes(jnp.einsum("bhnm,bhmk->bhnk", weights, jnp.swapaxes(v, 1, 2)), 1, 2)
 
 
 class Attention(nnx.Module):
@@ -142,6 +145,10 @@ class Attention(nnx.Module):
         context = x if context is None else context
         q, k, v = (split_heads(y, self.heads) for y in (self.query(x), self.key(context), self.value(context)))
         return self.out(merge_heads(attend(q, k, v, self.scale, bias)))
+
+    def weights(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """How x attends to the context: [B, H, N, M]."""
+        return attention_weights(*(split_heads(y, self.heads) for y in (self.query(x), self.key(context))), self.scale)
 
 
 class Block(nnx.Module):

@@ -75,3 +75,29 @@ def segmentation_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
         return binary_errors(logits[..., 0], target).mean((1, 2))
     chances = jax.nn.log_softmax(at_least_float32(logits))
     return -jnp.take_along_axis(chances, target[..., None], axis=-1)[..., 0].mean((1, 2))
+
+
+def _valid_pairs(scores: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scores [B, B] with -inf wherever an invalid clip would be compared with another, and which pairs match."""
+    matching = jnp.eye(len(valid), dtype=bool)
+    compared = (valid[:, None] & valid) | matching
+    return jnp.where(compared, at_least_float32(scores), -jnp.inf), matching
+
+
+def contrastive_loss(scores: jax.Array, valid: jax.Array, temperature: float) -> jax.Array:
+    """Symmetric InfoNCE: scores [B, B] of each image (row) with each sound (column), valid bool [B] → [B].
+
+    The mean of a clip's two cross-entropies, for its sound among all sounds and for its image among all images.
+    Invalid clips count in nothing; their own loss is 0.
+    """
+    scores, matching = _valid_pairs(scores, valid)
+    logits = scores / temperature
+    own = jnp.where(matching, logits, 0).sum(1)
+    return (jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0)) / 2 - own
+
+
+def contrastive_top1(scores: jax.Array, valid: jax.Array) -> jax.Array:
+    """How often a clip's own sound, and its own image, scores highest among valid clips: [B], each 0, 1/2 or 1."""
+    scores, _ = _valid_pairs(scores, valid)
+    own = jnp.arange(len(valid))
+    return ((scores.argmax(1) == own).astype(jnp.float32) + (scores.argmax(0) == own)) / 2
