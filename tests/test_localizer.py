@@ -17,7 +17,8 @@ from av_mae import models
 from av_mae.config import MeshConfig, OptimizerConfig
 from av_mae.errors import UserError
 from av_mae.evaluation.localization_objective import Localization
-from av_mae.models import objectives
+from av_mae.models import kinds, objectives
+from av_mae.published.names import names_of
 from av_mae.training import feed, mesh, optimizer, step
 
 HEAD = models.LocalizerConfig(width=10, temperature=0.2)
@@ -364,8 +365,13 @@ def test_maps_need_fusion_tokens():
             function(model, *inputs(config, 1), *more)
 
 
-def test_names_of_parameters():
-    """The head's own, which checkpoints keep."""
-    names = flat_variables(nnx.eval_shape(lambda: models.Localizer(config_of(), HEAD, rngs=nnx.Rngs(0)))).keys()
+def test_a_model_of_its_kind():
+    """With the names that checkpoints keep, and none that are published."""
+    config = config_of("none")
+    model = nnx.eval_shape(lambda: kinds.build_model("localizer", config, HEAD, nnx.Rngs(0)))
+    assert isinstance(model, models.Localizer) and (model.config, model.head) == (config, HEAD)
+    with pytest.raises(UserError, match="the published system has no localizer"):
+        names_of(model)
+    names = flat_variables(model).keys()
     assert {name for name in names if not name.startswith("encoder.")} == {
         "image_projection.kernel", "image_projection.bias", "audio_projection.kernel", "audio_projection.bias"}

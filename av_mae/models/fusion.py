@@ -73,7 +73,7 @@ class PairRead(nnx.Module):
         return self.out(merge_heads(self.read(fusion, image, audio, self.implementation)))
 
     def image_weights(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
-        """[B, F, I]. With sums the softmax over pairs is a product, so that over images alone is its sum over sounds."""
+        """[B, F, I]. With sums the softmax over pairs is a product: that over images alone is its sum over sounds."""
         if self.pair == "sum":
             q, k = (split_heads(y, self.heads) for y in (self.query(fusion), self.key_image(image)))
             return attention_weights(q, k, self.scale).mean(1)

@@ -8,7 +8,8 @@ from flax import nnx
 from av_mae.models.classifier import Classifier
 from av_mae.models.config import AVMAEConfig
 from av_mae.models.encoder import Encoder, Stream
-from av_mae.models.head_config import ClassifierConfig, SegmenterConfig, SeparatorConfig
+from av_mae.models.head_config import ClassifierConfig, LocalizerConfig, SegmenterConfig, SeparatorConfig
+from av_mae.models.localizer import Localizer
 from av_mae.models.masked_autoencoder import AVMAE
 from av_mae.models.segmenter import Segmenter
 from av_mae.models.separator import Separator
@@ -27,7 +28,7 @@ ENCODER = "encoder"
 # Models with an encoder and a head: the class, and that of the head's configuration.
 HEADS: Mapping[str, tuple[type[nnx.Module], type]] = {
     "classifier": (Classifier, ClassifierConfig), "separator": (Separator, SeparatorConfig),
-    "segmenter": (Segmenter, SegmenterConfig)}
+    "segmenter": (Segmenter, SegmenterConfig), "localizer": (Localizer, LocalizerConfig)}
 # One ViT by itself, to start a stream of a run from.
 STREAMS = {"image_encoder": "image", "audio_encoder": "audio"}
 

@@ -219,8 +219,10 @@ def decoder_rules(decoder: Decoder, published: str) -> list[Rule]:
 
 def head_rules(model: nnx.Module) -> list[Rule]:
     """All but the encoder of a classifier, separator or segmenter."""
-    own = flat_values(model) | flat_values(model, nnx.BatchStat)
-    entries = head_names.HEADS[HEADS[type(model)]].path_entries(own)
+    own, kind = flat_values(model) | flat_values(model, nnx.BatchStat), HEADS[type(model)]
+    if kind not in head_names.HEADS:
+        raise UserError(f"the published system has no {kind}, so its weights have no published names")
+    entries = head_names.HEADS[kind].path_entries(own)
     return [Rule(entry.published, (path,), axes(entry.axes)) for path, entry in entries.items() if path in own]
 
 
