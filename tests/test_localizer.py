@@ -367,9 +367,8 @@ def test_maps_need_fusion_tokens():
 
 def test_a_model_of_its_kind():
     """With the names that checkpoints keep, and none that are published."""
-    config = config_of("none")
-    model = nnx.eval_shape(lambda: kinds.build_model("localizer", config, HEAD, nnx.Rngs(0)))
-    assert isinstance(model, models.Localizer) and (model.config, model.head) == (config, HEAD)
+    model = nnx.eval_shape(lambda: kinds.build_model("localizer", MODEL, HEAD, nnx.Rngs(0)))
+    assert isinstance(model, models.Localizer) and (model.config, model.head) == (MODEL, HEAD)
     with pytest.raises(UserError, match="the published system has no localizer"):
         names_of(model)
     names = flat_variables(model).keys()
