@@ -8,12 +8,8 @@ from flax import nnx
 
 from av_mae import models
 from av_mae.errors import UserError
-from av_mae.published.infer import infer
 from av_mae.published.names import LINEAR, PAIRS, ROWS, axes, names_of, patches
-from av_mae.published.source import Published
 from av_mae.training.step import flat_values
-from av_mae.weight_files import open_weights
-from published import GOLDEN, GOLDEN_OPTIONS, read_state_dict
 from tiny_training import MODEL
 
 RANDOM = np.random.default_rng(0)
@@ -32,18 +28,6 @@ def test_every_array_has_one_name(kind):
     model = model_of(kind)
     named = [path for rule in names_of(model).rules.values() for path in rule.here]
     assert sorted(named) == sorted(flat_values(model))
-
-
-def test_all_golden_names_and_shapes_are_known(shared):
-    """The names of every golden file, no more and no fewer, with their shapes."""
-    for name in GOLDEN:
-        path = shared / "golden" / name
-        file, expected = open_weights(path), read_state_dict(path)
-        published = Published(file, infer(file.tensors, name, GOLDEN_OPTIONS))
-        shapes = {path: x.shape for path, x in published.shapes.items()}
-        found = {name: rule.shape(shapes) for name, rule in published.names.rules.items()}
-        found |= {name: np.asarray(make()).shape for name, make in published.names.buffers.items()}
-        assert found == {name: value.shape for name, value in expected.items()}
 
 
 def test_queries_keys_and_values_lie_one_after_the_other():

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 import av_mae
-from av_mae import convert, models, train
+from av_mae import convert, train
 from av_mae.errors import UserError
 from av_mae.published.unimodal import stream_arrays
 from av_mae.training.stored import open_checkpoint
