@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay, as the published recipe has it; multipliers for single parameters."""
+"""AdamW and LARS with linear warm-up and cosine decay, as published; multipliers for single parameters."""
 
 import dataclasses
 import math
@@ -63,7 +63,7 @@ def learning_rate(config: TrainConfig, length: Length) -> Schedule:
 
 
 def decayed(parameters: Mapping[str, jax.Array]) -> dict[str, bool]:
-    """Which parameters get weight decay: all but biases (Swin's relative ones too), norms and others of one dimension."""
+    """Which parameters get weight decay: all but biases (Swin's relative ones too) and what has one dimension."""
     return {name: x.ndim > 1 and not name.endswith("bias") for name, x in parameters.items()}
 
 
@@ -120,13 +120,18 @@ def scale_by_rates(schedule: Schedule, multipliers: Multipliers) -> optax.Gradie
 
 def make_optimizer(config: OptimizerConfig, schedule: Schedule,
                    multipliers: Multipliers | None = None) -> optax.GradientTransformation:
-    """AdamW over a flat dict of parameters, with decoupled weight decay; gradients are clipped by their global norm.
+    """AdamW (decoupled weight decay) or LARS over a flat dict of parameters, gradients clipped by their global norm.
 
-    `multipliers` of single parameters' learning rates, which weight decay is part of, go beside `schedule`.
+    LARS is that of MAE's linear probe: the update of a kernel, its gradient + weight_decay · p, is multiplied by
+    trust · |p| / |update| (1 where either is 0); biases and others of one dimension have neither decay nor this;
+    momentum sums up the updates before the learning rate. `multipliers` of single parameters' learning rates, which
+    weight decay is part of, go beside `schedule`.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
-    return optax.chain(
-        clip,
-        optax.scale_by_adam(config.b1, config.b2, eps=1e-8),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        scale_by_rates(schedule, multipliers or {}))
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
+    if config.kind == "lars":
+        trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=config.trust), decayed)
+        direction = decay, trust, optax.trace(config.momentum)
+    else:
+        direction = optax.scale_by_adam(config.b1, config.b2, eps=1e-8), decay
+    return optax.chain(clip, *direction, scale_by_rates(schedule, multipliers or {}))
