@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from av_mae.models.config import AVMAEConfig, StreamConfig
@@ -50,20 +51,22 @@ class Stream(nnx.Module):
         tokens = self.patch_embed(patches)
         return tokens + positions.astype(tokens.dtype)
 
-    def layer(self, number: int, x: jax.Array, fusion: jax.Array | None) -> jax.Array:
+    def layer(self, number: int, x: jax.Array, fusion: jax.Array | None, factors: jax.Array | None = None) -> jax.Array:
         """Block `number` over [fusion ; x], of which only x is kept; a stream that is at its end stays."""
         if number >= len(self.blocks):
             return x
         if fusion is not None and self.bridges[number] is not None:
             fusion = self.bridges[number](fusion)
-        return self.blocks[number](x, fusion)
+        return self.blocks[number](x, fusion, factors)
 
 
 class Encoder(nnx.Module):
-    """encoder(image, audio, image_keep=None, audio_keep=None, return_layers=False, fused=True) → Tokens.
+    """encoder(image, audio, image_keep=None, audio_keep=None, return_layers=False, fused=True, factors=None) → Tokens.
 
     Inputs are normalised images [B, H, W, 3] and log-mels [B, mels, frames(, 1)]; `*_keep` [B, K] names the visible
-    patches. Not `fused`: without fusion tokens, so that neither stream sees the other. `remat` wraps one layer for rematerialisation in training (None: keep everything).
+    patches. Not `fused`: without fusion tokens, so that neither stream sees the other. `factors` [B, layers, 2, 2] of
+    `stochastic_depth` multiply the residual branches of both streams' blocks (fusion blocks have none). `remat` wraps
+    one layer for rematerialisation in training (None: keep everything).
     """
 
     def __init__(self, config: AVMAEConfig, *, rngs: nnx.Rngs):
@@ -92,23 +95,40 @@ class Encoder(nnx.Module):
         fusion = self.fusion_tokens[...]
         return Tokens(image, audio, jnp.broadcast_to(fusion, (image.shape[0], *fusion.shape[1:])))
 
-    def layer(self, number: int, image: jax.Array, audio: jax.Array, fusion: jax.Array):
+    def layer(self, number: int, image: jax.Array, audio: jax.Array, fusion: jax.Array,
+              factors: jax.Array | None = None):
         """Layer `number`: both blocks and the fusion block read the tokens from before the layer."""
         block = self.fusion_blocks[number] if fusion.shape[1] else None
         read = None if block is None else fusion
-        new_image, new_audio = self.image.layer(number, image, read), self.audio.layer(number, audio, read)
+        image_factors, audio_factors = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
+        new_image = self.image.layer(number, image, read, image_factors)
+        new_audio = self.audio.layer(number, audio, read, audio_factors)
         return new_image, new_audio, fusion if block is None else block(fusion, image, audio)
 
     def __call__(self, image: jax.Array, audio: jax.Array, image_keep: jax.Array | None = None,
-                 audio_keep: jax.Array | None = None, return_layers: bool = False, fused: bool = True) -> Tokens:
+                 audio_keep: jax.Array | None = None, return_layers: bool = False, fused: bool = True,
+                 factors: jax.Array | None = None) -> Tokens:
         image, audio, fusion, _ = self.start(image, audio, image_keep, audio_keep, fused)
         layers = []
         for number in range(len(self.fusion_blocks)):
             layer = self.layer if self.remat is None else self.remat(self.layer, static_argnums=0)
-            image, audio, fusion = layer(number, image, audio, fusion)
+            own = None if factors is None else factors[:, number]
+            image, audio, fusion = layer(number, image, audio, fusion, own)
             layers.append(Tokens(image, audio, fusion))
         fusion = fusion if self.fusion_norm is None else self.fusion_norm(fusion)
         return Tokens(self.image.norm(image), self.audio.norm(audio), fusion, tuple(layers) if return_layers else ())
+
+
+def stochastic_depth(noise: jax.Array, rate: float, config: AVMAEConfig) -> jax.Array:
+    """Factors of the residual branches for uniform `noise` [B, layers, 2 streams, 2 branches]: 0 or 1 / (1 - r).
+
+    A clip's branch is dropped with the chance r that grows linearly from 0 in a stream's first block to `rate` in its
+    last (published system).
+    """
+    depths = np.array([config.image.depth, config.audio.depth])
+    done = np.arange(config.layers)[:, None] / np.maximum(depths - 1, 1)
+    drop = (rate * np.minimum(done, 1))[:, :, None].astype(np.float32)
+    return (noise >= drop) / (1 - drop)
 
 
 def pool(tokens: Tokens) -> dict[str, jax.Array]:

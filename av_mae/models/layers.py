@@ -23,14 +23,15 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 @dataclasses.dataclass(frozen=True)
 class Initial:
     """How a parameter begins: float32 `shape`, drawn by `kind` ('uniform' in ± scale, 'normal' with deviation scale),
-    'constant' of value scale and `dtype`, or 'positions' of the (rows, columns) `grid`.
+    'constant' of value scale (or one for each of the last axis) and `dtype`, or 'positions' of the (rows, columns)
+    `grid`.
 
     It stays with the parameter, so that a sharded run can draw each one by itself, straight into its shards.
     """
 
     kind: str
     shape: tuple[int, ...]
-    scale: float = 0.0
+    scale: float | tuple[float, ...] = 0.0
     grid: tuple[int, int] | None = None
     dtype: type = jnp.float32
 
@@ -40,7 +41,7 @@ class Initial:
         if self.kind == "normal":
             return self.scale * jax.random.normal(key, self.shape, jnp.float32)
         if self.kind == "constant":
-            return jnp.full(self.shape, self.scale, self.dtype)
+            return jnp.full(self.shape, jnp.asarray(self.scale), self.dtype)
         return jnp.asarray(sin_cos_2d(self.grid, self.shape[-1])).reshape(self.shape)
 
     def parameter(self, rngs: nnx.Rngs | None = None) -> nnx.Param:
@@ -151,12 +152,17 @@ class Attention(nnx.Module):
         return attention_weights(*(split_heads(y, self.heads) for y in (self.query(x), self.key(context))), self.scale)
 
 
+def scaled(x: jax.Array, factors: jax.Array | None, branch: int) -> jax.Array:
+    """x [B, N, D] times each clip's factor of a residual branch, factors [B, 2]; None: x."""
+    return x if factors is None else x * factors[:, branch, None, None].astype(x.dtype)
+
+
 class Block(nnx.Module):
     """Pre-norm transformer block on x [B, N, D].
 
     `context` [B, M, D] are tokens that x reads besides itself but that are not updated: keys and values only. So
     fusion tokens in the encoder, and all that is not predicted in a decoder's last block, cost neither queries nor
-    projection nor MLP.
+    projection nor MLP. `factors` [B, 2] multiply the two residual branches, attention and MLP (stochastic depth).
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, eps: float, rngs: nnx.Rngs):
@@ -165,8 +171,8 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = MLP(width, mlp_ratio, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: jax.Array | None = None, factors: jax.Array | None = None) -> jax.Array:
         y = self.norm1(x)
         read = y if context is None else jnp.concatenate([self.norm1(context), y], axis=1)
-        x = x + self.attention(y, read)
-        return x + self.mlp(self.norm2(x))
+        x = x + scaled(self.attention(y, read), factors, 0)
+        return x + scaled(self.mlp(self.norm2(x)), factors, 1)
