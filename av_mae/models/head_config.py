@@ -1,4 +1,4 @@
-"""Sizes of the downstream heads as frozen dataclasses, and the rules that they and the encoder must keep together."""
+"""The downstream heads as frozen dataclasses, and the rules that they and the encoder must keep together."""
 
 import dataclasses
 
@@ -16,6 +16,29 @@ class ClassifierConfig:
 
     def __post_init__(self):
         require(self.classes > 0, f"classifier classes={self.classes} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationSettings:
+    """How a classifier is trained (published fine-tuning: .1, 1, .2, balanced, log_odds; linear probe: none of them).
+
+    `mixup` is alpha of the Beta distribution (0: none), `drop_path` the rate of stochastic depth in the last layer.
+    `balanced` divides the loss by the classes' frequency, `log_odds` starts head biases there. `multi_label`: any
+    number of classes holds, binary cross-entropy instead of softmax.
+    """
+
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    drop_path: float = 0.0
+    balanced: bool = False
+    log_odds: bool = False
+    multi_label: bool = False
+
+    def __post_init__(self):
+        require(0 <= self.label_smoothing < 1,
+                f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
+        require(self.mixup >= 0, f"mixup={self.mixup} must be 0 (none) or above")
+        require(0 <= self.drop_path < 1, f"drop_path={self.drop_path} must be at least 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True)
