@@ -58,9 +58,9 @@ def load(path: str | os.PathLike | None = None, start: float | None = None, dura
 
 
 def _worker() -> bounded.Worker:
-    """One decoding process for each thread; a forked process starts its own."""
-    if getattr(_local, "process", None) != os.getpid():
-        _local.worker, _local.process = bounded.Worker(), os.getpid()
+    """One decoding process for each thread."""
+    if not hasattr(_local, "worker"):
+        _local.worker = bounded.Worker()
     return _local.worker
 
 

@@ -49,6 +49,11 @@ def test_what_never_ends_is_killed_and_the_next_call_works(worker):
     assert worker.call(os.getpid, time_limit=5) != pid
 
 
+def test_what_decoders_print_goes_nowhere(worker, capfd):
+    assert worker.call(os.write, 2, b"[mov] noise\n" * 9999, time_limit=5) == 12 * 9999
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("function, arguments, message", [
     (int, ("x",), "decode: ValueError invalid literal for int"),
     (ctypes.string_at, (0,), "decode: the decoder crashed (SIGSEGV)"),

@@ -177,7 +177,9 @@ def test_start_and_duration_are_exact(numbered, start, duration):
     waveform = made_media.hum(round(begin * 44100) / 44100 + np.arange(columns * 250) / 16000)
     expected = sound.log_mel(waveform.astype(np.float32), SoundConfig(log_floor=1e-2))
     got = preprocess.load(numbered, start, duration, sound=SoundConfig(log_floor=1e-2))["audio"][0]
-    np.testing.assert_allclose(got[:, 2:-2], expected[:, 2:-2], rtol=0, atol=0.01)  # beyond: real sound, here mirrored
+    edge = 2 if start in (0.0, 17.0) else 0  # where the file's sound begins or ends, the resampling filter rings
+    inner = slice(edge, columns - edge)
+    np.testing.assert_allclose(got[:, inner], expected[:, inner], rtol=0, atol=0.01)
 
 
 def test_a_sound_that_ends_is_mirrored_and_the_frame_is_its_middle(numbered):

@@ -25,7 +25,10 @@ _CODE = "import {module}; from av_mae.data import bounded; bounded.serve({descri
 
 
 class Worker:
-    """A process that runs functions; started by the first call. Not to be shared by threads."""
+    """A process that runs functions; started by the first call. Not to be shared by threads.
+
+    After a fork the new process finds that this is no child of its own, and starts another.
+    """
 
     def __init__(self, memory_limit: int = MEMORY_LIMIT):
         self._memory_limit = memory_limit

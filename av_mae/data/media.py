@@ -95,12 +95,10 @@ class Media:
         Returns (float32 [samples], its rate in Hz, the time of its first sample, up to a block before `start`); fewer
         samples where the sound ends, none where it has ended before.
         """
-        blocks, samples, rate, first, heard = [], 0, 0, math.nan, 0.0
+        blocks, samples, rate, first = [], 0, 0, math.nan
         with _part("sound"):
             for time, frame in self._decoded(self.sound, start - PREROLL, strict_from=start):
-                time = max(time, heard)  # some files' timestamps crawl
-                heard = time + frame.samples / frame.sample_rate
-                if not blocks and heard <= start:
+                if not blocks and time + frame.samples / frame.sample_rate <= start:
                     continue
                 if not blocks:
                     rate, first = frame.sample_rate, time
