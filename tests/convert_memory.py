@@ -34,7 +34,7 @@ def published_shapes(config: models.AVMAEConfig) -> dict[str, tuple[int, ...]]:
     model = nnx.eval_shape(lambda: models.AVMAE(config, rngs=nnx.Rngs(0)))
     names, shapes = names_of(model), {path: x.shape for path, x in flat_values(model).items()}
     return {name: rule.shape(shapes) for name, rule in names.rules.items()} | {
-        name: make().shape for name, make in names.buffers.items()}
+        name: buffer.shape for name, buffer in names.buffers.items()}
 
 
 def write_checkpoint(path: pathlib.Path, config: models.AVMAEConfig, moments: int = 3) -> int:

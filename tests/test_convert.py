@@ -18,10 +18,12 @@ from av_mae.evaluation.run import load_run
 from av_mae.models import kinds
 from av_mae.published import store
 from av_mae.published.infer import Options, infer
+from av_mae.sizes import sized_model
 from av_mae.training.checkpoint import Checkpoints, checksum, load_params, read_meta
 from av_mae.training.stored import open_checkpoint
 from av_mae.training.step import flat_values
 from av_mae.weight_files import open_weights
+from convert_memory import peak_of_converting, write_checkpoint
 from golden_heads import encoder_config, flat_variables
 from published import GOLDEN, GOLDEN_OPTIONS, assert_same_tensors, read_state_dict
 from test_golden import golden_config
@@ -256,7 +258,7 @@ CHANGES = {
     "missing tensor": (lambda t: {n: x for n, x in t.items() if n != "image_decoder_norm.bias"},
                        "lacks the parameter image_decoder_norm.bias"),
     "missing block": (lambda t: {n: x for n, x in t.items() if ".image.blocks.1." not in n},
-                      "must have blocks encoder.image.blocks.0, 1, … without a gap, it has [0, 2]"),
+                      "must have blocks encoder.image.blocks.0, 1, … without a gap, 64 at most; it has 2: [0, 2]"),
     "missing size": (lambda t: {n: x for n, x in t.items() if n != "encoder.image.blocks.0.mlp.fc1.weight"},
                      "lacks the parameter encoder.image.blocks.0.mlp.fc1.weight"),
     "wrong shape": (lambda t: set_table(t, "encoder.image.blocks.1.attn.qkv.weight", np.ones((144, 50), np.float32)),
@@ -282,6 +284,25 @@ def test_refused(golden, tmp_path, change):
     make, message = CHANGES[change]
     said = refused(tmp_path, make(golden()))
     assert message in said and len(said) < 1000
+
+
+def test_files_that_claim_a_large_model_are_refused_without_building_it(golden, tmp_path):
+    """Layers, widths and tables come out of the file: none of them may cost more than what the file holds."""
+    deep = golden() | {f"encoder.image.blocks.{n}.x": np.zeros(0, np.float32) for n in range(3000)}
+    assert "64 at most; it has 3000" in refused(tmp_path, deep)
+    os.remove(tmp_path / "changed.safetensors")
+    width, tables = 400_000, {}
+    for stream, channels in (("image", 3), ("audio", 1)):
+        begin = f"encoder.{stream}."
+        tables |= {f"{begin}patch_embed.proj.weight": np.zeros((width, channels, 1, 2), np.float32),
+                   f"{begin}blocks.0.mlp.fc1.weight": np.zeros((1, width), np.float32)}
+    wide = refused(tmp_path, tables, Options(heads=4, image_size=(4, 4), audio_size=(4, 4)))
+    assert "lacks the parameter encoder.image.patch_embed.proj.bias" in wide
+    os.remove(tmp_path / "changed.safetensors")
+    table = golden() | {"image_decoder_embed.weight": np.zeros((100_000, 48), np.float32),
+                        "audio_decoder_embed.weight": np.zeros((100_000, 48), np.float32)}
+    assert "has image_decoder_pos_embed of shape (1, 16, 32), but the rest of the file needs (1, 16, 100000)" in refused(
+        tmp_path, table)
 
 
 def test_other_window_shift_is_refused(golden, tmp_path):
@@ -338,6 +359,14 @@ def test_no_checkpoint_to_export(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint"):
         convert.export(tmp_path, tmp_path / "file.safetensors")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_memory(tmp_path):
+    """A 1.9 GB file with 1.4 GB of optimizer; convert_memory.py does the same at 5 GB."""
+    model = write_checkpoint(tmp_path / "checkpoint.pth", sized_model("small"))
+    assert (tmp_path / "checkpoint.pth").stat().st_size > 3.9 * model
+    assert peak_of_converting(tmp_path / "checkpoint.pth", tmp_path / "run") < 1.5 * model
 
 
 @pytest.mark.parametrize("arguments,status,message", [

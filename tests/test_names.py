@@ -70,7 +70,7 @@ def test_norms_of_token_fusion_are_swapped():
 def test_layouts_come_back(layout, shape, parts):
     value = RANDOM.normal(size=shape)
     pieces = layout.split(value, parts)
-    assert len(pieces) == parts
+    assert len(pieces) == parts and layout.shape([piece.shape for piece in pieces]) == shape
     np.testing.assert_array_equal(layout.join(pieces), value)
 
 
@@ -83,6 +83,7 @@ def test_patch_embedding_against_a_convolution():
                 for o in range(5)]
     np.testing.assert_allclose(patch.reshape(-1) @ kernel, expected, rtol=1e-12)
     np.testing.assert_array_equal(layout.join([kernel]), weight)
+    assert layout.shape([kernel.shape]) == weight.shape
 
 
 def test_fusion_at_some_layers_keeps_its_numbers():

@@ -27,6 +27,7 @@ TOKENS = (16, 8, 8)
 DECODER_HEADS, DECODER_WIDTH = 16, 256  # in decoders not much narrower than the published 512
 HEAD_WIDTH = 64
 HUGE_WIDTH, HUGE_HEADS = 1280, 16
+MOST_LAYERS = 64  # twice as many as any published model has
 # How far stored positions may be from ours, by dtype: rounding, not another table.
 POSITION_TOLERANCE = {"float16": 1e-3, "bfloat16": 1e-2}
 
@@ -126,6 +127,8 @@ class Reader:
         parts = {"image": image, "audio": audio, "fusion": self.fusion(prefix, image)}
         if kind == kinds.PRETRAINING:
             parts["decoder"] = self.decoder()
+            for name, stream in (("image_decoder", image), ("audio_decoder", audio)):
+                self.positions_of(f"{name}_pos_embed", stream.tokens, parts["decoder"].width)
         return self.checked(AVMAEConfig, **parts)
 
     def unimodal(self, kind: str) -> AVMAEConfig:
@@ -147,8 +150,9 @@ class Reader:
 
     def depth(self, prefix: str) -> int:
         numbers = self.numbered(prefix)
-        require(numbers == set(range(len(numbers))) and len(numbers) > 0,
-                f"{self.source} must have blocks {prefix}0, 1, … without a gap, it has {sorted(numbers)[:20]}")
+        require(numbers == set(range(len(numbers))) and 0 < len(numbers) <= MOST_LAYERS,
+                f"{self.source} must have blocks {prefix}0, 1, … without a gap, {MOST_LAYERS} at most; it has "
+                f"{len(numbers)}: {sorted(numbers)[:8]}")
         return len(numbers)
 
     def heads(self, said: int | None, width: int, default: int, option: str) -> int:
@@ -180,12 +184,16 @@ class Reader:
                 f"--{stream}_size={size} must be a multiple of the patch {patch} of {self.source}")
         return size and (size[0] // patch[0], size[1] // patch[1])
 
+    def positions_of(self, name: str, patches: int, width: int) -> None:
+        """Raises UserError unless a table is of this shape. Before it is built here: a file must not make it large."""
+        shape = self.shape(name, 3)
+        require(shape == (1, patches, width), f"{self.source} has {name} of shape {shape}, but the rest of the file "
+                                              f"needs (1, {patches}, {width})")
+
     def positions(self, name: str, width: int) -> tuple[np.ndarray, float]:
         """A fixed table [N, D], and how far rounding may have moved it."""
-        shape = self.shape(name, 3)
-        require(shape[0] == 1 and shape[2] == width, f"{self.source} has {name} of shape {shape}, but its patch "
-                                                     f"embedding is {width} wide: (1, patches, {width}) is needed")
         tensor = self.tensors[name]
+        self.positions_of(name, self.shape(name, 3)[1], width)
         return np.asarray(tensor.read()[0], np.float64), POSITION_TOLERANCE.get(str(tensor.dtype), 1e-5)
 
     def grid(self, stream: str, prefix: str, width: int, patch: tuple[int, int]) -> tuple[int, int]:

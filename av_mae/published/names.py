@@ -5,6 +5,8 @@ a pair's weight, are apart here and one tensor there. Buffers are tensors that t
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -26,11 +28,18 @@ from av_mae.training.step import flat_values
 HEADS = {model: kind for kind, (model, _) in kinds.HEADS.items()}
 
 
+Shape = tuple[int, ...]
+
+
 class Layout(NamedTuple):
-    """split(published array, n) → the n arrays here; join(those) → the published array. Views where possible."""
+    """split(published array, n) → the n arrays here; join(those) → the published array; shape(theirs) → its shape.
+
+    Views where possible.
+    """
 
     split: Callable[[np.ndarray, int], list[np.ndarray]]
     join: Callable[[list[np.ndarray]], np.ndarray]
+    shape: Callable[[list[Shape]], Shape]
 
 
 def join_rows(parts: list[np.ndarray]) -> np.ndarray:
@@ -43,23 +52,28 @@ def join_pairs(parts: list[np.ndarray]) -> np.ndarray:
 
 
 # Vectors and tokens as they are, several one after the other (biases of queries, keys and values).
-ROWS = Layout(np.split, join_rows)
+ROWS = Layout(np.split, join_rows, lambda shapes: (sum(shape[0] for shape in shapes), *shapes[0][1:]))
 # A linear layer [out, in], or several of them one after the other, as kernels [in, out].
-LINEAR = Layout(lambda x, n: [part.T for part in np.split(x, n)], lambda parts: join_rows([part.T for part in parts]))
+LINEAR = Layout(lambda x, n: [part.T for part in np.split(x, n)], lambda parts: join_rows([part.T for part in parts]),
+                lambda shapes: (sum(shape[1] for shape in shapes), shapes[0][0]))
 # Linear layers of a pair, [out, 2 in] each: the kernel of the first half, then that of the second.
-PAIRS = Layout(lambda x, n: [half.T for rows in np.split(x, n // 2) for half in np.split(rows, 2, axis=1)], join_pairs)
+PAIRS = Layout(lambda x, n: [half.T for rows in np.split(x, n // 2) for half in np.split(rows, 2, axis=1)], join_pairs,
+               lambda shapes: (sum(shape[1] for shape in shapes[::2]), shapes[0][0] + shapes[1][0]))
 
 
 def axes(order: tuple[int, ...]) -> Layout:
     """The published array with its axes in another order."""
-    return Layout(lambda x, _: [x.transpose(order)], lambda parts: parts[0].transpose(np.argsort(order)))
+    back = tuple(np.argsort(order))
+    return Layout(lambda x, _: [x.transpose(order)], lambda parts: parts[0].transpose(back),
+                  lambda shapes: tuple(shapes[0][axis] for axis in back))
 
 
 def patches(config: StreamConfig) -> Layout:
     """A convolution [out, channels, rows, columns] as a linear layer over (row, column, channel)."""
-    shape = (*config.patch_size, config.channels)
+    (rows, columns), channels = config.patch_size, config.channels
     return Layout(lambda x, _: [x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])],
-                  lambda parts: parts[0].reshape(*shape, -1).transpose(3, 2, 0, 1))
+                  lambda parts: parts[0].reshape(rows, columns, channels, -1).transpose(3, 2, 0, 1),
+                  lambda shapes: (shapes[0][1], channels, rows, columns))
 
 
 class Rule(NamedTuple):
@@ -75,17 +89,24 @@ class Rule(NamedTuple):
     def join(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         return self.layout.join([np.asarray(arrays[path]) for path in self.here])
 
-    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    def shape(self, shapes: Mapping[str, Shape]) -> Shape:
         """The published shape, from the shapes here."""
-        return self.layout.join([np.broadcast_to(np.int8(0), shapes[path]) for path in self.here]).shape
+        return self.layout.shape([shapes[path] for path in self.here])
+
+
+class Buffer(NamedTuple):
+    """A published tensor that the model computes: its shape, and how."""
+
+    shape: Shape
+    make: Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What a published file of a model holds: rules by published name, and how its buffers are computed."""
+    """What a published file of a model holds: rules and buffers by published name."""
 
     rules: dict[str, Rule]
-    buffers: dict[str, Callable[[], np.ndarray]]
+    buffers: dict[str, Buffer]
 
 
 def names_of(model: nnx.Module, prefix: str = "encoder.") -> Names:
@@ -226,21 +247,24 @@ def head_rules(model: nnx.Module) -> list[Rule]:
     return [Rule(entry.published, (path,), axes(entry.axes)) for path, entry in entries.items() if path in own]
 
 
-def encoder_buffers(encoder: Encoder, published: str) -> dict[str, Callable[[], np.ndarray]]:
+def encoder_buffers(encoder: Encoder, published: str) -> dict[str, Buffer]:
     """Fixed positions [1, N, D]."""
     streams = {"image": encoder.image.config, "audio": encoder.audio.config}
-    return {f"{published}{name}.pos_embed": lambda stream=stream: sin_cos_2d(stream.grid, stream.width)[None]
-            for name, stream in streams.items()}
+    return {f"{published}{name}.pos_embed": Buffer((1, stream.tokens, stream.width), functools.partial(
+        lambda stream: sin_cos_2d(stream.grid, stream.width)[None], stream)) for name, stream in streams.items()}
 
 
-def decoder_buffers(decoder: Decoder, published: str) -> dict[str, Callable[[], np.ndarray]]:
-    """What Swin blocks look up: places in the bias table, and the mask of shifted windows."""
+def decoder_buffers(decoder: Decoder, published: str) -> dict[str, Buffer]:
+    """What Swin blocks look up: places in the bias table [N, N], and the mask of shifted windows [windows, N, N]."""
     buffers = {}
     for number, module in enumerate(decoder.blocks):
         if not isinstance(module, SwinBlock):
             continue
-        name = f"{published}_blocks.{number}"
-        buffers[f"{name}.attn.relative_position_index"] = lambda module=module: relative_position_index(module.window)
+        name, places = f"{published}_blocks.{number}", math.prod(module.window)
+        buffers[f"{name}.attn.relative_position_index"] = Buffer(
+            (places, places), functools.partial(relative_position_index, module.window))
         if any(module.shift):
-            buffers[f"{name}.attn_mask"] = lambda module=module: shift_mask(module.grid, module.window, module.shift)
+            buffers[f"{name}.attn_mask"] = Buffer(
+                (math.prod(module.grid) // places, places, places),
+                functools.partial(shift_mask, module.grid, module.window, module.shift))
     return buffers

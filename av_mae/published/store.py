@@ -162,7 +162,7 @@ def published_tensors(stored: Stored) -> list[tuple[str, Lazy | StoredTensor]]:
         if name in kept:
             return kept[name]
         if name in names.buffers:
-            value = np.asarray(names.buffers[name]())
+            value = names.buffers[name].make()
             return Lazy(value.shape, dtype or value.dtype, lambda: value.astype(dtype or value.dtype))
         rule = names.rules[name]
         dtype = dtype or PUBLISHED_DTYPES[np.dtype(values[rule.here[0]].dtype)]
