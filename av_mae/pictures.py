@@ -102,6 +102,23 @@ def gallery(rows: list[list[np.ndarray]], columns: tuple[str, ...], titles: list
     return _render(figure)
 
 
+def confusion(counts: np.ndarray, classes: list[str], most: int = 30) -> np.ndarray:
+    """A confusion matrix, counts [true classes, predicted classes], as a picture uint8 [height, width, 3].
+
+    Rows are shares of each true class; up to `most` classes are named.
+    """
+    figure = Figure(figsize=(6.5, 6), dpi=100, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="viridis", vmin=0, vmax=1)
+    if len(classes) <= most:
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    figure.colorbar(shown, shrink=0.8)
+    return _render(figure)
+
+
 def curves(metrics: list[dict]) -> np.ndarray:
     """Curves of the lines of `metrics.jsonl` over steps: losses, learning rate, gradient norm, speed.
 

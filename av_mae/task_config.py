@@ -5,7 +5,10 @@ from typing import Any
 
 from av_mae.config import RunConfig, TrainConfig
 from av_mae.models.config import require
-from av_mae.models.head_config import SegmenterConfig, SeparatorConfig
+from av_mae.models.head_config import (ClassificationSettings, ClassifierConfig, LocalizerConfig, SegmenterConfig,
+                                       SeparatorConfig)
+
+METHODS = ("contrastive", "attention", "occlusion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,4 +64,46 @@ class SeparationConfig(TaskConfig):
     head: SeparatorConfig = SeparatorConfig()
 
 
-CONFIGS: dict[str, Any] = {"segmentation": SegmentationConfig, "separation": SeparationConfig}
+@dataclasses.dataclass(frozen=True)
+class ClassificationConfig(TaskConfig):
+    """The class of a clip: linear probe (`encoder_rate` 0, `head.input_norm`, LARS) or fine-tuning.
+
+    `windows` of each test clip's sound are measured and their scores averaged.
+    """
+
+    task: str = "classification"
+    head: ClassifierConfig = ClassifierConfig()
+    settings: ClassificationSettings = ClassificationSettings()
+    windows: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.windows > 0, f"windows={self.windows} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalizationConfig(TaskConfig):
+    """Where it sounds, as a heat map.
+
+    `method` is 'contrastive' (a head trained without boxes), or of the pretrained model as it is 'attention' (of the
+    fusion tokens) or 'occlusion' (how much worse a hidden image patch makes the rebuilt sound, over `masks` masks).
+    The map's highest share `top` is what cIoU compares with the truth: the sounding object's 'box' or 'mask'.
+    """
+
+    task: str = "localization"
+    head: LocalizerConfig = LocalizerConfig()
+    method: str = "contrastive"
+    masks: int = 4
+    top: float = 0.1
+    against: str = "mask"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.method in METHODS, f"method={self.method!r} must be one of {', '.join(METHODS)}")
+        require(self.masks > 0, f"masks={self.masks} must be at least 1")
+        require(0 < self.top <= 1, f"top={self.top} must be a share above 0, at most 1")
+        require(self.against in ("box", "mask"), f"against={self.against!r} must be box or mask")
+
+
+CONFIGS: dict[str, Any] = {"classification": ClassificationConfig, "localization": LocalizationConfig,
+                           "segmentation": SegmentationConfig, "separation": SeparationConfig}

@@ -24,7 +24,7 @@ VARIANTS = ()
 def get_config():
     encoder = SIZES["tiny"]
     return recipes.as_recipe(TrainConfig(
-        steps=2800,
+        steps=4000,
         batch_size=32,
         dtype="float32",
         data=DataConfig(
@@ -41,6 +41,6 @@ def get_config():
             fusion=FusionConfig(kind="factorized", tokens=(8, 4, 4), heads=4, attention_ratio=0.25, mlp_ratio=1.0),
             decoder=TINY_DECODER),
         optimizer=OptimizerConfig(base_lr=1e-2, warmup=150.0),
-        checkpoint_every=700,
+        checkpoint_every=1000,
         log_every=50,
-        images_every=700))
+        images_every=1000))

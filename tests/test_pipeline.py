@@ -17,7 +17,7 @@ from av_mae.data import loading, pipeline
 from av_mae.data.failures import FailureCount
 from av_mae.errors import UserError
 
-FIELDS = ("image", "audio", "label", "start", "valid", "id", "error")
+FIELDS = ("image", "audio", "label", "start", "place", "valid", "id", "error")
 
 
 def sources(*sets: fake_clips.FakeSet) -> list[loading.ClipSource]:

@@ -63,8 +63,9 @@ class Companions(grain.MapDataset):
 class ClipLoader(grain.transforms.RandomMap):
     """Decodes, augments and computes the features of one clip.
 
-    `augment` False: middle of the clip, centred crop, no flip, no change of volume. `swap` 'image' or 'audio' takes
-    the frame or the sound from the last of the record's `others`; the first ones are mixed in as `data.mix` says.
+    `augment` False: the window at `place` of the sound (0.5: the middle), centred crop, no flip, no change of volume.
+    `swap` 'image' or 'audio' takes the frame or the sound from the last of the record's `others`; the first ones are
+    mixed in as `data.mix` says.
     """
 
     data: DataConfig
@@ -72,6 +73,7 @@ class ClipLoader(grain.transforms.RandomMap):
     audio_size: tuple[int, int]
     augment: bool
     swap: str = ""
+    place: float = 0.5
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Record → `image` uint8 [H, W, 3], `audio` float32 [mels, frames], `label`, `start` (s), `id`, `error`, and
@@ -97,7 +99,7 @@ class ClipLoader(grain.transforms.RandomMap):
     def _load(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         clip, settings = {}, self.data.sound
         with stage("sound"):
-            place = rng.uniform() if self.augment and self.data.jitter else 0.5
+            place = rng.uniform() if self.augment and self.data.jitter else self.place
             samples = self.audio_size[1] * settings.hop
             waveform, clip["start"], middle = sound.read_window(record["sound"], settings.rate, samples, place)
             waveform, sources = self._mix(record, waveform, place)
@@ -141,7 +143,7 @@ class ClipLoader(grain.transforms.RandomMap):
 class HostBatches(grain.MapDataset):
     """This host's rows of the global batches that begin at global position `first` of a dataset of clips.
 
-    Batch i holds positions first + i · batch_size + rows; `fields` has shape and dtype of what clips bring. Positions
+    Batch i holds positions first + i · batch_size + rows (`place`); `fields` has shape and dtype of what clips bring. Positions
     from `total` on are padding: zeros, `valid` False, `id` and `error` ''. A failed clip is zeros and `valid` False
     with its `id` and `error`.
     """
@@ -160,7 +162,7 @@ class HostBatches(grain.MapDataset):
             return self.slice(index)
         count, begin = len(self._rows), self._first + index * self._batch_size
         batch = {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in self._fields.items()}
-        batch |= {"valid": np.zeros(count, bool), "id": np.full(count, "", object),
+        batch |= {"place": (begin + np.array(self._rows)).astype(np.int32), "valid": np.zeros(count, bool), "id": np.full(count, "", object),
                   "error": np.full(count, "", object)}
         for place, row in enumerate(self._rows):
             if begin + row < self._total:

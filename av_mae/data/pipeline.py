@@ -127,7 +127,8 @@ class TrainingData(_Batches):
         """Host batches from the global clip count `position` on, without reading what came before.
 
         With b = len(rows): `image` uint8 [b, H, W, 3], `audio` float32 [b, mels, frames], `label` int32 [b], `start`
-        float32 [b] (s), `valid` bool [b], `id` and `error` str [b]. A clip that fails is zeros, `valid` False.
+        float32 [b] (s), `place` int32 [b] (global clip count), `valid` bool [b], `id` and `error` str [b], and what
+        `data.truth` asks for. A clip that fails is zeros, `valid` False.
         """
         return self._iterate(position, _ENDLESS)
 
@@ -137,16 +138,18 @@ class EvaluationData(_Batches):
 
     Batches are those of TrainingData; the last one is padded with `valid` False and empty `id` and `error`. With
     `swap` 'image' or 'audio' that stream is another clip's, each serving once. `most`: only so many clips (0: all).
+    `place` of the window in each sound: 0 the first, 1 the last, 0.5 the middle one.
     """
 
     def __init__(self, sources: Sequence[ClipSource], data: DataConfig, image_size: tuple[int, int],
-                 audio_size: tuple[int, int], batch_size: int, rows: np.ndarray, swap: str = "", most: int = 0):
+                 audio_size: tuple[int, int], batch_size: int, rows: np.ndarray, swap: str = "", most: int = 0,
+                 place: float = 0.5):
         clips = sum(len(source) for source in sources)
         self.clips = min(clips, most or clips)
         clips = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
         if swap or data.mix > 1:
             clips = Companions(clips, functools.partial(others_of, partners(self.clips, 0), data.mix - 1 + bool(swap)))
-        loader = ClipLoader(data, tuple(image_size), tuple(audio_size), augment=False, swap=swap)
+        loader = ClipLoader(data, tuple(image_size), tuple(audio_size), augment=False, swap=swap, place=place)
         super().__init__(clips.random_map(loader, seed=0), data, image_size, audio_size, batch_size, rows)
 
     def __len__(self) -> int:
@@ -194,9 +197,11 @@ def open_training_data(data: DataConfig, image_size: tuple[int, int], audio_size
 
 
 def open_evaluation_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int],
-                         batch_size: int, rows: np.ndarray, swap: str = "", most: int = 0) -> EvaluationData:
+                         batch_size: int, rows: np.ndarray, swap: str = "", most: int = 0,
+                         place: float = 0.5) -> EvaluationData:
     """Opens the sets of `data` for evaluation; arguments as in EvaluationData, errors as in open_training_data."""
-    return EvaluationData(_open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows, swap, most)
+    return EvaluationData(_open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows, swap, most,
+                          place)
 
 
 def _open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSource]:

@@ -13,7 +13,7 @@ from av_mae.models.flops import encoder_flops
 from av_mae.models.head_config import ClassificationSettings
 from av_mae.models.layers import Initial
 from av_mae.training.objective import PASSES, Objective, Rows
-from av_mae.training.optimizer import Length, Multipliers, layer_multipliers
+from av_mae.training.optimizer import Length, Multipliers, encoder_multipliers
 
 
 def row_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -53,7 +53,7 @@ class Classification(Objective):
       settings: how it is trained.
       frequency: share of the training clips that have each class, [classes]; needed for `balanced` and `log_odds`.
       encoder_rate: multiplies the encoder's learning rates; 0: it is frozen and sees every clip as in evaluation.
-      layer_decay: see `layer_multipliers`.
+      layer_decay: see `encoder_multipliers`.
       image_noise: deviation of white noise on normalised images.
 
     Raises:
@@ -140,6 +140,4 @@ class Classification(Objective):
         return not (self.frozen and name.startswith("encoder."))
 
     def multipliers(self, params: Rows, length: Length) -> Multipliers:
-        scales = layer_multipliers(params, self.layer_decay, self.encoder_config.layers)
-        return {name: scale * (self.encoder_rate if name.startswith("encoder.") else 1)
-                for name, scale in scales.items()}
+        return encoder_multipliers(params, self.encoder_rate, self.layer_decay, self.encoder_config.layers)

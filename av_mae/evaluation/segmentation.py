@@ -4,16 +4,18 @@ import pathlib
 
 import jax
 import numpy as np
-from flax import nnx
 
 from av_mae import models, pictures
 from av_mae.evaluation.figures import Bootstrap, Figure
+from av_mae.evaluation.finetuning import Finetuning
 from av_mae.evaluation.metrics.localization import box_masks, right_object
 from av_mae.evaluation.metrics.segmentation import ClipScores, score_clip, segmentation_figures
 from av_mae.evaluation.task import Clip, Task
 from av_mae.models.objectives import segmentation_loss
+from av_mae.task_config import SegmentationConfig
 from av_mae.training.objective import Rows
 from av_mae.training.step import Batch
+from av_mae.training.stored import Stored
 
 
 class Segmentation(Task):
@@ -22,13 +24,13 @@ class Segmentation(Task):
     kind = "segmenter"
     truth = ("mask", "objects")
 
-    def build(self, rngs: nnx.Rngs) -> models.Segmenter:
-        return models.Segmenter(self.stored.config.model, self.config.head, rngs=rngs)
+    def __init__(self, config: SegmentationConfig, stored: Stored):
+        super().__init__(config, stored)
+        self.objective = Finetuning(self.kind, config, stored, self.loss)
 
-    def losses(self, model: models.Segmenter, rows: Rows) -> tuple[jax.Array, Rows]:
-        image = models.normalize_image(rows["image"])
-        logits = model(image, rows["audio"], train_rows=rows["valid"])
-        return segmentation_loss(logits, rows["mask"].astype(int)), {}
+    def loss(self, model: models.Segmenter, rows: Rows) -> jax.Array:
+        logits = model(models.normalize_image(rows["image"]), rows["audio"], train_rows=rows["valid"])
+        return segmentation_loss(logits, rows["mask"].astype(int))
 
     def forward(self, model: models.Segmenter, batch: Batch) -> dict[str, jax.Array]:
         return {"logits": model(models.normalize_image(batch["image"]), batch["audio"])}

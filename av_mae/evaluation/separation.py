@@ -5,17 +5,19 @@ import pathlib
 import jax
 import numpy as np
 import soundfile
-from flax import nnx
 
 from av_mae import models, pictures
 from av_mae.data.masked_sound import apply_mask, ideal_masks
 from av_mae.data.sound import log_mel
 from av_mae.evaluation.figures import Bootstrap, Figure, Value
+from av_mae.evaluation.finetuning import Finetuning
 from av_mae.evaluation.metrics.separation import mixture_ratios, score_clip, separation_figures
 from av_mae.evaluation.task import Clip, Task
 from av_mae.models.objectives import separation_loss
+from av_mae.task_config import SeparationConfig
 from av_mae.training.objective import Rows
 from av_mae.training.step import Batch
+from av_mae.training.stored import Stored
 
 PAIRED = ("sdr", "sdr_improvement", "si_sdr_improvement")
 
@@ -27,14 +29,14 @@ class Separation(Task):
     truth = ("sources", "waveforms")
     other = "image"
 
-    def build(self, rngs: nnx.Rngs) -> models.Separator:
-        return models.Separator(self.stored.config.model, self.config.head, rngs=rngs)
+    def __init__(self, config: SeparationConfig, stored: Stored):
+        super().__init__(config, stored)
+        self.objective = Finetuning(self.kind, config, stored, self.loss)
 
-    def losses(self, model: models.Separator, rows: Rows) -> tuple[jax.Array, Rows]:
-        image = models.normalize_image(rows["image"])
-        logits = model(image, rows["audio"], train_rows=rows["valid"])
+    def loss(self, model: models.Separator, rows: Rows) -> jax.Array:
+        logits = model(models.normalize_image(rows["image"]), rows["audio"], train_rows=rows["valid"])
         mixture, source = (x * self.sound.std + self.sound.mean for x in (rows["audio"], rows["source"]))
-        return separation_loss(logits, mixture, source, self.config.head), {}
+        return separation_loss(logits, mixture, source, self.config.head)
 
     def forward(self, model: models.Separator, batch: Batch) -> dict[str, jax.Array]:
         return {"mask": jax.nn.sigmoid(model(models.normalize_image(batch["image"]), batch["audio"]))}

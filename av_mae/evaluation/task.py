@@ -3,6 +3,7 @@
 clips → Feed → the task's forward pass on the mesh → scores of each clip on the host → figures over resampled clips.
 """
 
+import abc
 import contextlib
 import dataclasses
 import importlib
@@ -25,47 +26,53 @@ from av_mae.training.checkpoint import Checkpoints, load_params, note, read_meta
 from av_mae.training.feed import Feed
 from av_mae.training.mesh import gather_texts, local_rows, row_shards
 from av_mae.training.objective import Objective
-from av_mae.training.optimizer import Length, layer_multipliers
 from av_mae.training.run import first_state, open_run, train_from
 from av_mae.training.step import Batch, Params, TrainState, TrainStep
 from av_mae.training.stored import Stored, open_checkpoint
 
 Clip = dict[str, np.ndarray]
-TASKS = {"segmentation": ("av_mae.evaluation.segmentation", "Segmentation"),
+CONDITIONS = ("", "swapped/", "blank/")
+TASKS = {"classification": ("av_mae.evaluation.classification", "Classification"),
+         "localization": ("av_mae.evaluation.localization", "Localization"),
+         "segmentation": ("av_mae.evaluation.segmentation", "Segmentation"),
          "separation": ("av_mae.evaluation.separation", "Separation")}
 
 
-class Task(Objective):
-    """What is trained, and how it is measured. A subclass per task.
+class Task(abc.ABC):
+    """How a head is trained (`objective`), and how it is measured. A subclass per task.
 
-    truth: what batches carry beside frame and sound. other: the stream ('image' or 'audio') that is exchanged for
-    another clip's under `swapped/`, and for nothing under `blank/`. kind: the model's name in models.kinds.
+    kind: the model's name in models.kinds. truth: what batches carry beside frame and sound. other: the stream
+    ('image' or 'audio') that is exchanged for another clip's under `swapped/`, and for nothing under `blank/`.
+    trains: whether there is a head to train; else the checkpoint's own model is measured. windows: places of each
+    sound at which it is measured, spread over its length.
     """
 
     kind: str
+    trains: bool = True
+    windows: int = 1
     truth: tuple[str, ...] = ()
     other: str = "audio"
+    objective: Objective
 
     def __init__(self, config: TaskConfig, stored: Stored):
         self.config, self.stored = config, stored
         self.sound = stored.config.data.sound
 
-    def multipliers(self, params: Params, length: Length) -> dict[str, float]:
-        layers = layer_multipliers(params, self.config.layer_decay, self.stored.config.model.layers)
-        return {name: x * (self.config.encoder_rate if name.startswith("encoder.") else 1.0)
-                for name, x in layers.items()}
-
+    @abc.abstractmethod
     def forward(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """What is measured of a batch: arrays [B, …] by name, under jit."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def score(self, clip: Clip) -> Any:
         """The scores of one clip, from its rows of what `forward` gave."""
-        raise NotImplementedError
 
+    def combine(self, scores: list) -> Any:
+        """One clip's scores from those of its windows, for tasks with several."""
+        return scores[0]
+
+    @abc.abstractmethod
     def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
         """Figures by name from the scores of all clips under each condition ('', 'swapped/', 'blank/')."""
-        raise NotImplementedError
 
     def picture(self, clips: list[Clip], names: list[str], folder: pathlib.Path) -> None:
         """Pictures (and sounds) of some clips, from their rows of the batch and of what `forward` gave."""
@@ -112,9 +119,8 @@ def run(config: TaskConfig, workdir: pathlib.Path) -> Report:
         raise UserError("no checkpoint: set --config.init=DIR to a run's workdir or one of its checkpoints")
     stored = open_checkpoint(config.init)
     task = make_task(config, stored)
-    run_config = config.run_config(stored.config, task.truth)
-    step, state = train_head(task, run_config, workdir)
-    measured = {prefix: measure(task, step, state, prefix) for prefix in ("", "swapped/", "blank/")}
+    step, state = train_head(task, config.run_config(stored.config, task.truth), workdir)
+    measured = {prefix: measure_windows(task, step, state, prefix) for prefix in CONDITIONS}
     whole = measured[""]
     if config.pictures and jax.process_index() == 0:
         task.picture(whole.drawn, whole.names, workdir / "images")
@@ -134,7 +140,9 @@ def identity(folder: pathlib.Path) -> dict[str, Any]:
 def train_head(task: Task, config: TrainConfig, workdir: pathlib.Path) -> tuple[TrainStep, TrainState]:
     """The compiled step and the state at the end of training: from the workdir's checkpoints as far as they go."""
     with contextlib.ExitStack() as stack:
-        step, data, last = stack.enter_context(open_run(config, task))
+        step, data, last = stack.enter_context(open_run(config, task.objective))
+        if not task.trains:
+            return step, step.init(load_params(str(task.stored.folder), step.abstract_state().model))
         labels = {"kind": task.kind, "head": recipes.to_dict(task.config.head), "init": str(task.stored.folder),
                   "random_weights": task.config.random_weights}
         checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last, config.keep_every, labels=labels)
@@ -167,8 +175,16 @@ def blank(batch: Batch, stream: str, sound: SoundConfig) -> Batch:
     return batch | {"audio": jnp.full_like(batch["audio"], silence)}
 
 
-def measure(task: Task, step: TrainStep, state: TrainState, prefix: str) -> Measured:
-    """Scores of every held-out clip, with the other stream right (''), 'swapped/' or 'blank/'."""
+def measure_windows(task: Task, step: TrainStep, state: TrainState, prefix: str) -> Measured:
+    """`measure` with the scores of each clip's windows combined."""
+    parts = [measure(task, step, state, prefix, (number + 0.5) / task.windows) for number in range(task.windows)]
+    parts[0].scores = [task.combine(list(scores)) for scores in zip(*(part.scores for part in parts), strict=True)]
+    return parts[0]
+
+
+def measure(task: Task, step: TrainStep, state: TrainState, prefix: str, place: float) -> Measured:
+    """Scores of every held-out clip, with the other stream right (''), 'swapped/' or 'blank/'; `place` of the window
+    in the sound: 0 the first, 1 the last that it holds."""
     config, model, shards = task.config, step.config.model, row_shards(step.mesh)
     size = -(-config.test_batch_size // shards) * shards
     source = dataclasses.replace(step.config.data, split=config.test_split, weights=None)
@@ -181,7 +197,8 @@ def measure(task: Task, step: TrainStep, state: TrainState, prefix: str) -> Meas
     swap = task.other if prefix == "swapped/" else ""
     with contextlib.ExitStack() as stack:
         data = stack.enter_context(open_evaluation_data(source, model.image.size, model.audio.size, size,
-                                                        local_rows(step.rows, size), swap, config.test_clips))
+                                                        local_rows(step.rows, size), swap, config.test_clips,
+                                                        place))
         feed = stack.enter_context(Feed(data, step.rows, source.prefetch))
         progress = stack.enter_context(Progress(data.clips, f"measuring {prefix.rstrip('/') or 'right'}"))
         drawn = np.linspace(0, data.clips - 1, 0 if prefix else config.pictures).astype(int).tolist()

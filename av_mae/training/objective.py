@@ -1,5 +1,6 @@
 """What a training step minimises, and of which model. A task of its own is a subclass of Objective."""
 
+import abc
 from collections.abc import Iterable
 
 import jax
@@ -13,7 +14,7 @@ Rows = dict[str, jax.Array]
 PASSES = 3
 
 
-class Objective:
+class Objective(abc.ABC):
     """A model and its loss, for `TrainStep`. Everything here is pure and traced under jit.
 
     `flops`: matrix products of one clip, forward and backward, in FLOPs; 0 where they are not counted.
@@ -21,17 +22,17 @@ class Objective:
 
     flops: float = 0.0
 
+    @abc.abstractmethod
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The model with random weights."""
-        raise NotImplementedError
 
     def draw(self, key: jax.Array, batch_size: int) -> Rows:
         """Random numbers of one step, [batch_size, …] each: row b is for clip b of the global batch."""
         return {}
 
+    @abc.abstractmethod
     def losses(self, model: nnx.Module, rows: Rows) -> tuple[jax.Array, Rows]:
         """Loss [b] of each row of a batch (its fields and those of `draw`), and further figures [b]."""
-        raise NotImplementedError
 
     def trained(self, name: str) -> bool:
         """Whether the parameter of this dotted name is trained; others stay as they are, without optimizer state."""

@@ -88,6 +88,12 @@ def layer_multipliers(names: Iterable[str], decay: float, layers: int) -> dict[s
     return {name: decay ** (layers + 1 - layer(name)) for name in names}
 
 
+def encoder_multipliers(names: Iterable[str], encoder_rate: float, decay: float, layers: int) -> dict[str, float]:
+    """`layer_multipliers`, those of the encoder times `encoder_rate`."""
+    return {name: scale * (encoder_rate if name.startswith("encoder.") else 1)
+            for name, scale in layer_multipliers(names, decay, layers).items()}
+
+
 def pretrained_multipliers(names: Iterable[str], streams: Iterable[str], length: Length) -> dict[str, Schedule]:
     """For the parameters of pretrained unimodal encoders ('image', 'audio'): half a cosine 0 → 1 over the first half.
 
