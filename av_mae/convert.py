@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from av_mae.errors import run_command
 from av_mae.published import store
 from av_mae.published.infer import Options, infer
-from av_mae.published.source import Published, load_published
-from av_mae.published.summary import complain, summarize
+from av_mae.published.source import Published, complain, load_published
+from av_mae.published.summary import summarize
 from av_mae.training.stored import open_checkpoint
 from av_mae.weight_files import open_weights
 
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
             print(f"{arguments.output}: {export(arguments.source, arguments.output)}")
         else:
             print(convert(arguments.source, arguments.output, options))
-            print(f"written to {arguments.output}; use it with --config.init={arguments.output} or av_mae.load")
+            print(f"written to {arguments.output}")
 
 
 if __name__ == "__main__":

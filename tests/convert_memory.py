@@ -38,7 +38,7 @@ def published_shapes(config: models.AVMAEConfig) -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(path: pathlib.Path, config: models.AVMAEConfig, moments: int = 3) -> int:
-    """A PyTorch zip file of random weights and `moments` times as many bytes of optimizer; returns the model's bytes."""
+    """A PyTorch zip file of random weights, `moments` times as large an optimizer beside them; returns their bytes."""
     shapes, buffers = published_shapes(config), {
         f"encoder.{name}.pos_embed": sin_cos_2d(stream.grid, stream.width)
         for name, stream in (("image", config.image), ("audio", config.audio))}
@@ -58,7 +58,8 @@ def write_checkpoint(path: pathlib.Path, config: models.AVMAEConfig, moments: in
             ("epoch", number(3))))
         for name, key in keys.items():
             with archive.open(f"archive/data/{key}", "w", force_zip64=True) as file:
-                write_values(file, buffers.get(name), shapes[name.partition(".")[2] if name[0].isdigit() else name], tile)
+                own = name.partition(".")[2] if name[0].isdigit() else name
+                write_values(file, buffers.get(name), shapes[own], tile)
     return sum(4 * math.prod(shape) for shape in shapes.values())
 
 

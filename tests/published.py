@@ -1,4 +1,4 @@
-"""Published weights for tests: a second reader of `.pth` files, golden files with what they do not tell, small files."""
+"""Published weights for tests: a second reader of `.pth` files, what golden files do not tell, small files."""
 
 import collections
 import functools

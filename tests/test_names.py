@@ -1,4 +1,4 @@
-"""Published names and layouts: which tensor is which, by hand; every array of a model exactly once; what has no name."""
+"""Published names and layouts: which tensor is which, by hand; every array of a model once; what has no name."""
 
 import dataclasses
 
@@ -48,7 +48,8 @@ def test_halves_of_pairs():
     assert dense["encoder.fusion_blocks.0.attn.kv.weight"].here == (
         f"{begin}.key_audio.kernel", f"{begin}.key_image.kernel",
         f"{begin}.value_audio.kernel", f"{begin}.value_image.kernel")
-    assert dense["encoder.fusion_blocks.0.attn.kv.bias"].here == (f"{begin}.key_image.bias", f"{begin}.value_image.bias")
+    assert dense["encoder.fusion_blocks.0.attn.kv.bias"].here == (
+        f"{begin}.key_image.bias", f"{begin}.value_image.bias")
     factorized = names_of(model_of()).rules
     assert factorized["encoder.fusion_blocks.0.attn.v.weight"].here == (
         f"{begin}.pairs.value_image.kernel", f"{begin}.pairs.value_audio.kernel")
@@ -66,7 +67,8 @@ def test_norms_of_token_fusion_are_swapped():
 
 @pytest.mark.parametrize("layout,shape,parts", [
     (ROWS, (6,), 3), (ROWS, (1, 5, 4), 1), (LINEAR, (6, 4), 1), (LINEAR, (6, 4), 2), (PAIRS, (6, 4), 2),
-    (PAIRS, (6, 4), 4), (axes((2, 3, 1, 0)), (5, 4, 3, 2), 1), (axes((2, 3, 0, 1)), (5, 4, 3, 2), 1), (axes(()), (), 1)])
+    (PAIRS, (6, 4), 4), (axes((2, 3, 1, 0)), (5, 4, 3, 2), 1), (axes((2, 3, 0, 1)), (5, 4, 3, 2), 1),
+    (axes(()), (), 1)])
 def test_layouts_come_back(layout, shape, parts):
     value = RANDOM.normal(size=shape)
     pieces = layout.split(value, parts)

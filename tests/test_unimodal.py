@@ -1,4 +1,4 @@
-"""Streams of a run from unimodal encoders: the numbers of a plain ViT with the official names, and their learning rate."""
+"""Streams from unimodal encoders: the numbers of a plain ViT with the official names, and their learning rate."""
 
 import dataclasses
 import math
@@ -57,7 +57,7 @@ def linear(t, name, x):
 
 
 def official_vit(t, x):
-    """The ViT that official names mean, on x [C, H, W]: a convolution written out, sin-cos positions, no class token."""
+    """The ViT that official names mean, on x [C, H, W]: a plain convolution, sin-cos positions, no class token."""
     t = {name: value.astype(np.float64) for name, value in t.items()}
     kernel, (_, rows, columns) = t["patch_embed.proj.weight"], np.array(x.shape) // 16
     tokens = np.array([[(x[:, 16 * r:16 * r + 16, 16 * c:16 * c + 16] * one).sum() for one in kernel]

@@ -14,13 +14,13 @@ from av_mae.models import AVMAEConfig, kinds
 from av_mae.published import head_names
 from av_mae.published.infer import POSITION_TOLERANCE, Found, identify, infer
 from av_mae.published.names import names_of
-from av_mae.published.summary import complain
 from av_mae.training.step import define_model
 from av_mae.weight_files import WeightFile, open_weights
 from av_mae.weight_files.refusals import shown
 
 # What a file of a unimodal MAE holds besides its encoder: class token, positions, decoder, head of a fine-tuned one.
 NOT_OF_THE_STREAM = re.compile(r"(cls_token|pos_embed|mask_token)$|(decoder_\w+|head|fc_norm)(\.|$)")
+SHOWN = 5  # tensors in one line
 
 
 class Survey(NamedTuple):
@@ -125,6 +125,13 @@ class Published:
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal down to the bits: NaNs count as what they are, -0 is not 0."""
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def complain(nonfinite: dict[str, tuple[int, int]]) -> str:
+    """Values of a survey that are no numbers, in one line."""
+    counts = [f"{name} ({nans} NaN, {infinite} infinite)" for name, (nans, infinite) in nonfinite.items()]
+    more = f" and {len(counts) - SHOWN} more tensors" if len(counts) > SHOWN else ""
+    return f"weights that are not finite numbers: {', '.join(counts[:SHOWN])}{more}"
 
 
 def load_published(path: str | os.PathLike, config: AVMAEConfig | None = None) -> nnx.Module:

@@ -1,49 +1,41 @@
 """What a published file is, told in lines."""
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 from av_mae.models import AVMAEConfig, StreamConfig, kinds
 from av_mae.published.infer import Options
-
-if TYPE_CHECKING:
-    from av_mae.published.source import Published
+from av_mae.published.source import Published
 
 KINDS = {kinds.PRETRAINING: "pretraining checkpoint", "image_encoder": "unimodal MAE image encoder",
          "audio_encoder": "unimodal AudioMAE encoder"}
 PARTS = {"image.": "image encoder", "audio.": "audio encoder", "fusion_": "fusion", "image_decoder.": "image decoder",
          "audio_decoder.": "audio decoder"}
-SHOWN = 5  # tensors in one line
 
 
-def complain(nonfinite: dict[str, tuple[int, int]]) -> str:
-    """Values of a survey that are no numbers, in one line."""
-    counts = [f"{name} ({nans} NaN, {infinite} infinite)" for name, (nans, infinite) in nonfinite.items()]
-    return f"weights that are not finite numbers: {some(counts, 'tensors')}"
-
-
-def some(parts: list[str], what: str) -> str:
-    more = f" and {len(parts) - SHOWN} more {what}" if len(parts) > SHOWN else ""
-    return ", ".join(parts[:SHOWN]) + more
-
-
-def summarize(published: "Published", options: Options) -> str:
+def summarize(published: Published, options: Options) -> str:
     """Kind, parts with their parameters and sizes, what was ignored, what is missing, what is taken as published."""
     file, found = published.file, published.found
     counts = parameters_by_part(published)
-    sizes = describe(found.config)
+    sizes = describe(found.config) | {"head": describe_head(found.head)}
     lines = [f"{file.path}: {KINDS.get(found.kind, found.kind)} ({file.format}, {len(file.tensors)} tensors, "
              f"{sum(counts.values()) / 1e6:.2f} M parameters)"]
     lines += [f"  {part:<14}{count / 1e6:9.2f} M  {sizes.get(part, '')}".rstrip() for part, count in counts.items()]
-    if found.head is not None:
-        lines.append(f"  {'':<14}{'':9}    {found.head}")
     for title, entries in (("ignored", ignored(published)), ("missing", missing(published)),
                            ("not told by the file", assumed(published, options))):
         lines.append(f"  {title}: {', '.join(entries) or 'nothing'}")
+    if found.kind == "audio_encoder":
+        lines.append("  patches as they are: AudioMAE has time in rows, here they are mels; the published system does "
+                     "not turn them either")
     return "\n".join(lines)
 
 
-def parameters_by_part(published: "Published") -> dict[str, int]:
+def describe_head(head: Any) -> str:
+    return "" if head is None else ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(head).items())
+
+
+def parameters_by_part(published: Published) -> dict[str, int]:
     """Part → number of parameters; all that is no part of encoder or decoder is the head."""
     only = kinds.STREAMS.get(published.found.kind)
     counts = {}
@@ -71,7 +63,7 @@ def describe(config: AVMAEConfig) -> dict[str, str]:
             "image decoder": decoders, "audio decoder": decoders}
 
 
-def ignored(published: "Published") -> list[str]:
+def ignored(published: Published) -> list[str]:
     """What the file holds besides the model."""
     file = published.file
     entries = [f"{name} ({size / 1e6:.1f} MB)" if size else name for name, size in file.ignored.items()]
@@ -84,13 +76,13 @@ def ignored(published: "Published") -> list[str]:
     return entries + ([f"decoder ({len(decoder)} tensors)"] if decoder else []) + rest
 
 
-def missing(published: "Published") -> list[str]:
+def missing(published: Published) -> list[str]:
     """What a whole model has and the file has not."""
     parts = {kinds.ENCODER: ["decoders"]}.get(published.found.kind, [])
     return parts + [f"{name} (computed)" for name in published.missing]
 
 
-def assumed(published: "Published", options: Options) -> list[str]:
+def assumed(published: Published, options: Options) -> list[str]:
     """What no tensor tells and nobody said: taken as published."""
     kind, config = published.found.kind, published.found.config
     entries = [] if options.heads else ["heads"]

@@ -11,8 +11,7 @@ import numpy as np
 from av_mae.errors import UserError
 from av_mae.models import AVMAEConfig, kinds
 from av_mae.published.infer import Found, identify
-from av_mae.published.source import Published
-from av_mae.published.summary import complain
+from av_mae.published.source import Published, complain
 from av_mae.training.checkpoint import note
 from av_mae.training.stored import open_checkpoint
 from av_mae.weight_files import open_weights
