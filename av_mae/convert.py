@@ -1,19 +1,16 @@
 """`python -m av_mae.convert`: published PyTorch weights → a checkpoint of av_mae, and back to safetensors."""
 
 import argparse
-import contextlib
-import logging
 import os
 import pathlib
-import signal
 import sys
-from collections.abc import Iterator
 
 from av_mae.errors import run_command
 from av_mae.published import store
 from av_mae.published.infer import Options, infer
 from av_mae.published.source import Published, complain, load_published
 from av_mae.published.summary import summarize
+from av_mae.training.checkpoint import quiet_libraries
 from av_mae.training.stored import open_checkpoint
 from av_mae.weight_files import open_weights
 
@@ -38,8 +35,8 @@ def convert(source: str | os.PathLike, output: str | os.PathLike, options: Optio
     survey = published.survey()
     if survey.nonfinite:
         print(f"warning: {source} has {complain(survey.nonfinite)}", file=sys.stderr)
-    with store.whole_or_nothing(pathlib.Path(output)) as unfinished:
-        store.write_checkpoint(unfinished, published, survey)
+    with store.whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
+        store.write_checkpoint(unfinished, published, survey, between)
     return summarize(published, options)
 
 
@@ -55,19 +52,9 @@ def export(source: str | os.PathLike, output: str | os.PathLike) -> str:
         tensors = list(open_weights(source).tensors.items())
     else:
         tensors = store.published_tensors(open_checkpoint(os.fspath(source)))
-    with store.whole_or_nothing(pathlib.Path(output)) as unfinished:
-        store.write_safetensors(unfinished, tensors)
+    with store.whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
+        store.write_safetensors(unfinished, tensors, between)
     return f"{len(tensors)} tensors, {os.path.getsize(output) / 1e6:.1f} MB"
-
-
-@contextlib.contextmanager
-def ended_in_order() -> Iterator[None]:
-    """A process that is told to end removes what it has half written."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def numbers(count: int):
@@ -105,15 +92,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Converts one file and says what it is."""
     arguments = parse(argv)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    quiet_libraries()
     options = Options(arguments.heads, arguments.fusion_heads, arguments.decoder_heads, arguments.tokens,
                       arguments.image_size, arguments.audio_size)
-    with ended_in_order():
-        if arguments.to == "safetensors":
-            print(f"{arguments.output}: {export(arguments.source, arguments.output)}")
-        else:
-            print(convert(arguments.source, arguments.output, options))
-            print(f"written to {arguments.output}")
+    if arguments.to == "safetensors":
+        print(f"{arguments.output}: {export(arguments.source, arguments.output)}")
+    else:
+        print(convert(arguments.source, arguments.output, options))
+        print(f"written to {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from av_mae.evaluation.run import load_run
 from av_mae.models import kinds
 from av_mae.published import store
 from av_mae.published.infer import Options, infer
+from av_mae.published.source import Published
 from av_mae.sizes import sized_model
 from av_mae.training.checkpoint import Checkpoints, checksum, load_params, read_meta
 from av_mae.training.stored import open_checkpoint
@@ -334,7 +335,7 @@ def test_output_that_is_there_is_left_alone(shared, converted, tmp_path):
 
 
 def test_interrupted_conversions_leave_nothing(shared, converted, tmp_path, monkeypatch):
-    def interrupt(path, tensors):
+    def interrupt(path, tensors, between):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -346,13 +347,23 @@ def test_interrupted_conversions_leave_nothing(shared, converted, tmp_path, monk
     assert os.listdir(tmp_path) == []
 
 
-def test_a_terminated_conversion_leaves_nothing(shared, tmp_path, monkeypatch):
-    """SIGTERM in the midst of writing, as a scheduler sends it."""
-    monkeypatch.setattr(store, "write_safetensors", lambda path, tensors: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end:
-        convert.main([f"--source={shared / 'golden' / 'token.pth'}", f"--output={tmp_path / 'run'}", *ARGUMENTS])
-    assert end.value.code == 143 and os.listdir(tmp_path) == [] and signal.getsignal(signal.SIGTERM) is before
+@pytest.mark.parametrize("number,end", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_while_writing_leaves_nothing(shared, tmp_path, monkeypatch, number, end):
+    """It comes in the midst of what Orbax writes, is kept until that is written, and then ends the conversion."""
+    read, before, reads = Published.read, signal.getsignal(number), []
+
+    def read_and_signal(self, path):
+        reads.append(path)
+        if len(reads) == 20:
+            os.kill(os.getpid(), number)
+        return read(self, path)
+
+    monkeypatch.setattr(Published, "read", read_and_signal)
+    monkeypatch.setattr(store, "BATCH", 2 ** 12)
+    with pytest.raises(end):
+        convert.convert(shared / "golden" / "token.pth", tmp_path / "run", GOLDEN_OPTIONS)
+    assert os.listdir(tmp_path) == [] and signal.getsignal(number) is before
+    assert 20 <= len(reads) < 100
 
 
 def test_no_checkpoint_to_export(tmp_path):

@@ -13,7 +13,9 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -52,13 +54,21 @@ class Lazy:
 
 
 class LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Lets Orbax write Lazy arrays in groups of BATCH bytes, one after the other: else it holds them all, twice."""
+    """Lets Orbax write Lazy arrays in groups of BATCH bytes, one after the other: else it holds them all, twice.
+
+    `between` is called before each group, when nothing is being written.
+    """
+
+    def __init__(self, between: Callable[[], None]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._between = between
 
     async def serialize(self, values, infos, args=None):
         begin, size = 0, 0
         for end, value in enumerate(values, 1):
             size += math.prod(value.shape) * value.dtype.itemsize
             if size >= BATCH or end == len(values):
+                self._between()
                 group = slice(begin, end)
                 arrays = [lazy.read() for lazy in values[group]]
                 for written in await super().serialize(arrays, infos[group], args[group]):
@@ -67,16 +77,17 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
-def write_arrays(folder: pathlib.Path, arrays: dict[str, Lazy]) -> None:
-    """One item of a checkpoint, as training.checkpoint reads it."""
-    registry = ocp.type_handlers.create_type_handler_registry((Lazy, LazyHandler(deepcopy_host_arrays=False)),
-                                                              (jax.Array, ocp.type_handlers.ArrayHandler()))
+def write_arrays(folder: pathlib.Path, arrays: dict[str, Lazy], between: Callable[[], None]) -> None:
+    """One item of a checkpoint, as training.checkpoint reads it; `between` as in LazyHandler."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Lazy, LazyHandler(between)), (jax.Array, ocp.type_handlers.ArrayHandler()))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as writer:
         writer.save(folder.absolute(), arrays)
 
 
-def write_safetensors(path: pathlib.Path, tensors: Sequence[tuple[str, Lazy | StoredTensor]]) -> None:
-    """A safetensors file of named tensors in their order, one in memory at a time.
+def write_safetensors(path: pathlib.Path, tensors: Sequence[tuple[str, Lazy | StoredTensor]],
+                      between: Callable[[], None] = lambda: None) -> None:
+    """A safetensors file of named tensors in their order, one in memory at a time; `between` is called before each.
 
     Source: the format's description in the safetensors repository.
     """
@@ -90,12 +101,17 @@ def write_safetensors(path: pathlib.Path, tensors: Sequence[tuple[str, Lazy | St
     with open(path, "xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, tensor in tensors:
+            between()
             file.write(np.asarray(tensor.read(), order="C").reshape(-1).view(np.uint8).data)
 
 
 @contextlib.contextmanager
-def whole_or_nothing(output: pathlib.Path) -> Iterator[pathlib.Path]:
+def whole_or_nothing(output: pathlib.Path) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
     """A place to write what becomes `output` at the end, at once; nothing of it is left where that is not reached.
+
+    Whoever writes calls the function that comes with it now and then, when nothing is in the midst of being written:
+    it ends what goes on, by KeyboardInterrupt or SystemExit, where the process was told to end. (Orbax writes in
+    threads that would go on after an exception at any place, beside the removal.)
 
     Raises:
       UserError: `output` is there already, or cannot be written.
@@ -106,12 +122,38 @@ def whole_or_nothing(output: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         remove(unfinished)
         output.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
+        with signals_kept() as end_if_told:
+            yield unfinished, end_if_told
         os.rename(unfinished, output)
     except OSError as error:
         raise UserError(f"cannot write --output={output}: {error.strerror or error}") from error
     finally:
         remove(unfinished)
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[Callable[[], None]]:
+    """Keeps SIGINT and SIGTERM until the function is called; a second one acts at once. In the main thread only."""
+    told: list[int] = []
+
+    def end_if_told() -> None:
+        if told:
+            raise KeyboardInterrupt if told[0] == signal.SIGINT else SystemExit(128 + told[0])
+
+    def keep(number: int, _) -> None:
+        told.append(number)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield end_if_told
+        return
+    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield end_if_told
+        end_if_told()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def remove(path: pathlib.Path) -> None:
@@ -121,12 +163,12 @@ def remove(path: pathlib.Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_checkpoint(folder: pathlib.Path, published: Published, survey: Survey) -> None:
+def write_checkpoint(folder: pathlib.Path, published: Published, survey: Survey, between: Callable[[], None]) -> None:
     """A work directory with one checkpoint of a published file's model, and what the model does not hold."""
     found, checkpoint = published.found, folder / "checkpoints" / "0"
     (checkpoint / "meta").mkdir(parents=True)
     write_arrays(checkpoint / "model", {
-        path: Lazy(x.shape, x.dtype, functools.partial(published.read, path)) for path, x in published.shapes.items()})
+        path: Lazy(x.shape, x.dtype, functools.partial(published.read, path)) for path, x in published.shapes.items()}, between)
     config = recipe_of(found.config)
     meta = {"step": 0, "seed": config.seed, "config": recipes.to_dict(config), "kind": found.kind,
             "head": recipes.to_dict(found.head), "checksums": {"model": survey.checksum}}
@@ -136,7 +178,7 @@ def write_checkpoint(folder: pathlib.Path, published: Published, survey: Survey)
     tensors = published.file.tensors
     names = [(name, str(tensor.dtype)) for name, tensor in tensors.items()]
     (record / RECORD).write_text(json.dumps({"prefix": found.prefix, "tensors": names}))
-    write_safetensors(record / KEPT, [(name, tensors[name]) for name in survey.kept])
+    write_safetensors(record / KEPT, [(name, tensors[name]) for name in survey.kept], between)
     recipes.save(config, folder / "config.json")
 
 
