@@ -27,11 +27,13 @@ from av_mae import recipes
 from av_mae.config import DataConfig, SoundConfig, TrainConfig
 from av_mae.errors import UserError
 from av_mae.models import AVMAEConfig
+from av_mae.models.config import require
 from av_mae.published.names import names_of
 from av_mae.published.source import Published, Survey
 from av_mae.training.stored import Stored
 from av_mae.weight_files import StoredTensor, open_weights
 
+METADATA = "__metadata__"  # of a safetensors file
 RECORD, KEPT = "names.json", "tensors.safetensors"
 # Names of dtypes in safetensors.
 TYPES = {np.dtype(dtype): name for dtype, name in (
@@ -90,9 +92,13 @@ def write_safetensors(path: pathlib.Path, tensors: Sequence[tuple[str, Lazy | St
     """A safetensors file of named tensors in their order, one in memory at a time; `between` is called before each.
 
     Source: the format's description in the safetensors repository.
+
+    Raises:
+      UserError: a tensor has the one name that the format keeps for itself.
     """
-    header, position = {"__metadata__": {"format": "pt"}}, 0
+    header, position = {METADATA: {"format": "pt"}}, 0
     for name, tensor in tensors:
+        require(name != METADATA, f"safetensors cannot hold a tensor named {METADATA}")
         end = position + math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
