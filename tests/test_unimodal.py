@@ -15,7 +15,7 @@ from av_mae.published.unimodal import stream_arrays
 from av_mae.training.stored import open_checkpoint
 from numpy_model import erf, positions_of, softmax
 from published import assert_same_tensors, unimodal_tensors
-from tiny_training import MODEL, first_parameters, make_step, recipe, unfused
+from tiny_training import MODEL, make_step, recipe, unfused
 
 WIDTH, HEADS, DEPTH = 32, 2, 2
 RUN = dataclasses.replace(
@@ -198,11 +198,13 @@ def test_only_the_rate_of_these_streams_differs(files):
             np.testing.assert_allclose(updates[1][name], share * x, rtol=1e-5, atol=1e-12, err_msg=name)
 
 
-def test_other_weights_are_those_of_a_random_start(files):
-    """Positions of the decoders, fusion and the other stream begin as without `init_image`."""
+def test_a_run_takes_over_all_of_the_stream_and_nothing_else(files):
+    """Fusion, the other stream and the decoders, with their positions, begin at random as without `init_image`."""
     config = dataclasses.replace(recipe(RUN), init_image=files["image"])
     step = make_step(config)
-    params = step.init(train.first_weights(step, config)).params
-    for name, x in first_parameters(RUN).items():
-        same = np.array_equal(params[name], x)
-        assert same != name.startswith("encoder.image."), name
+    weights = train.first_weights(step, config)
+    assert sorted(weights) == sorted(name for name in step.shapes.params if name.startswith("encoder.image."))
+    assert all(x.sharding == step.shardings.params[name] for name, x in weights.items())
+    arrays = {name: np.asarray(x) for name, x in weights.items()}
+    assert_same_tensors(arrays, stream_arrays(files["image"], "image", RUN))
+    assert train.first_weights(step, recipe(RUN)) is None
