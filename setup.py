@@ -9,6 +9,7 @@ REQUIRES = [
     "orbax-checkpoint>=0.12.8,<0.13",  # its CheckpointManager API changes between minor versions
     "grain>=0.2.18,<0.3",  # MapDataset.mix, random_map and mp_prefetch; still 0.x
     "numpy>=2.1,<3",  # 2.1 is the first that jax 0.10 accepts on every Python here
+    "ml_dtypes>=0.5,<0.7",  # bfloat16 in NumPy, for weight files; jax brings it
     "absl-py>=2.1,<3",  # flags that Grain's workers read
     "einops>=0.8,<0.9",  # einsum and rearrange with named axes; still 0.x
     "ml_collections>=1.1,<2",  # locked ConfigDicts; 1.0 lacks wheels for Python 3.13

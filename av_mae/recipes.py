@@ -46,11 +46,10 @@ def load_recipe(spec: str, overrides: typing.Sequence[str] = (), kind: type = Tr
         that breaks a rule of the dataclasses.
     """
     values = _call_get_config(spec).to_dict()
-    if not isinstance(kind, type):
-        kind = kind(values)
+    known = kind if isinstance(kind, type) else kind(values)
     for override in overrides:
-        _apply(kind, values, override)
-    return from_dict(values, kind)
+        _apply(known, values, override)
+    return from_dict(values, known if isinstance(kind, type) else kind(values))
 
 
 def to_dict(config, lists: bool = True) -> dict:

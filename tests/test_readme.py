@@ -8,14 +8,14 @@ import shlex
 import pytest
 
 from av_mae import evaluate, recipes
-from av_mae.config import EvaluationConfig, TrainConfig
+from av_mae.config import TrainConfig
 from av_mae.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 MODULES = sorted(path.stem for path in (ROOT / "av_mae").glob("*.py") if "run_command(main)" in path.read_text())
-KINDS = {"train": TrainConfig, "evaluate": EvaluationConfig, "benchmark": TrainConfig}
+KINDS = {"train": TrainConfig, "evaluate": evaluate.kind_of, "benchmark": TrainConfig}
 
 
 def _help(module: str, capsys, *arguments: str) -> str:

@@ -11,7 +11,7 @@ from av_mae.errors import UserError
 from av_mae.evaluation import classification_objective as training
 from av_mae.evaluation.figures import Bootstrap, Figure
 from av_mae.evaluation.metrics.classification import confusion_matrix, multi_label_figures, single_label_figures
-from av_mae.evaluation.task import Clip, Task
+from av_mae.evaluation.task import Clip, Measured, Task
 from av_mae.task_config import ClassificationConfig
 from av_mae.training.step import Batch
 from av_mae.training.stored import Stored
@@ -34,7 +34,6 @@ class Classification(Task):
             stored.config.model, config.head, config.settings,
             frequency=frequencies(config.data.paths, config.data.split, config.head.classes) if counted else None,
             encoder_rate=config.encoder_rate, layer_decay=config.layer_decay, image_noise=config.data.image_noise)
-        self._confusion: np.ndarray | None = None
 
     def forward(self, model: models.Classifier, batch: Batch) -> dict[str, jax.Array]:
         image = models.normalize_image(batch["image"])
@@ -63,15 +62,14 @@ class Classification(Task):
                 logits = np.stack([clip[stream] for clip in clips])
                 found |= {f"{prefix}{name}/{stream}": figure
                           for name, figure in measure(logits, labels, bootstrap).items()}
-        if not self.config.settings.multi_label:
-            right = scores[""]
-            self._confusion = confusion_matrix(np.stack([clip[JOINT] for clip in right]),
-                                               np.stack([clip["label"] for clip in right]))
         return found
 
-    def picture(self, clips: list[Clip], names: list[str], folder: pathlib.Path) -> None:
-        if self._confusion is not None:
-            pictures.save_png(folder / "confusion.png", pictures.confusion(self._confusion, self.classes))
+    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
+        if self.config.settings.multi_label:
+            return
+        scores, labels = (np.stack([clip[name] for clip in measured.scores]) for name in (JOINT, "label"))
+        counts = confusion_matrix(scores, labels)
+        pictures.save_png(folder / "confusion.png", pictures.confusion(counts, self.classes))
 
 
 def common_classes(paths: tuple[str, ...], classes: int) -> list[str]:

@@ -11,7 +11,7 @@ from av_mae.evaluation.classification_objective import row_keys
 from av_mae.evaluation.figures import Bootstrap, Figure, Value, figures_of
 from av_mae.evaluation.metrics.localization import Cut, box_masks, right_object, score_map
 from av_mae.evaluation.segmentation import overlay
-from av_mae.evaluation.task import Clip, Task
+from av_mae.evaluation.task import Clip, Measured, Task
 from av_mae.models.localizer import attention_map, occlusion_map, occlusion_noise
 from av_mae.task_config import LocalizationConfig
 from av_mae.training.objective import Pretraining
@@ -51,10 +51,10 @@ class Localization(Task):
         return {prefix + name: figure for prefix, clips in scores.items()
                 for name, figure in figures_of(clips, bootstrap).items()}
 
-    def picture(self, clips: list[Clip], names: list[str], folder: pathlib.Path) -> None:
+    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
         rows = [[clip["image"], overlay(clip["image"], stretched(clip["heat"])), overlay(clip["image"], clip["mask"])]
-                for clip in clips]
-        pictures.save_png(folder / "localization.png", pictures.gallery(rows, ("frame", "heat", "truth"), names))
+                for clip in measured.drawn]
+        pictures.save_png(folder / "localization.png", pictures.gallery(rows, ("frame", "heat", "truth"), measured.names))
 
 
 def stretched(heat: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from av_mae.evaluation.figures import Bootstrap, Figure
 from av_mae.evaluation.finetuning import Finetuning
 from av_mae.evaluation.metrics.localization import box_masks, right_object
 from av_mae.evaluation.metrics.segmentation import ClipScores, score_clip, segmentation_figures
-from av_mae.evaluation.task import Clip, Task
+from av_mae.evaluation.task import Clip, Measured, Task
 from av_mae.models.objectives import segmentation_loss
 from av_mae.task_config import SegmentationConfig
 from av_mae.training.objective import Rows
@@ -49,10 +49,10 @@ class Segmentation(Task):
             found[f"{prefix}right_object"] = bootstrap.mean(objects)
         return found
 
-    def picture(self, clips: list[Clip], names: list[str], folder: pathlib.Path) -> None:
+    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
         rows = [[clip["image"], overlay(clip["image"], probability(clip)), overlay(clip["image"], clip["mask"] > 0)]
-                for clip in clips]
-        pictures.save_png(folder / "segmentation.png", pictures.gallery(rows, ("frame", "mask", "truth"), names))
+                for clip in measured.drawn]
+        pictures.save_png(folder / "segmentation.png", pictures.gallery(rows, ("frame", "mask", "truth"), measured.names))
 
 
 def probability(clip: Clip) -> np.ndarray:

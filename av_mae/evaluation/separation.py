@@ -12,7 +12,7 @@ from av_mae.data.sound import log_mel
 from av_mae.evaluation.figures import Bootstrap, Figure, Value
 from av_mae.evaluation.finetuning import Finetuning
 from av_mae.evaluation.metrics.separation import mixture_ratios, score_clip, separation_figures
-from av_mae.evaluation.task import Clip, Task
+from av_mae.evaluation.task import Clip, Measured, Task
 from av_mae.models.objectives import separation_loss
 from av_mae.task_config import SeparationConfig
 from av_mae.training.objective import Rows
@@ -59,15 +59,15 @@ class Separation(Task):
         return found | {f"right_minus_swapped/{name}": bootstrap.difference(
             [clip[name] for clip in right], [clip[name] for clip in swapped]) for name in PAIRED}
 
-    def picture(self, clips: list[Clip], names: list[str], folder: pathlib.Path) -> None:
+    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
         """Spectrograms of mixture, estimate and truth beside the frame, and the three sounds as wav files."""
         rows, folder = [], folder / "separation"
         folder.mkdir(parents=True, exist_ok=True)
-        for clip, name in zip(clips, names, strict=True):
+        for clip, name in zip(measured.drawn, measured.names, strict=True):
             estimate = apply_mask(clip["mixture"], clip["mask"].astype(np.float32), self.sound)
             sounds = {"mixture": clip["mixture"], "estimate": estimate, "truth": clip["sources"][0]}
             rows.append([clip["image"], *(log_mel(sound, self.sound) for sound in sounds.values())])
             for kind, sound in sounds.items():
                 soundfile.write(folder / f"{pathlib.PurePath(name).name}_{kind}.wav", sound, self.sound.rate)
-        picture = pictures.gallery(rows, ("frame", "mixture", "estimate", "truth"), names)
+        picture = pictures.gallery(rows, ("frame", "mixture", "estimate", "truth"), measured.names)
         pictures.save_png(folder.parent / "separation.png", picture)

@@ -74,8 +74,8 @@ class Task(abc.ABC):
     def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
         """Figures by name from the scores of all clips under each condition ('', 'swapped/', 'blank/')."""
 
-    def picture(self, clips: list[Clip], names: list[str], folder: pathlib.Path) -> None:
-        """Pictures (and sounds) of some clips, from their rows of the batch and of what `forward` gave."""
+    def picture(self, measured: "Measured", folder: pathlib.Path) -> None:
+        """Pictures (and sounds): of the clips `measured.drawn`, or of all scores."""
 
 
 class Measured:
@@ -122,10 +122,10 @@ def run(config: TaskConfig, workdir: pathlib.Path) -> Report:
     step, state = train_head(task, config.run_config(stored.config, task.truth), workdir)
     measured = {prefix: measure_windows(task, step, state, prefix) for prefix in CONDITIONS}
     whole = measured[""]
-    if config.pictures and jax.process_index() == 0:
-        task.picture(whole.drawn, whole.names, workdir / "images")
     figures = task.figures({prefix: part.scores for prefix, part in measured.items()},
                            Bootstrap(len(whole.scores), config.seed, config.bootstrap))
+    if config.pictures and jax.process_index() == 0:
+        task.picture(whole, workdir / "images")
     details = {"config": recipes.to_dict(config), "checkpoint": identity(stored.folder), "skipped_clips": whole.skipped,
                **whole.rates}
     return Report(figures, len(whole.scores), len(whole.skipped), table(figures, whole), details)
