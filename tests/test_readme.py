@@ -5,11 +5,13 @@ import pathlib
 import re
 import shlex
 
+import jax
 import pytest
 
-from av_mae import evaluate, recipes
+from av_mae import convert, evaluate, recipes
 from av_mae.config import TrainConfig
 from av_mae.errors import UserError
+from av_mae.training import mesh, run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -73,3 +75,46 @@ def test_python_runs(capsys):
 def test_files_that_the_readme_names_are_there():
     for path in re.findall(r"\]\(([\w/.]+)\)", README) + ["LICENSE", "configs/pretrain.py", "launch/requirements.lock"]:
         assert (ROOT / path).exists(), path
+
+
+# What makes the README's commands short enough for a test, by command.
+SHORTER = {
+    "prepare": ["--clips=12", "--test_clips=9", "--workers=1"],
+    "train": ["--config.epochs=0", "--config.steps=2", "--config.batch_size=8", "--config.data.workers=0",
+              "--config.model.image.depth=1", "--config.model.audio.depth=1", "--config.model.decoder.depth=1"],
+    "evaluate": ["--config.bootstrap=100"],
+    "benchmark": ["--rounds=1"],
+}
+SHORTER_TASK = ["--config.steps=2", "--config.batch_size=8", "--config.head.width=8"]
+SHORTER_STEP = ["--config.model.image.depth=1", "--config.model.audio.depth=1",
+                "--config.model.decoder.depth=1"]
+
+
+def _run(command: str) -> None:
+    name, *arguments = shlex.split(command)[2:]
+    module = name.removeprefix("av_mae.")
+    more = SHORTER.get(module, [])
+    if "configs/segmentation.py:demo" in command:
+        more = more + SHORTER_TASK
+    if arguments[0] == "step":
+        more = more + SHORTER_STEP
+    arguments = [word for word in arguments if not word.startswith("--clips=")]
+    importlib.import_module(f"av_mae.{module}").main([*arguments, *more])
+
+
+@pytest.mark.slow
+def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
+    """All commands but the two scripts, in the README's order, on less data and for fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:1]))
+    _run("python -m av_mae.prepare --dataset=toy_band --output=runs/demo/data/toy_band")
+    _run("python -m av_mae.train --config=configs/demo.py --workdir=runs/demo "
+         "--config.data.path=runs/demo/data/toy_band --config.data.weights=None")
+    for command in [line for line in COMMANDS if "av_mae." in line]:
+        if "checkpoint_latest.pth" in command:  # stands for a published file
+            convert.main(["--source=runs/small", "--to=safetensors", "--output=checkpoint_latest.pth"])
+        _run(command)
+    for path in ("runs/small/metrics.jsonl", "runs/small_evaluation/results.json", "runs/published/config.json",
+                 "published.safetensors", "runs/segmentation/results.json", "fusion.png"):
+        assert (tmp_path / path).is_file(), path
+    assert (tmp_path / "checkpoint_latest.pth").read_bytes() == (tmp_path / "published.safetensors").read_bytes()
