@@ -105,6 +105,17 @@ def test_safetensors_of_every_type(tmp_path):
         assert values.tobytes() == expected[f"module.{name}"].tobytes()
 
 
+def test_a_header_whose_length_begins_like_a_pickle(tmp_path):
+    """A header of 0x180 bytes: the first byte of its length is that of a pickle."""
+    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(0x180)
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + np.float32([1, 2]).tobytes())
+    assert path.read_bytes()[:1] == b"\x80"
+    found = open_weights(path)
+    assert found.format == "safetensors"
+    np.testing.assert_array_equal(found.tensors["a"].read(), np.float32([1, 2]))
+
+
 def write(path, data):
     path.write_bytes(data)
     return path
