@@ -79,6 +79,7 @@ class Pending:
         while len(self._steps) > keep:
             step, metrics, host = self._steps.popleft()
             values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            values = {"loss": values["loss"]} | values
             check_finite(step, values, host["id"])
             for hook in self._hooks:
                 hook.after_metrics(step, values, host)
