@@ -9,7 +9,9 @@ Variants:
                (10 of warm-up), batch 256. Published figure: 53.08 top-1.
     finetune   Published fine-tuning on VGGSound: AdamW 3e-4, layer decay 0.75, stochastic depth 0.2, mixup, label
                smoothing 0.1, balanced loss, 100 epochs (20), 10 test windows. Published figure: 58.19 top-1.
-    demo       Linear probe on degraded Toy Band: image noise of deviation 2.0, sound 10 dB under white noise.
+    demo       Linear probe on degraded Toy Band: image noise of deviation 2.0, sound 10 dB under white noise. Hardware:
+               2 CPU cores, about 5 minutes. One seed gave on 300 test clips: image .670, audio .333, fusion .800, joint
+               .933 (from an encoder of 2,800 steps).
 
 Nobody has run the published variants to the end with this code.
 """

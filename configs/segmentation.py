@@ -4,7 +4,9 @@ Command:
     python -m av_mae.evaluate --config=configs/segmentation.py:demo --workdir=runs/segmentation \
         --config.init=runs/demo --config.data.path=runs/scene
 
-Variant `demo`: Toy Band scenes (python -m av_mae.prepare --dataset=toy_band --variant=scene --output=runs/scene).
+Variant `demo`: Toy Band scenes (python -m av_mae.prepare --dataset=toy_band --variant=scene --output=runs/scene
+--clips=4000). Hardware: 2 CPU cores, about 10 minutes. One seed gave on 300 test clips: IoU of the sounding object .729
+[.713, .745] with the right sound, .116 with a swapped one, .180 with none; the right object marked most .997.
 """
 
 from av_mae import recipes
