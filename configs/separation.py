@@ -4,7 +4,9 @@ Command:
     python -m av_mae.evaluate --config=configs/separation.py:demo --workdir=runs/separation \
         --config.init=runs/demo --config.data.path=runs/mixture
 
-Variant `demo`: Toy Band mixtures (python -m av_mae.prepare --dataset=toy_band --variant=mixture --output=runs/mixture).
+Variant `demo`: Toy Band mixtures (python -m av_mae.prepare --dataset=toy_band --variant=mixture --output=runs/mixture
+--clips=4000). Hardware: 2 CPU cores, about 8 minutes of training. One seed gave on 200 test clips: SDR improvement mean
+5.9 dB, median 4.8 dB (ideal mask: SDR 19.0 dB), 7.9 dB less SDR with a swapped image.
 """
 
 from av_mae import recipes
