@@ -12,6 +12,7 @@ from tiny_tasks import VARIANTS, arguments, prepared, pretrained
 from av_mae import evaluate
 from av_mae.data import records
 from av_mae.errors import UserError
+from av_mae.evaluation import separation
 from av_mae.training import mesh, run
 
 PICTURES = {"classification": "confusion", "localization": "localization", "segmentation": "segmentation",
@@ -140,3 +141,9 @@ def test_a_broken_clip_is_named_and_left_out(folder, one_device, tmp_path, monke
 def test_what_cannot_work_is_refused(folder, one_device, task, overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
         measured(folder, task, tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("levels, kept", [((1, 1, 0, 0), 2), ((0, 1, 0, 0), 2), ((1, 0, 1, 0), 3), ((1, 0, 0, 0), 2)])
+def test_a_silent_source_keeps_its_place(levels, kept):
+    sources = np.outer(levels, np.ones(5))
+    np.testing.assert_array_equal(separation.heard(sources), sources[:kept])

@@ -11,7 +11,7 @@ from av_mae.data.masked_sound import apply_mask, ideal_masks
 from av_mae.data.sound import log_mel
 from av_mae.evaluation.figures import Bootstrap, Figure, Value
 from av_mae.evaluation.finetuning import Finetuning
-from av_mae.evaluation.metrics.separation import mixture_ratios, score_clip, separation_figures
+from av_mae.evaluation.metrics.separation import Ratios, mixture_ratios, score_clip, separation_figures
 from av_mae.evaluation.task import Clip, Measured, Task
 from av_mae.models.objectives import separation_loss
 from av_mae.task_config import SeparationConfig
@@ -32,6 +32,7 @@ class Separation(Task):
     def __init__(self, config: SeparationConfig, stored: Stored):
         super().__init__(config, stored)
         self.objective = Finetuning(self.kind, config, stored, self.loss)
+        self._references: dict[int, tuple[Ratios | str, dict[str, Value]]] = {}
 
     def loss(self, model: models.Separator, rows: Rows) -> jax.Array:
         logits = model(models.normalize_image(rows["image"]), rows["audio"], train_rows=rows["valid"])
@@ -43,13 +44,20 @@ class Separation(Task):
 
     def score(self, clip: Clip) -> dict[str, Value]:
         """The clip's ratios, and under `ideal/` those of the mask that the sources themselves give."""
-        sources = clip["sources"][clip["sources"].any(1)]
+        sources = heard(clip["sources"])
         estimate = apply_mask(clip["mixture"], clip["mask"].astype(np.float32), self.sound)
-        ideal = apply_mask(clip["mixture"], ideal_masks(sources, "ratio", self.sound)[0], self.sound)
-        unprocessed = mixture_ratios(sources, clip["mixture"], 1)
-        scores = score_clip(sources, estimate[None], unprocessed)
-        return scores | {f"ideal/{name}": value
-                         for name, value in score_clip(sources, ideal[None], unprocessed).items()}
+        unprocessed, ideal = self.references(clip, sources)
+        return score_clip(sources, estimate[None], unprocessed) | ideal
+
+    def references(self, clip: Clip, sources: np.ndarray) -> tuple[Ratios | str, dict[str, Value]]:
+        """Ratios of the unprocessed mixture and scores of the ideal mask: once per clip, whatever its image is."""
+        place = int(clip["place"])
+        if place not in self._references:
+            unprocessed = mixture_ratios(sources, clip["mixture"], 1)
+            ideal = apply_mask(clip["mixture"], ideal_masks(sources, "ratio", self.sound)[0], self.sound)
+            scores = score_clip(sources, ideal[None], unprocessed)
+            self._references[place] = unprocessed, {f"ideal/{name}": value for name, value in scores.items()}
+        return self._references[place]
 
     def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
         found = {f"{prefix}{name}": figure for prefix, clips in scores.items()
@@ -71,3 +79,8 @@ class Separation(Task):
                 soundfile.write(folder / f"{pathlib.PurePath(name).name}_{kind}.wav", sound, self.sound.rate)
         picture = pictures.gallery(rows, ("frame", "mixture", "estimate", "truth"), measured.names)
         pictures.save_png(folder.parent / "separation.png", picture)
+
+
+def heard(sources: np.ndarray) -> np.ndarray:
+    """The sources [m, samples] of a clip without the empty places behind them; a silent one keeps its place."""
+    return sources[:max(2, 1 + int(np.flatnonzero(sources.any(1)).max(initial=0)))]
