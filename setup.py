@@ -33,7 +33,8 @@ EXTRAS = {
     "prepare": ["apache-beam>=2.70,<3"],  # preparing large sets on Beam runners; the demo sets need none
     "test": ["pytest>=8.4,<10",  # 8.4 is the first that fails on tests that return values
              "pytest-xdist>=3.6,<4",  # two test files at a time: compilation uses one core
-             "scikit-learn>=1.6,<2"],  # an independent reference for metrics; 1.6 is the first tested with numpy 2
+             "scikit-learn>=1.6,<2",  # an independent reference for metrics; 1.6 is the first tested with numpy 2
+             "playwright>=1.50,<2"],  # drives the system's Chromium on the viewer's page; brings no browser itself
     "colab": ["ipywidgets>=8,<9"],  # progress bars in notebooks
 }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -124,28 +125,39 @@ def curves(metrics: list[dict]) -> np.ndarray:
 
     Returns a uint8 picture [height, width, 3]. A key that no line has leaves its place empty, saying so.
     """
-    figure = Figure(figsize=(10.5, 5.4), dpi=100, facecolor="white", layout="constrained")
-    for place, name in enumerate(CURVES):
-        axes = figure.add_subplot(2, 3, place + 1)
+    return _render(curve_figure(metrics, CURVES))
+
+
+def curve_figure(metrics: list[dict], names: Sequence[str]) -> Figure:
+    """The curves of `names` over the steps of the lines of `metrics.jsonl`, three in a row."""
+    rows = -(-len(names) // 3)
+    figure = Figure(figsize=(10.5, 2.7 * rows), dpi=100, facecolor="white", layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(rows, 3, place + 1)
         points = [(line["step"], line[name]) for line in metrics if name in line]
         if points:
             axes.plot(*zip(*points), color="tab:blue", linewidth=1.2)
         else:
             axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
-        axes.set_title(name.replace("_", " "), fontsize=10)
+        axes.set_title(name.replace("_", " "), fontsize=10, parse_math=False)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-    return _render(figure)
+    return figure
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
     """Lines of a `metrics.jsonl`; a last line that a killed run left half-written is passed over."""
+    return parse_metrics(pathlib.Path(path).read_text())
+
+
+def parse_metrics(text: str) -> list:
+    """What the lines of a `metrics.jsonl` hold; lines that are no JSON are passed over."""
     lines = []
-    for line in pathlib.Path(path).read_text().splitlines():
+    for line in text.splitlines():
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
     return lines
 

@@ -12,6 +12,7 @@ from av_mae import convert, evaluate, recipes
 from av_mae.config import TrainConfig
 from av_mae.errors import UserError
 from av_mae.training import mesh, run
+from av_mae.viewer.server import Server
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -84,6 +85,7 @@ SHORTER = {
               "--config.model.image.depth=1", "--config.model.audio.depth=1", "--config.model.decoder.depth=1"],
     "evaluate": ["--config.bootstrap=100"],
     "benchmark": ["--rounds=1"],
+    "view": ["--port=0"],
 }
 SHORTER_TASK = ["--config.steps=2", "--config.batch_size=8", "--config.head.width=8"]
 SHORTER_STEP = ["--config.model.image.depth=1", "--config.model.audio.depth=1",
@@ -107,6 +109,7 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     """All commands but the two scripts, in the README's order, on less data and for fewer steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(Server, "serve_forever", lambda server: None)
     _run("python -m av_mae.prepare --dataset=toy_band --output=runs/demo/data/toy_band")
     _run("python -m av_mae.train --config=configs/demo.py --workdir=runs/demo "
          "--config.data.path=runs/demo/data/toy_band --config.data.weights=None")

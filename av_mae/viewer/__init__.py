@@ -1,0 +1,1 @@
+"""The local page of a work directory: files → runs (folder), runs → HTML (page), both → a browser (server)."""
