@@ -132,20 +132,28 @@ def test_right_object(strength):
         objects = np.zeros((3, HEIGHT, WIDTH), bool)
         objects[0, :4, :4] = objects[1, 5:, :9] = objects[2, 6:8, 10:] = True
         strengths = [strength([heat[place] for place in np.ndindex(heat.shape) if mask[place]]) for mask in objects]
-        assert localization.right_object(heat, objects, number, strength) == (np.argmax(strengths) == number)
+        found = localization.right_object(heat, objects, np.arange(3) == number, strength)
+        assert found == (np.argmax(strengths) == number)
+        assert localization.right_object(heat, objects, np.arange(3) != number, strength) == 1 - found
 
 
 def test_right_object_with_ties_and_missing_objects():
     objects = np.zeros((3, 4, 6), bool)
     objects[0, :, :2] = objects[1, :, 2:4] = objects[2, :, 4:] = True
-    assert localization.right_object(np.ones((4, 6)), objects, 1) == pytest.approx(1 / 3)
+
+    def found(*sounding: int):
+        return localization.right_object(np.ones((4, 6)), objects, np.array(sounding) == 1)
+
+    assert found(0, 1, 0) == pytest.approx(1 / 3) and found(1, 1, 0) == pytest.approx(2 / 3)
+    assert found(1, 1, 1) == "all objects sound"
     objects[2] = False
-    assert localization.right_object(np.ones((4, 6)), objects, 1) == 0.5
-    assert localization.right_object(np.ones((4, 6)), objects, 2) == "the sounding object covers no pixel"
-    assert localization.right_object(np.ones((4, 6)), objects, -1) == "no object sounds"
+    assert found(0, 1, 0) == 0.5
+    assert found(0, 0, 1) == "the sounding object covers no pixel"
+    assert found(0, 0, 0) == "no object sounds"
     objects[1] = False
-    assert localization.right_object(np.ones((4, 6)), objects, 0) == "only one object"
-    assert localization.right_object(np.ones((4, 6)), objects[:0], 0) == "no object sounds"
+    assert found(1, 0, 0) == "only one object"
+    objects = objects[:0]
+    assert found() == "no object sounds"
 
 
 def plain_detection(confidence, right, sounding, threshold):

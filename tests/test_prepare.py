@@ -74,7 +74,8 @@ def test_tfds_reads_the_set_without_tensorflow(toy):
     for number, theirs in enumerate(sources["train"]):
         record = ours[number]
         assert record.keys() == theirs.keys() and record["id"] == theirs["id"].decode()
-        for name in record.keys() - {"id"}:
+        assert record["source"] == theirs["source"].decode()
+        for name in record.keys() - {"id", "source"}:
             np.testing.assert_array_equal(record[name], theirs[name])
     assert "tensorflow" not in sys.modules
 
@@ -95,11 +96,15 @@ def test_records_hold_the_composed_clip(name, request):
     source = records.open_source(request.getfixturevalue(name), "train")
     for index in range(4):
         record, clip = source[index], module.compose(seed, "train", index, variant)
-        assert record["label"] == clip.label and record["duration"] == 2 and record["sounding"] == clip.sounding
+        assert record["label"] == clip.label and record["duration"] == 2 and record["source"] == clip.id
+        np.testing.assert_array_equal(record["labels"], [clip.label])
+        assert record["sounding"][clip.sounding] == 1 == record["sounding"].sum() and record["annotators"] == 1
         np.testing.assert_array_equal(record["frame_times"], np.arange(8) / 4)
         np.testing.assert_array_equal(record["boxes"], clip.boxes)
         np.testing.assert_array_equal(record["object_labels"], clip.object_labels)
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(record["mask"]))), 255 * clip.mask)
+        mask, = record["masks"]
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(mask))), 255 * clip.mask)
+        np.testing.assert_array_equal(record["mask_frames"], [4])
         for number in (0, 4, 7):
             shown = simplejpeg.decode_jpeg(record["frames"][number]).astype(float)
             assert np.abs(shown - clip.frames[number]).mean() < 8
@@ -246,4 +251,4 @@ def test_command_fails_in_one_line_and_helps(tmp_path, root):
 
 def test_settings_are_stored_with_the_set(toy):
     assert json.loads((toy / "prepare.json").read_text()) == {
-        "dataset": "toy_band", "variant": "scene", "clips": 18, "test_clips": 5, "seed": 3, "recipe": 1}
+        "dataset": "toy_band", "variant": "scene", "clips": 18, "test_clips": 5, "seed": 3, "recipe": 2}

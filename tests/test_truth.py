@@ -19,6 +19,15 @@ def png(mask: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def coloured_png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+COLOURED = coloured_png()
+
+
 class TrueSet(fake_clips.FakeSet):
     """Records with a bright square on black, its mask and box, a second box, and two clean sounds."""
 
@@ -32,8 +41,9 @@ class TrueSet(fake_clips.FakeSet):
         whole = soundfile.read(io.BytesIO(clip["sound"]), dtype="float32")[0]
         part = generator.standard_normal(len(whole)).astype(np.float32) * 0.05
         box = np.array([top / 32, left / 48, (top + 12) / 32, (left + 20) / 48], np.float32)
-        return clip | {"frames": [fake_clips.jpeg(frame)] * 3, "mask": png(mask), "sounding": np.int64(1),
+        return clip | {"frames": [fake_clips.jpeg(frame)] * 3, "masks": [png(mask)], "mask_frames": np.array([1]),
                        "boxes": np.stack([np.float32([0, 0, 1, 1]), box]), "object_labels": np.array([4, 7]),
+                       "sounding": np.array([0, 1]), "box_annotators": np.array([0, 2]), "annotators": np.int64(3),
                        "sources": [fake_clips.flac(part, 4000), fake_clips.flac(whole - part, 4000)]}
 
 
@@ -59,8 +69,9 @@ def test_mask_and_box_are_cut_as_the_frame_is(training):
         found = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]) / 32
         np.testing.assert_allclose(boxes[1], found, atol=1.5 / 32)
         np.testing.assert_array_equal(boxes[2:], 0)
-    np.testing.assert_array_equal(batch["object_labels"][0], [4, 7] + [-1] * (truth.OBJECTS - 2))
-    assert (batch["sounding"] == 1).all()
+    for name, values in (("object_labels", [4, 7]), ("sounding", [0, 1]), ("box_annotators", [0, 2])):
+        np.testing.assert_array_equal(batch[name][0], values + [-1] * (truth.OBJECTS - 2))
+    assert (batch["annotators"] == 3).all()
 
 
 def test_clean_sounds_add_up_to_the_mixture():
@@ -113,9 +124,10 @@ def test_a_partner_that_fails_costs_the_clip():
 
 
 @pytest.mark.parametrize("name, field, message", [
-    ("mask", {"mask": b""}, "truth: the clip has no mask"), ("sources", {"sources": []}, "sound: the clip has no clean"),
+    ("mask", {"masks": []}, "truth: the clip has no mask"),
+    ("mask", {"masks": [COLOURED]}, "truth: a mask must be an 8-bit greyscale picture, got mode RGB"), ("sources", {"sources": []}, "sound: the clip has no clean"),
     ("waveforms", {"sources": [b""] * 5}, "sound: the clip has 5 clean sounds, at most 4"),
-    ("objects", {"boxes": np.zeros((9, 4))}, "truth: the clip has 9 objects, at most 8")])
+    ("objects", {"boxes": np.zeros((9, 4))}, "truth: the clip has 9 boxes, at most 8")])
 def test_what_is_missing_is_named(name, field, message, monkeypatch):
     read = TrueSet.__getitem__
     monkeypatch.setattr(TrueSet, "__getitem__", lambda self, index: read(self, index) | (field if index == 2 else {}))

@@ -13,7 +13,7 @@ import soundfile
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from av_mae.data.demo_clips import Clip
+from av_mae.data.demo_clips import MIDDLE, Clip
 
 JPEG_QUALITY = 93
 VIDEO_OPTIONS = {"crf": "15", "preset": "ultrafast", "tune": "zerolatency", "threads": "1", "flags": "+bitexact"}
@@ -88,14 +88,18 @@ def encode_clip(clip: Clip) -> tuple[bytes, dict]:
     sound = sound[:len(clip.sound)]  # AAC fills its last block with silence
     return mp4, {
         "id": clip.id,
-        "label": int(clip.label),
+        "labels": np.array([clip.label], np.int64),
         "duration": np.float32(len(clip.sound) / rate),
+        "source": clip.id,
         "frames": [jpeg(frame) for frame in frames],
         "frame_times": times,
         "sound": flac(sound, rate),
         "boxes": clip.boxes,
         "object_labels": clip.object_labels,
-        "sounding": int(clip.sounding),
-        "mask": png(clip.mask),
+        "sounding": np.int64(np.arange(len(clip.boxes)) == clip.sounding),
+        "box_annotators": np.zeros(len(clip.boxes), np.int64),
+        "annotators": 1,
+        "masks": [png(clip.mask)],
+        "mask_frames": np.array([MIDDLE]),
         "sources": [flac(source, clip.rate) for source in clip.sources],
     }

@@ -119,7 +119,7 @@ class ClipLoader(grain.transforms.RandomMap):
             box, flip = self._crop(*size, rng)
             clip["image"] = frames.decode_crop(record["frames"][nearest], box, self.image_size, flip)
         with stage("truth"):
-            return clip | truth.place_fields(self.data.truth, record, size, box, self.image_size, flip)
+            return clip | truth.place_fields(self.data.truth, record, nearest, size, box, self.image_size, flip)
 
     def _mix(self, record: dict[str, Any], waveform: np.ndarray, place: float) -> tuple[np.ndarray, np.ndarray]:
         """What is heard [samples], and the clean sounds in it [m, samples] where they are asked for."""
@@ -143,9 +143,9 @@ class ClipLoader(grain.transforms.RandomMap):
 class HostBatches(grain.MapDataset):
     """This host's rows of the global batches that begin at global position `first` of a dataset of clips.
 
-    Batch i holds positions first + i · batch_size + rows (`place`); `fields` has shape and dtype of what clips bring. Positions
-    from `total` on are padding: zeros, `valid` False, `id` and `error` ''. A failed clip is zeros and `valid` False
-    with its `id` and `error`.
+    Batch i holds positions first + i · batch_size + rows (`place`); `fields` has shape and dtype of what clips bring.
+    Positions from `total` on are padding: zeros, `valid` False, `id` and `error` ''. A failed clip is zeros and `valid`
+    False with its `id` and `error`.
     """
 
     def __init__(self, clips: grain.MapDataset, fields: truth.Spec, batch_size: int, rows: np.ndarray, first: int,
@@ -162,8 +162,8 @@ class HostBatches(grain.MapDataset):
             return self.slice(index)
         count, begin = len(self._rows), self._first + index * self._batch_size
         batch = {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in self._fields.items()}
-        batch |= {"place": (begin + np.array(self._rows)).astype(np.int32), "valid": np.zeros(count, bool), "id": np.full(count, "", object),
-                  "error": np.full(count, "", object)}
+        batch |= {"place": (begin + np.array(self._rows)).astype(np.int32), "valid": np.zeros(count, bool),
+                  "id": np.full(count, "", object), "error": np.full(count, "", object)}
         for place, row in enumerate(self._rows):
             if begin + row < self._total:
                 clip = self._parent[begin + row]

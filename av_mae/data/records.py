@@ -1,12 +1,23 @@
 """Prepared sets: records in ArrayRecord shards that `tfds.builder_from_directory` reads, TensorFlow or not.
 
-A record is a dict; n objects, k frames, m sources, any of them may be 0:
+A record is a dict; c labels, k frames, n boxes, j masks, m clean sounds, any of them may be 0:
 
-`id` str · `label` int64, the class (-1: unknown) · `duration` float32 seconds · `frames` k JPEG bytes ·
-`frame_times` float32 [k] seconds · `sound` FLAC bytes, mono, the whole clip · `boxes` float32 [n, 4] as (ymin, xmin,
-ymax, xmax) in 0…1 · `object_labels` int64 [n] · `sounding` int64, index of the sounding object (-1: unknown) ·
-`mask` PNG bytes, 255 at the sounding object's pixels (empty: unknown) · `sources` m times FLAC bytes, the clean
-sounds, that of the sounding object first.
+`id` str · `labels` int64 [c], the classes of the clip, the most important first · `label` int64, the first of them
+(-1: unknown), written by itself · `duration` float32 seconds · `source` str, the recording that the clip was cut from,
+and `source_start` float32, the second of it where the clip begins ('' and 0: unknown) · `frames` k JPEG bytes ·
+`frame_times` float32 [k] seconds of the clip · `sound` FLAC bytes, mono, the whole clip.
+
+What is known of its objects, for the frame at the clip's middle: `boxes` float32 [n, 4] as (ymin, xmin, ymax, xmax) in
+0…1 of the frame's height and width · `object_labels` int64 [n], classes (-1: unknown) · `sounding` int64 [n], 1 where
+what is in the box sounds, 0 where it is silent · `box_annotators` int64 [n], the annotator (0 … `annotators` - 1) who
+drew each box · `annotators` int64, how many looked at the frame (0: boxes are unknown; without a box that sounds,
+nothing in the frame sounds).
+
+`masks` j PNG bytes, 8-bit greyscale, of what sounds, and `mask_frames` int64 [j], the place in `frames` of the frame
+that each describes, ascending. Pixels are 0 for background and 255 for what sounds, or, in a set with several classes
+of pixels, the number of the class, which is that of `label` (class 0 is the background).
+
+`sources` m times FLAC bytes, the clean sounds in `sound`, that of the (first) sounding object first.
 """
 
 import contextlib
@@ -24,7 +35,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from av_mae.errors import UserError
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"  # raised with every change of the fields: other versions are refused
 SHARD_CLIPS = 1000
 BYTES = np.object_  # what TFDS calls a string of bytes
 _STORED = "dataset_info.json"
@@ -32,20 +43,55 @@ _STORED = "dataset_info.json"
 
 def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
     """The TFDS features of a record; the class names are stored with the label."""
-    tensor = tfds.features.Tensor
+    def numbers(dtype: type, *shape: int | None) -> tfds.features.Tensor:
+        return tfds.features.Tensor(shape=shape, dtype=dtype)
+
     return tfds.features.FeaturesDict({
         "id": tfds.features.Text(),
+        "labels": numbers(np.int64, None),
         "label": tfds.features.ClassLabel(names=list(classes)),
-        "duration": tensor(shape=(), dtype=np.float32),
-        "frames": tensor(shape=(None,), dtype=BYTES),
-        "frame_times": tensor(shape=(None,), dtype=np.float32),
-        "sound": tensor(shape=(), dtype=BYTES),
-        "boxes": tensor(shape=(None, 4), dtype=np.float32),
-        "object_labels": tensor(shape=(None,), dtype=np.int64),
-        "sounding": tensor(shape=(), dtype=np.int64),
-        "mask": tensor(shape=(), dtype=BYTES),
-        "sources": tensor(shape=(None,), dtype=BYTES),
+        "duration": numbers(np.float32),
+        "source": tfds.features.Text(),
+        "source_start": numbers(np.float32),
+        "frames": numbers(BYTES, None),
+        "frame_times": numbers(np.float32, None),
+        "sound": numbers(BYTES),
+        "boxes": numbers(np.float32, None, 4),
+        "object_labels": numbers(np.int64, None),
+        "sounding": numbers(np.int64, None),
+        "box_annotators": numbers(np.int64, None),
+        "annotators": numbers(np.int64),
+        "masks": numbers(BYTES, None),
+        "mask_frames": numbers(np.int64, None),
+        "sources": numbers(BYTES, None),
     })
+
+
+# What a record holds of the fields that its maker does not know.
+_NO_NUMBERS = np.zeros(0, np.int64)
+UNKNOWN = {"labels": _NO_NUMBERS, "source": "", "source_start": np.float32(0), "boxes": np.zeros((0, 4), np.float32),
+           "object_labels": _NO_NUMBERS, "sounding": _NO_NUMBERS, "box_annotators": _NO_NUMBERS,
+           "annotators": np.int64(0), "masks": (), "mask_frames": _NO_NUMBERS, "sources": ()}
+_PER_BOX = ("boxes", "object_labels", "sounding", "box_annotators")
+
+
+def complete(record: Mapping) -> dict:
+    """A record as it is stored, from the fields that its maker knows: `id`, `duration`, `frames`, `frame_times`,
+    `sound` and any of UNKNOWN. `label` is not given but taken from `labels`.
+
+    Raises ValueError where a field is missing, unknown or of another length than those that belong to it.
+    """
+    needed = {"id", "duration", "frames", "frame_times", "sound"}
+    wrong = (needed - record.keys()) | (record.keys() - needed - UNKNOWN.keys())
+    if wrong:
+        raise ValueError(f"record {record.get('id')!r}: missing or unknown fields {', '.join(sorted(wrong))}")
+    whole = UNKNOWN | record
+    for names in (_PER_BOX, ("masks", "mask_frames"), ("frames", "frame_times")):
+        lengths = [len(whole[name]) for name in names]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"record {record['id']!r}: {', '.join(names)} must be equally long, got {lengths}")
+    whole["label"] = int(whole["labels"][0]) if len(whole["labels"]) else -1
+    return whole | {name: np.array(whole[name], BYTES) for name in ("frames", "masks", "sources")}
 
 
 class _StableWriter(tfds.core.ExampleWriter):
@@ -83,16 +129,15 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, records: Callable[[], Iterator[dict]]):
         for number, record in enumerate(records()):
-            lists = {name: np.array(record[name], BYTES) for name in ("frames", "sources")}
-            yield number, record | lists
+            yield number, complete(record)
 
 
 def write_set(folder: str | os.PathLike, name: str, description: str, classes: Sequence[str],
               splits: Mapping[str, Callable[[], Iterator[dict]]], clips: int) -> None:
     """Writes a set's shards and its TFDS description into an existing `folder`.
 
-    `splits` maps a split's name to a function that yields its records in their final order; `clips` is the size of
-    the largest split, by which the number of shards is chosen.
+    `splits` maps a split's name to a function that yields its records (see `complete`) in their final order; `clips` is
+    the size of the largest split, by which the number of shards is chosen.
     """
     folder = pathlib.Path(folder)
     builder = _Builder(name, description, classes, splits, os.fspath(folder / "tfds"))
@@ -149,19 +194,40 @@ class RecordSource:
 
 
 # The same values as by TFDS's own parser, which is general and takes three times as long.
+def _text(stored) -> str:
+    return stored.bytes_list.value[0].decode()
+
+
+def _bytes(stored) -> bytes:
+    return stored.bytes_list.value[0]
+
+
+def _byte_strings(stored) -> np.ndarray:
+    return np.array(stored.bytes_list.value, BYTES)
+
+
+def _integer(stored) -> np.int64:
+    return np.int64(stored.int64_list.value[0])
+
+
+def _integers(stored) -> np.ndarray:
+    return np.array(stored.int64_list.value, np.int64)
+
+
+def _float(stored) -> np.float32:
+    return np.float32(stored.float_list.value[0])
+
+
+def _floats(stored) -> np.ndarray:
+    return np.array(stored.float_list.value, np.float32)
+
+
 _PARSERS: dict[str, Callable] = {
-    "id": lambda stored: stored.bytes_list.value[0].decode(),
-    "label": lambda stored: np.int64(stored.int64_list.value[0]),
-    "duration": lambda stored: np.float32(stored.float_list.value[0]),
-    "frames": lambda stored: np.array(stored.bytes_list.value, BYTES),
-    "frame_times": lambda stored: np.array(stored.float_list.value, np.float32),
-    "sound": lambda stored: stored.bytes_list.value[0],
-    "boxes": lambda stored: np.array(stored.float_list.value, np.float32).reshape(-1, 4),
-    "object_labels": lambda stored: np.array(stored.int64_list.value, np.int64),
-    "sounding": lambda stored: np.int64(stored.int64_list.value[0]),
-    "mask": lambda stored: stored.bytes_list.value[0],
-    "sources": lambda stored: np.array(stored.bytes_list.value, BYTES),
-}
+    "id": _text, "labels": _integers, "label": _integer, "duration": _float, "source": _text, "source_start": _float,
+    "frames": _byte_strings, "frame_times": _floats, "sound": _bytes,
+    "boxes": lambda stored: _floats(stored).reshape(-1, 4), "object_labels": _integers, "sounding": _integers,
+    "box_annotators": _integers, "annotators": _integer, "masks": _byte_strings, "mask_frames": _integers,
+    "sources": _byte_strings}
 
 
 def _stored_builder(path: str | os.PathLike):
@@ -172,13 +238,18 @@ def _stored_builder(path: str | os.PathLike):
     if not (path / _STORED).is_file():
         raise UserError(f"data folder {path} holds no prepared set (no {_STORED}); make one with: "
                         "python -m av_mae.prepare --dataset=NAME --output=DIR")
-    return tfds.builder_from_directory(os.fspath(path))
+    builder = tfds.builder_from_directory(os.fspath(path))
+    if str(builder.version) != VERSION:
+        raise UserError(f"{path} holds records of version {builder.version}, this program reads version {VERSION}: "
+                        "delete the folder and prepare the set again")
+    return builder
 
 
 def open_source(path: str | os.PathLike, split: str, fields: Sequence[str] | None = None) -> RecordSource:
     """The records of one split of the prepared set in folder `path`, in stored order, with all or some `fields`.
 
-    Raises UserError where the folder, the set or the split is not there, or the split is empty.
+    Raises UserError where the folder, the set or the split is not there, the set is of another version, or the split
+    is empty.
     """
     splits = _stored_builder(path).info.splits
     if split not in splits:

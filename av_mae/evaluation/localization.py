@@ -41,10 +41,9 @@ class Localization(Task):
         return {"heat": occlusion_map(model, image, audio, occlusion_noise(keys, self.config.masks, model.config.audio))}
 
     def score(self, clip: Clip) -> dict[str, Value]:
-        heat, sounding = clip["heat"].astype(np.float64), int(clip["sounding"])
-        objects = box_masks(clip["boxes"][clip["object_labels"] >= 0], heat.shape)
-        boxed = self.config.against == "box" and 0 <= sounding < len(objects)
-        truth = objects[sounding] if boxed else clip["mask"] > 0
+        heat, sounding = clip["heat"].astype(np.float64), clip["sounding"][clip["sounding"] >= 0] > 0
+        objects = box_masks(clip["boxes"][:len(sounding)], heat.shape)
+        truth = objects[sounding].any(0) if self.config.against == "box" else clip["mask"] > 0
         return score_map(heat, truth, self.cut) | {"right_object": right_object(heat, objects, sounding)}
 
     def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:

@@ -37,9 +37,10 @@ class Segmentation(Task):
 
     def score(self, clip: Clip) -> tuple[ClipScores | str, float | str]:
         """The clip's segmentation scores, and 1 where the sounding one of its objects is the one marked most."""
-        objects = box_masks(clip["boxes"][clip["object_labels"] >= 0], clip["mask"].shape)
+        sounding = clip["sounding"][clip["sounding"] >= 0] > 0
+        objects = box_masks(clip["boxes"][:len(sounding)], clip["mask"].shape)
         return (score_clip(clip["logits"].astype(np.float32), clip["mask"]),
-                right_object(probability(clip), objects, int(clip["sounding"])))
+                right_object(probability(clip), objects, sounding))
 
     def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
         found = {}

@@ -84,24 +84,25 @@ def peak_share(heat: np.ndarray, inside: np.ndarray) -> float:
     return float(inside[heat == heat.max()].mean())
 
 
-def right_object(heat: np.ndarray, objects: np.ndarray, sounding: int,
+def right_object(heat: np.ndarray, objects: np.ndarray, sounding: np.ndarray,
                  strength: Callable[[np.ndarray], float] = np.mean) -> Value:
-    """1 where the sounding object is marked most, 0 where another one is; k that are marked alike count 1 / k.
+    """1 where an object that sounds is marked most, 0 where a silent one is; of several marked alike, the share that
+    sounds.
 
-    heat: [H, W]; objects: bool [k, H, W]; strength: of the map's values inside an object (np.mean or np.max).
-    Returns the reason where there is nothing to choose from.
+    heat: [H, W]; objects: bool [k, H, W]; sounding: bool [k]; strength: of the map's values inside an object (np.mean
+    or np.max). Returns the reason where there is nothing to choose from.
     """
-    if not 0 <= sounding < len(objects):
+    if not sounding.any():
         return "no object sounds"
     require_finite(heat, "values of a heat map")
     seen = objects.any((1, 2))
-    if not seen[sounding]:
+    if not seen[sounding].any():
         return "the sounding object covers no pixel"
-    if seen.sum() < 2:
-        return "only one object"
+    if not seen[~sounding].any():
+        return "only one object" if seen.sum() == 1 else "all objects sound"
     strengths = np.array([strength(heat[mask]) if mask.any() else -np.inf for mask in objects])
     best = strengths == strengths.max()
-    return float(best[sounding] / best.sum())
+    return float(best[sounding].sum() / best.sum())
 
 
 def score_map(heat: np.ndarray, truth: np.ndarray, cut: Cut) -> dict[str, Value]:
