@@ -9,13 +9,14 @@ import jax
 from av_mae import recipes
 from av_mae.config import EvaluationConfig
 from av_mae.errors import UserError, run_command
-from av_mae.task_config import CONFIGS
+from av_mae.task_config import CONFIGS, CompareConfig
 from av_mae.training.checkpoint import quiet_libraries
 from av_mae.training.mesh import add_process_arguments, initialize_processes
 
 # Each module has run(config, workdir) -> Report; it is imported when asked for.
-TASKS = {"reconstruction": "av_mae.evaluation.reconstruction", **{task: "av_mae.evaluation.task" for task in CONFIGS}}
-KINDS = {"reconstruction": EvaluationConfig, **CONFIGS}
+TASKS = {"reconstruction": "av_mae.evaluation.reconstruction", "compare": "av_mae.evaluation.compare",
+         **{task: "av_mae.evaluation.task" for task in CONFIGS}}
+KINDS = {"reconstruction": EvaluationConfig, "compare": CompareConfig, **CONFIGS}
 
 
 def kind_of(values: dict) -> type:

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -117,6 +117,29 @@ def confusion(counts: np.ndarray, classes: list[str], most: int = 30) -> np.ndar
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     figure.colorbar(shown, shrink=0.8)
+    return _render(figure)
+
+
+def bars(panels: Mapping[str, Mapping[str, list[tuple[float, float] | None]]], names: list[str]) -> np.ndarray:
+    """Bars of figures, a panel side by side for each of `panels`: title → figure → (value, deviation) for each name.
+
+    None where there is no value; a deviation of NaN is not drawn. Returns uint8 [height, width, 3].
+    """
+    shares = [len(panel) for panel in panels.values()]
+    figure = Figure(figsize=(2.5 + 2 * sum(shares), 4), dpi=100, facecolor="white", layout="constrained")
+    places = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": shares})[0]
+    width = 0.8 / len(names)
+    for axes, (title, panel) in zip(places, panels.items(), strict=True):
+        for number, name in enumerate(names):
+            values = [entries[number] or (np.nan, np.nan) for entries in panel.values()]
+            means, deviations = zip(*values, strict=True)
+            axes.bar(np.arange(len(panel)) + (number + 0.5) * width - 0.4, means, width, label=name,
+                     yerr=np.nan_to_num(deviations), error_kw={"elinewidth": 1})
+        axes.set_xticks(range(len(panel)), list(panel), fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="y", alpha=0.3)
+    handles, labels = places[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     return _render(figure)
 
 

@@ -105,5 +105,54 @@ class LocalizationConfig(TaskConfig):
         require(self.against in ("box", "mask"), f"against={self.against!r} must be box or mask")
 
 
+@dataclasses.dataclass(frozen=True)
+class ComparedRow:
+    """A pretraining to compare: `checkpoint` in the folder of runs, or the sizes of it with `random_weights`.
+
+    `command` makes the checkpoint. `tasks` names those that it is measured on (none: all), `overrides` (KEY=VALUE)
+    change their recipes.
+    """
+
+    name: str
+    checkpoint: str
+    command: str = ""
+    random_weights: bool = False
+    tasks: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedTask:
+    """A task to compare by: its `recipe` (FILE:VARIANT), the set in the folder of runs, changes of the recipe
+    (KEY=VALUE), and which of its `figures` are shown."""
+
+    name: str
+    recipe: str
+    data: str
+    figures: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """A table of pretrainings (rows) by tasks, each measured with every seed. `runs` is the folder that the rows'
+    checkpoints and the tasks' sets lie in."""
+
+    task: str = "compare"
+    runs: str = "runs"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rows: tuple[ComparedRow, ...] = ()
+    tasks: tuple[ComparedTask, ...] = ()
+
+    def __post_init__(self):
+        require(len(self.seeds) > 0, "seeds=() must hold at least one seed")
+        for what in ("seeds", "rows", "tasks"):
+            names = [getattr(entry, "name", entry) for entry in getattr(self, what)]
+            require(len(set(names)) == len(names), f"{what} must have different names, got {names}")
+        known = {task.name for task in self.tasks}
+        for row in self.rows:
+            require(set(row.tasks) <= known, f"row {row.name!r} has tasks={row.tasks}; the table has {sorted(known)}")
+
+
 CONFIGS: dict[str, Any] = {"classification": ClassificationConfig, "localization": LocalizationConfig,
                            "segmentation": SegmentationConfig, "separation": SeparationConfig}

@@ -14,7 +14,7 @@ from av_mae import models
 from av_mae.errors import UserError
 from av_mae.models import objectives
 from av_mae.published import head_names
-from av_mae.published.names import names_of
+from av_mae.published.names import head_rules, names_of
 
 
 def near(value, expected, tolerance=3e-5):
@@ -186,6 +186,26 @@ def test_classifier_of_other_sizes(fusion, input_norm):
             near(logits[stream], numpy_heads.linear(p, f"heads.{stream}", x))
     near(models.joint_score(logits), np.mean([np.asarray(x) for x in logits.values()], 0), 1e-6)
     near(model.classify(models.pool(tokens))["image"], run(*clips)["image"], 1e-6)
+
+
+@pytest.mark.parametrize("fusion,input_norm", [("none", True), ("factorized", False)])
+def test_late_fusion_is_one_classifier_of_all_streams_side_by_side(fusion, input_norm):
+    config = encoder_of(fusion)
+    tokens, clips = random_layers(config, 3), inputs(config, 3)
+    model = made("classifier", config, models.ClassifierConfig(5, input_norm, concatenate=True))
+    run, p = with_layers(model, tokens)
+    names = ("image", "audio") if fusion == "none" else ("image", "audio", "fusion")
+    for train in (None, np.array([True, False, True])):
+        pooled = [np.asarray(getattr(tokens, stream), np.float64).mean(1) for stream in names]
+        if input_norm:
+            pooled = [numpy_heads.batch_norm(p, f"norms.{stream}", x, train, 1e-6)
+                      for stream, x in zip(names, pooled, strict=True)]
+        logits = run(*clips, train)
+        assert logits.keys() == {"joint"}
+        near(logits["joint"], numpy_heads.linear(p, "heads.joint", np.concatenate(pooled, 1)))
+    near(models.joint_score(logits), logits["joint"], 1e-6)
+    with pytest.raises(UserError, match="no classifier with heads.joint.* have no published names"):
+        head_rules(model)
 
 
 # What dense heads do not read: they take the layers as they are.

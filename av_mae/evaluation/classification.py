@@ -12,11 +12,10 @@ from av_mae.evaluation import classification_objective as training
 from av_mae.evaluation.figures import Bootstrap, Figure
 from av_mae.evaluation.metrics.classification import confusion_matrix, multi_label_figures, single_label_figures
 from av_mae.evaluation.task import Clip, Measured, Task
+from av_mae.models.classifier import JOINT
 from av_mae.task_config import ClassificationConfig
 from av_mae.training.step import Batch
 from av_mae.training.stored import Stored
-
-JOINT = "joint"
 
 
 class Classification(Task):

@@ -58,11 +58,17 @@ class Report:
     table: str
     details: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes `results.json`: each figure as {"value", "low", "high"}, `clips` and `skipped`, and the details."""
+    def to_json(self) -> dict:
+        """Each figure as {"value", "low", "high"}, `clips` and `skipped`, and the details."""
         results = {name: figure.to_json() for name, figure in self.figures.items()}
-        results |= {"clips": self.clips, "skipped": self.skipped} | dict(self.details)
-        pathlib.Path(path).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+        return results | {"clips": self.clips, "skipped": self.skipped} | dict(self.details)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `results.json`, in one piece or not at all."""
+        path = pathlib.Path(path)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+        os.replace(temporary, path)
 
 
 class Bootstrap:

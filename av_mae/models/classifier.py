@@ -10,12 +10,14 @@ from av_mae.models.encoder import Encoder, pool
 from av_mae.models.head_config import ClassifierConfig
 from av_mae.models.layers import Linear, at_least_float32
 
+JOINT = "joint"
+
 
 class Classifier(nnx.Module):
     """classifier(image, audio, train_rows=None) → {'image', 'audio', 'fusion'}: logits [B, classes].
 
-    Without fusion tokens there is no 'fusion'. Inputs as for the encoder. `train_rows` [B] is given in training: the
-    clips over which input norms take their statistics.
+    Without fusion tokens there is no 'fusion'; a head that concatenates the streams gives {'joint'} alone. Inputs as
+    for the encoder. `train_rows` [B] is given in training: the clips over which input norms take their statistics.
     """
 
     def __init__(self, config: AVMAEConfig, head: ClassifierConfig, *, rngs: nnx.Rngs):
@@ -26,12 +28,15 @@ class Classifier(nnx.Module):
             widths["fusion"] = config.fusion_width
         self.norms = nnx.Dict({name: BatchNorm(width, eps=1e-6, affine=False)
                                for name, width in widths.items() if head.input_norm})
-        self.heads = nnx.Dict({name: Linear(width, head.classes, rngs=rngs) for name, width in widths.items()})
+        read = {JOINT: sum(widths.values())} if head.concatenate else widths
+        self.heads = nnx.Dict({name: Linear(width, head.classes, rngs=rngs) for name, width in read.items()})
 
     def classify(self, features: dict[str, jax.Array], train_rows: jax.Array | None = None) -> dict[str, jax.Array]:
         """Logits of pooled features [B, D] by stream: all that a frozen encoder leaves to do."""
         if self.head.input_norm:
-            features = {name: norm(features[name], train_rows) for name, norm in self.norms.items()}
+            features = {name: self.norms[name](x, train_rows) for name, x in features.items()}
+        if self.head.concatenate:
+            features = {JOINT: jnp.concatenate(list(features.values()), axis=-1)}
         return {name: head(features[name]) for name, head in self.heads.items()}
 
     def __call__(self, image: jax.Array, audio: jax.Array,

@@ -9,10 +9,15 @@ MASKS = ("binary", "ratio")
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """Linear classifiers of the pooled streams; `input_norm` puts a batch norm without scale and bias before them."""
+    """Linear classifiers of the pooled streams; `input_norm` puts a batch norm without scale and bias before them.
+
+    `concatenate`: one classifier of all streams side by side instead of one each (late fusion, where the encoder has
+    no fusion tokens).
+    """
 
     classes: int = 2
     input_norm: bool = False
+    concatenate: bool = False
 
     def __post_init__(self):
         require(self.classes > 0, f"classifier classes={self.classes} must be at least 1")

@@ -244,6 +244,9 @@ def head_rules(model: nnx.Module) -> list[Rule]:
     if kind not in head_names.HEADS:
         raise UserError(f"the published system has no {kind}, so its weights have no published names")
     entries = head_names.HEADS[kind].path_entries(own)
+    unnamed = [path for path in own if not path.startswith("encoder.") and path not in entries]
+    if unnamed:
+        raise UserError(f"the published system has no {kind} with {unnamed[0]}, so its weights have no published names")
     return [Rule(entry.published, (path,), axes(entry.axes)) for path, entry in entries.items() if path in own]
 
 
