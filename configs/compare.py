@@ -14,8 +14,12 @@ Variants:
             configs/segmentation.py and configs/separation.py).
 
 Rows: `random` weights in the early-fusion encoder; `unimodal`, two encoders that do not meet, a linear classifier each,
-joint: their mean; `late fusion`, the same encoders under one linear classifier of both features side by side; `token
-fusion` and `early fusion` (factorized), pretrained with fusion tokens. All see the same clips, noise and seeds.
+joint: their mean; `late fusion`, the same encoders under one linear classifier of both features side by side, which can
+say just what that mean can; `token fusion` and `early fusion` (factorized), pretrained with fusion tokens. All see the
+same clips, noise and seeds.
+
+Hardware: 2 CPU cores. A cell of the demo takes 3 to 3.5 minutes of them when nothing else runs, so the table of 15 takes
+50; of those about 3 are training, which reads new noise in every step (555 clips/s, both cores busy).
 """
 
 from av_mae import recipes
