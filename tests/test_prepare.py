@@ -168,8 +168,8 @@ def test_many_clips_are_spread_over_shards(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--dataset=toy_bant"], "unknown dataset 'toy_bant', known are toy_band, spoken_digits; did you mean toy_band?"),
-    (["--dataset=xyz"], "unknown dataset 'xyz', known are toy_band, spoken_digits"),
+    (["--dataset=toy_bant"], f"unknown dataset 'toy_bant', known are {', '.join(prepare.NAMES)}; did you mean toy_band?"),
+    (["--dataset=xyz"], f"unknown dataset 'xyz', known are {', '.join(prepare.NAMES)}"),
     (["--dataset=toy_band", "--variant=scenes"],
      "unknown variant 'scenes', known are single, scene, mixture; did you mean scene?"),
     (["--dataset=toy_band", "--clips=0"], "--clips=0 must be at least 1"),

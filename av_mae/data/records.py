@@ -39,6 +39,7 @@ VERSION = "2.0.0"  # raised with every change of the fields: other versions are 
 SHARD_CLIPS = 1000
 BYTES = np.object_  # what TFDS calls a string of bytes
 _STORED = "dataset_info.json"
+_BEGUN = "prepare.json"  # what av_mae.prepare writes first
 
 
 def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
@@ -106,7 +107,7 @@ class _StableWriter(tfds.core.ExampleWriter):
             raise OSError(f"{error}") from error
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Writes the records it is given, in their order."""
 
     VERSION = tfds.core.Version(VERSION)
@@ -140,7 +141,7 @@ def write_set(folder: str | os.PathLike, name: str, description: str, classes: S
     the size of the largest split, by which the number of shards is chosen.
     """
     folder = pathlib.Path(folder)
-    builder = _Builder(name, description, classes, splits, os.fspath(folder / "tfds"))
+    builder = Builder(name, description, classes, splits, os.fspath(folder / "tfds"))
     download = tfds.download.DownloadConfig(num_shards=math.ceil(clips / SHARD_CLIPS))
     with _quiet():
         builder.download_and_prepare(download_config=download)
@@ -235,6 +236,9 @@ def _stored_builder(path: str | os.PathLike):
     if not path.is_dir():
         raise UserError(f"data folder {path} does not exist; make a set with: python -m av_mae.prepare "
                         f"--dataset=toy_band --output={path}")
+    if (path / _BEGUN).is_file() and not (path / _STORED).is_file():
+        raise UserError(f"the set in {path} is not complete; run the command that prepares it again, it goes on where "
+                        "it stopped")
     if not (path / _STORED).is_file():
         raise UserError(f"data folder {path} holds no prepared set (no {_STORED}); make one with: "
                         "python -m av_mae.prepare --dataset=NAME --output=DIR")

@@ -3,18 +3,15 @@
 import functools
 import io
 import math
-from collections.abc import Callable
 
 import numpy as np
 import scipy.fft
 import scipy.sparse
 import soundfile
-import soxr
 
 from av_mae.config import SoundConfig
+from av_mae.data.resampling import take
 from av_mae.errors import UserError
-
-_RESAMPLING_MARGIN = 0.02  # seconds read around a window, so that the resampling filter sees real sound at its ends
 
 
 def check_sound(sound: SoundConfig) -> None:
@@ -115,8 +112,10 @@ def read_window(encoded: bytes, rate: int, samples: int, place: float) -> tuple[
 
     place: 0 takes the first window that the sound holds, 1 the last, 0.5 the middle.
     Returns (float32 [samples], start of the window in seconds, middle of the sound in the window in seconds).
-    Raises ValueError where the sound cannot be decoded whole.
+    Raises ValueError where there is no sound, or it cannot be decoded whole.
     """
+    if not encoded:
+        raise ValueError("the clip has no sound")
     try:
         with soundfile.SoundFile(io.BytesIO(encoded)) as file:
             total, own_rate = file.frames, file.samplerate
@@ -139,24 +138,3 @@ def _read(file: soundfile.SoundFile, first: int, count: int) -> np.ndarray:
     if len(waveform) < count:
         raise ValueError(f"the sound breaks off: {first + len(waveform)} of {file.frames} samples can be read")
     return waveform if waveform.ndim == 1 else waveform.mean(axis=1)
-
-
-def take(read: Callable[[int, int], np.ndarray], total: int, own_rate: int, rate: int, first: int,
-         count: int) -> np.ndarray:
-    """Samples first … first + count of a mono sound of `total` samples at `own_rate` Hz, resampled to `rate` Hz.
-
-    read(first, count) gives float32 [count] of the sound; it is asked for a margin in which both rates' samples
-    coincide, too.
-    """
-    if own_rate == rate:
-        return read(first, count)
-    step = own_rate // math.gcd(own_rate, rate)
-    margin = step * math.ceil(_RESAMPLING_MARGIN * own_rate / step)
-    before = min(margin, first // step * step)
-    after = min(margin, total - first - count)
-    waveform = soxr.resample(read(first - before, before + count + after), own_rate, rate)
-    skipped = before * rate // own_rate
-    waveform = waveform[skipped:skipped + math.ceil(count * rate / own_rate)]
-    if not len(waveform):
-        raise ValueError(f"the sound is too short: {count} samples at {own_rate} Hz are none at {rate} Hz")
-    return waveform

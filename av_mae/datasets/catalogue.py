@@ -1,0 +1,136 @@
+"""What a data set's reader makes of the files that a user has: its classes, its clips, and what was wrong."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from av_mae.errors import UserError
+
+# Why a clip is not in the prepared set, or what is odd about it. The order is that of the report.
+CAUSES = {
+    "bad_row": "a row of an annotation file breaks a rule",
+    "bad_id": "an id that cannot name a clip",
+    "duplicate_id": "the id of a clip that came before",
+    "missing": "annotated, but there is no such file",
+    "undecodable": "the file cannot be decoded",
+    "no_sound": "the file has no sound",
+    "no_picture": "the file has no picture",
+    "too_short": "shorter than --shortest",
+    "silence": "the sound never rises above -60 dB of full scale",
+    "black": "every frame is black",
+    "still": "the picture never changes",
+    "no_label": "the set has classes, the clip has none",
+    "duplicate_content": "the same frames and sound as a clip that came before",
+}
+# With these, no record is stored whatever the options say.
+NEVER_STORED = ("bad_row", "bad_id", "duplicate_id", "missing", "undecodable")
+
+SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
+          "validation": "validation", "dev": "validation", "test": "test", "eval": "test", "evaluation": "test"}
+LONGEST_ID = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something that the report tells about a clip (or a row). `stage`: annotations, files, open, frame, sound, …"""
+
+    cause: str
+    clip: str
+    stage: str
+    message: str
+    split: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceClip:
+    """One clip as the data set describes it; files are named relative to the source folder.
+
+    media: a file with picture and sound, or, with `images`, the sound of those pictures, which are shown at
+    `image_times` (s; empty: all of them in the middle of the sound). start, end: the part of `media` (s). source and
+    source_start: the recording the clip was cut from, and where. boxes: (ymin, xmin, ymax, xmax) in 0…1 in the clip's
+    middle frame, with the annotator of each; annotators: how many there were. masks: picture files, for the frames
+    `mask_frames`. mixed_with: the clip whose sound is added to this one's (a test pair of separation).
+    """
+
+    id: str
+    split: str
+    media: str
+    images: tuple[str, ...] = ()
+    image_times: tuple[float, ...] = ()
+    start: float = 0.0
+    end: float | None = None
+    labels: tuple[int, ...] = ()
+    source: str = ""
+    source_start: float = 0.0
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    box_annotators: tuple[int, ...] = ()
+    annotators: int = 0
+    masks: tuple[str, ...] = ()
+    mask_frames: tuple[int, ...] = ()
+    mask_reader: str = ""
+    mixed_with: "SourceClip | None" = None
+
+    def files(self) -> tuple[str, ...]:
+        """Every file that the clip is made of."""
+        others = self.mixed_with.files() if self.mixed_with else ()
+        return (self.media, *self.images, *self.masks, *others)
+
+
+@dataclasses.dataclass
+class Catalogue:
+    """A data set as its annotations and files describe it. `classes` by number; `findings` in no order."""
+
+    classes: tuple[str, ...] = ()
+    clips: list[SourceClip] = dataclasses.field(default_factory=list)
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+
+    def note(self, cause: str, clip: str, stage: str, message: str, split: str = "") -> None:
+        self.findings.append(Finding(cause, clip, stage, message, split))
+
+
+def check_id(name: str) -> None:
+    """Raises ValueError where a name cannot be a clip's id."""
+    if not name or name != name.strip():
+        raise ValueError(f"id {name!r} is empty or begins or ends with a space")
+    if re.search(r"[/\\\x00-\x1f]", name) or name in (".", ".."):
+        raise ValueError(f"id {name!r} holds a path separator or a control character")
+    if len(name) > LONGEST_ID:
+        raise ValueError(f"id {name[:20]!r}… has {len(name)} characters, at most {LONGEST_ID} are allowed")
+
+
+def split_name(name: str) -> str:
+    """'val' → 'validation' and so on. Raises ValueError for a name that is no split."""
+    known = SPLITS.get(name.strip().lower())
+    if known is None:
+        raise ValueError(f"split {name!r} must be one of {', '.join(SPLITS)}")
+    return known
+
+
+def checked(catalogue: Catalogue, splits: Iterable[str] = ()) -> Catalogue:
+    """The catalogue with each id once, in the order of ids, and only of the `splits` named (none: all).
+
+    Raises UserError where a split is not there, or no clip is left.
+    """
+    known = sorted({clip.split for clip in catalogue.clips})
+    unknown = sorted(set(splits) - set(known))
+    if unknown:
+        raise UserError(f"--splits={','.join(splits)}: the data set has no {unknown[0]!r}; it has {', '.join(known)}")
+    kept: dict[str, SourceClip] = {}
+    findings = list(catalogue.findings)
+    for clip in sorted(catalogue.clips, key=lambda clip: clip.id):  # stable: of the same id, the first stays
+        try:
+            check_id(clip.id)
+        except ValueError as error:
+            findings.append(Finding("bad_id", clip.id, "annotations", str(error), clip.split))
+            continue
+        if clip.id in kept:
+            message = f"{clip.media} ({clip.split}); {kept[clip.id].media} ({kept[clip.id].split}) is kept"
+            findings.append(Finding("duplicate_id", clip.id, "annotations", message, clip.split))
+        else:
+            kept[clip.id] = clip
+    clips = [clip for clip in kept.values() if not splits or clip.split in splits]
+    if not clips:
+        first = f": {findings[0].message}" if findings else ""
+        raise UserError(f"no clip was found in --source{first} ({len(findings)} findings)")
+    findings.sort(key=lambda finding: (list(CAUSES).index(finding.cause), finding.clip, finding.message))
+    return Catalogue(catalogue.classes, clips, findings)

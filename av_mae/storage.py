@@ -1,0 +1,110 @@
+"""Folders on this machine or on any store that fsspec knows (gs://, s3://, memory://, …), by one small interface."""
+
+import functools
+import os
+import pathlib
+import urllib.parse
+
+from av_mae.errors import UserError
+
+TEMPORARY = ".part"  # the ending of a file that is being written
+_EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
+
+
+class Folder:
+    """A folder, named by a path or a URL. Can be pickled. Paths within it use '/' and are relative to it."""
+
+    def __init__(self, url: str | os.PathLike):
+        self.url = os.fspath(url)
+        if self.url.startswith("file://"):
+            self.url = urllib.parse.unquote(self.url.removeprefix("file://"))
+        self.is_local = "://" not in self.url
+        self.url = self.url.rstrip("/") or "/"
+
+    def __str__(self) -> str:
+        return self.url
+
+    def path(self, name: str) -> str:
+        """The whole path or URL of a file."""
+        return f"{self.url.rstrip('/')}/{name}"
+
+    def files(self, below: str = "") -> list[str]:
+        """All files below a subfolder, sorted; none where it is not there. Hidden files and folders are left out."""
+        if self.is_local:
+            root = pathlib.Path(self.path(below) if below else self.url)
+            found = [os.path.relpath(os.path.join(folder, name), self.url).replace(os.sep, "/")
+                     for folder, names, files in os.walk(root, followlinks=True)
+                     if not _prune(names) for name in files]
+        else:
+            start = self._stripped(self.path(below) if below else self.url)
+            root = self._stripped(self.url)
+            found = [name.removeprefix(root).lstrip("/") for name in self._system.find(start)]
+        return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
+
+    def exists(self, name: str) -> bool:
+        if self.is_local:
+            return os.path.exists(self.path(name))
+        return self._system.exists(self._stripped(self.path(name)))
+
+    def read(self, name: str) -> bytes:
+        """Raises OSError."""
+        if self.is_local:
+            return pathlib.Path(self.path(name)).read_bytes()
+        return self._system.cat_file(self._stripped(self.path(name)))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file whole or not at all, in place of one that is there."""
+        if not self.is_local:  # a store shows an object when it is complete
+            self._system.pipe_file(self._stripped(self.path(name)), content)
+            return
+        temporary = pathlib.Path(self.path(name + TEMPORARY))
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path(name))
+
+    def put(self, file: str | os.PathLike, name: str) -> None:
+        """Moves a whole local file here under its final name; it must lie in this folder where that is local."""
+        if self.is_local:
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+            os.replace(file, self.path(name))
+        else:
+            self._system.put_file(os.fspath(file), self._stripped(self.path(name)))
+            os.unlink(file)
+
+    def remove(self, name: str) -> None:
+        if self.is_local:
+            pathlib.Path(self.path(name)).unlink(missing_ok=True)
+        elif self.exists(name):
+            self._system.rm_file(self._stripped(self.path(name)))
+
+    def remove_empty(self, name: str) -> None:
+        """Removes a subfolder that holds nothing; stores have none."""
+        if self.is_local and os.path.isdir(self.path(name)):
+            os.rmdir(self.path(name))
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_system"}
+
+    @functools.cached_property
+    def _system(self):
+        import fsspec
+
+        protocol = self.url.split("://")[0]
+        try:
+            return fsspec.core.url_to_fs(self.url)[0]
+        except (ImportError, ValueError) as error:
+            package = _EXTRAS.get(protocol)
+            needed = f"pip install {package}" if package else "use a path or a URL that fsspec knows"
+            raise UserError(f"{self.url}: {error}; {needed}") from error
+
+    def _stripped(self, url: str) -> str:
+        return self._system._strip_protocol(url)
+
+
+def _prune(names: list[str]) -> None:
+    """Keeps os.walk out of hidden folders, and its order the same everywhere."""
+    names[:] = sorted(name for name in names if not name.startswith("."))
