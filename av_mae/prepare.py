@@ -44,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
     demo = made.add_argument_group("demo sets: " + ", ".join(MODULES))
     _add(demo, "clips", int, "training clips")
     _add(demo, "test_clips", int, "test clips")
-    _add(demo, "variant", str, "single: one object; scene: several, of which one sounds; mixture: two sounds, the image "
-                               "shows the first")
+    _add(demo, "variant", str, "single: one object; scene: several, of which one sounds; mixture: two sounds, the "
+                               "image shows the first")
     sets = made.add_argument_group("other sets: " + ", ".join(datasets.NAMES))
     _add(sets, "source", str, "folder of the data set as downloaded; a path or a URL")
     _add(sets, "table", str, "of --dataset=folder: csv or Parquet file with the columns path and, where known, id, "

@@ -46,7 +46,8 @@ def vggsound(shared, folder):
 def audioset(shared, folder):
     _clips(shared, folder, ["clips/--/--aaa_aaaaa_000030_000040", "clips/bb/bbbbbbbbbbb_000000_000010",
                             "clips/cc/ccccccccccc_000005_000012"])
-    lines = "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=1\n# YTID, start_seconds, end_seconds, labels\n"
+    lines = ("# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=1\n"
+             "# YTID, start_seconds, end_seconds, labels\n")
     return clip_trees.put(folder, {
         "annotations/class_labels_indices.csv": 'index,mid,display_name\n0,/m/1,"Speech"\n1,/m/2,"Bird, chirping"\n'
                                                 '2,/t/3,"Music"\n',
@@ -60,7 +61,8 @@ def music(shared, folder):
     _clips(shared, folder, ["clips/cello/aaaaaaaaaaa", "clips/flute/bbbbbbbbbbb.0", "clips/flute/bbbbbbbbbbb.10",
                             "clips/cello flute/ccccccccccc"])
     return clip_trees.put(folder, {
-        "MUSIC_solo_videos.json": json.dumps({"videos": {"cello": ["aaaaaaaaaaa"], "flute": ["bbbbbbbbbbb", "absent"]}}),
+        "MUSIC_solo_videos.json": json.dumps({"videos": {"cello": ["aaaaaaaaaaa"],
+                                                         "flute": ["bbbbbbbbbbb", "absent"]}}),
         "MUSIC_duet_videos.json": json.dumps({"videos": {"cello flute": ["ccccccccccc"]}}),
         "anno/music21_solo.csv": "vid,class,url\naaaaaaaaaaa,cello,x\nbbbbbbbbbbb,flute,y\n"})
 
@@ -101,11 +103,13 @@ def vggss(shared, folder):
 def flickr_soundnet(shared, folder):
     box = "<bbox><name>x</name><xmin>64</xmin><ymin>128</ymin><xmax>192</xmax><ymax>256</ymax></bbox>"
     for name in ("111", "222"):
+        sound = shared / "media" / "fsdd" / f"{name[0]}_theo_0.wav"
         clip_trees.put(folder, {f"frames/{name}.jpg": picture(np.full((256, 256, 3), 99, np.uint8), "JPEG"),
-                                f"audio/{name}.wav": (shared / "media" / "fsdd" / f"{name[0]}_theo_0.wav").read_bytes()})
+                                f"audio/{name}.wav": sound.read_bytes()})
     return clip_trees.put(folder, {
         "Annotations/111.xml": f"<annotation><a>{box}{box.replace('64', '0')}</a><b>{box}</b></annotation>",
-        "Annotations/222.xml": "<annotation><a><bbox><n>x</n><a>0</a><b>0</b><c>128</c><d>64</d></bbox></a></annotation>",
+        "Annotations/222.xml": "<annotation><a><bbox><n>x</n><a>0</a><b>0</b><c>128</c><d>64</d></bbox></a>"
+                               "</annotation>",
         "Annotations/333.xml": "<annotation>"})
 
 

@@ -168,7 +168,8 @@ def test_many_clips_are_spread_over_shards(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--dataset=toy_bant"], f"unknown dataset 'toy_bant', known are {', '.join(prepare.NAMES)}; did you mean toy_band?"),
+    (["--dataset=toy_bant"],
+     f"unknown dataset 'toy_bant', known are {', '.join(prepare.NAMES)}; did you mean toy_band?"),
     (["--dataset=xyz"], f"unknown dataset 'xyz', known are {', '.join(prepare.NAMES)}"),
     (["--dataset=toy_band", "--variant=scenes"],
      "unknown variant 'scenes', known are single, scene, mixture; did you mean scene?"),

@@ -18,18 +18,24 @@ CLIPS = {
                  "test": {"bbb-bbb_bbb_000030": ["dog barking, loud"], "_0_0c0_0ccc_000000": ["playing flute"]}},
     "vggsound_music": {"train": {"aaaaaaaaaaa_000030": ["cello"]}, "test": {"_0_0c0_0ccc_000000": ["flute"]},
                        "test_pairs": {"_0_0c0_0ccc_000000+aaaaaaaaaaa_000030": ["flute"]}},
-    "audioset": {"train": {"--aaa_aaaaa_000030": ["Speech", "Music"]}, "balanced": {"bbbbbbbbbbb_000000": ["Bird, chirping"]},
+    "audioset": {"train": {"--aaa_aaaaa_000030": ["Speech", "Music"]},
+                 "balanced": {"bbbbbbbbbbb_000000": ["Bird, chirping"]},
                  "test": {"ccccccccccc_000005": ["Bird, chirping", "Speech"]}},
-    "music_solo": {"test": {"aaaaaaaaaaa": ["cello"]}, "train": {"bbbbbbbbbbb.0": ["flute"], "bbbbbbbbbbb.10": ["flute"]}},
+    "music_solo": {"test": {"aaaaaaaaaaa": ["cello"]},
+                   "train": {"bbbbbbbbbbb.0": ["flute"], "bbbbbbbbbbb.10": ["flute"]}},
     "music_duet": {"test": {"ccccccccccc": ["cello", "flute"]}},
-    "music_21": {"test": {"aaaaaaaaaaa": ["cello"]}, "train": {"bbbbbbbbbbb.0": ["flute"], "bbbbbbbbbbb.10": ["flute"]}},
+    "music_21": {"test": {"aaaaaaaaaaa": ["cello"]},
+                 "train": {"bbbbbbbbbbb.0": ["flute"], "bbbbbbbbbbb.10": ["flute"]}},
     "avsbench_s4": {"train": {"one": ["guitar"]}},
     "avsbench_ms3": {"validation": {"two": ["guitar", "c9"]}},
-    "avsbench_avss": {"train": {"one": ["guitar"]}, "validation": {"two": ["guitar", "c9"]}, "test": {"three": ["man"]}},
+    "avsbench_avss": {"train": {"one": ["guitar"]}, "validation": {"two": ["guitar", "c9"]},
+                      "test": {"three": ["man"]}},
     "vggss": {"test": {"aaaaaaaaaaa_000030": ["cello"], "bbbbbbbbbbb_000007": ["flute"]}},
     "flickr_soundnet": {"test": {"111": [], "222": []}},
-    "grid": {"test": {"s1_brbk7n": ["command bin", "colour red", "preposition by", "letter k", "digit seven", "adverb now"]},
-             "train": {"s3_lbax4n": ["command lay", "colour blue", "preposition at", "letter x", "digit four", "adverb now"],
+    "grid": {"test": {"s1_brbk7n": ["command bin", "colour red", "preposition by", "letter k", "digit seven",
+                                    "adverb now"]},
+             "train": {"s3_lbax4n": ["command lay", "colour blue", "preposition at", "letter x", "digit four",
+                                     "adverb now"],
                        "s5_lbbc2a": ["command lay", "colour blue", "preposition by", "letter c", "digit two",
                                      "adverb again"]}},
 }
@@ -126,11 +132,13 @@ def test_colours_of_classes_are_those_of_pascal_voc():
 
 
 @pytest.mark.parametrize("rows", [
-    "aaaaaaaaaaa,30,playing cello,train", "# comment\n\n aaaaaaaaaaa , 30 , playing cello , train \n",
-    "id,start,label,split\naaaaaaaaaaa,30.0,playing cello,train", '\ufeff"aaaaaaaaaaa","30","playing cello","train"\r\n'])
+    "aaaaaaaaaaa,30,playing cello,train",
+    "# comment\n\n aaaaaaaaaaa , 30 , playing cello , train \n",
+    "id,start,label,split\naaaaaaaaaaa,30.0,playing cello,train",
+    '\ufeff"aaaaaaaaaaa","30","playing cello","train"\r\n'])
 @pytest.mark.parametrize("file", ["clips/playing_cello/aaaaaaaaaaa_30.mkv", "video/aaaaaaaaaaa_000030.webm",
-                                  "aaaaaaaaaaa_000030_000040.mp4", "x/aaaaaaaaaaa_30000_40000.mp4", "aaaaaaaaaaa-30.avi",
-                                  "aaaaaaaaaaa.mp4"])
+                                  "aaaaaaaaaaa_000030_000040.mp4", "x/aaaaaaaaaaa_30000_40000.mp4",
+                                  "aaaaaaaaaaa-30.avi", "aaaaaaaaaaa.mp4"])
 def test_variants_of_rows_and_names(rows, file, tmp_path):
     source = clip_trees.put(tmp_path, {"annotations/vggsound.csv": rows, file: b""})
     clip, = datasets.reader("vggsound").read(datasets.Folder(source)).clips

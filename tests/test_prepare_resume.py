@@ -1,4 +1,4 @@
-"""A preparation that is killed, in any moment: the same set in the end and nothing left; corrupted clips cost themselves."""
+"""A preparation that is killed in any moment: the same set in the end, nothing left. Corrupted clips; stores."""
 
 import os
 import pathlib
@@ -100,11 +100,16 @@ def test_a_killed_preparation_goes_on(kills, tmp_path, root):
     assert len(clip_trees.stored(output)) == CLIPS
 
 
+def _interrupted_at_the_end(*_, everything: bool) -> None:
+    if everything:
+        raise KeyboardInterrupt
+
+
 def test_a_kill_between_description_and_cleaning_leaves_nothing(tmp_path, monkeypatch):
     source = _source(tmp_path / "in", 3)
     clip_trees.prepare("folder", source, tmp_path / "whole", shard_clips=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shards, "clean_up", lambda *_, everything: everything and (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(shards, "clean_up", _interrupted_at_the_end)
         clip_trees.prepare("folder", source, tmp_path / "set", shard_clips=2)
     assert (tmp_path / "set" / "unfinished").exists()
     clip_trees.prepare("folder", source, tmp_path / "set", shard_clips=2)

@@ -46,4 +46,5 @@ def reader(name: str, **options: Any) -> Reader:
     """The reader of one of NAMES; `options` go on to its `read`."""
     module_name, function, arguments = _READERS[name]
     module: ModuleType = importlib.import_module(f"av_mae.datasets.{module_name}")
-    return Reader(module.DESCRIPTION, module.LICENCE, functools.partial(getattr(module, function), **arguments, **options))
+    read = functools.partial(getattr(module, function), **arguments, **options)
+    return Reader(module.DESCRIPTION, module.LICENCE, read)

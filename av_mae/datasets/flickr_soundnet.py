@@ -44,7 +44,10 @@ def _entries(folder: Folder) -> Iterator[Entry]:
 
 
 def _xml_boxes(content: bytes) -> list[list[list[str]]]:
-    """Each child of the root that has boxes is an annotator. A box names its sides, or its last four values are they."""
+    """Each child of the root that has boxes is an annotator.
+
+    A box names its sides, or its last four values are they.
+    """
     try:
         root = ElementTree.fromstring(content)
     except ElementTree.ParseError as error:

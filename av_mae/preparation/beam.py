@@ -26,7 +26,8 @@ def writer(runner: str, options: Sequence[str]) -> "WriteShards":
 
         unfinished = FailureLimit(job).count_finished(plan)
         for shard in unfinished:  # a job's description must stay small; its workers read what is in a shard
-            job.output.write(_clips_file(shard), json.dumps([dataclasses.asdict(clip) for clip in shard.clips]).encode())
+            clips = [dataclasses.asdict(clip) for clip in shard.clips]
+            job.output.write(_clips_file(shard), json.dumps(clips).encode())
         with _progress(job, plan, unfinished):
             _run_pipeline(runner, options, job, [dataclasses.replace(shard, clips=()) for shard in unfinished],
                           catalogue.classes)

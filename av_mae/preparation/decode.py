@@ -119,7 +119,8 @@ def _mixture(sound: np.ndarray | None, other: SourceClip, files: Mapping[str, Fi
     return sources.sum(0), list(sources)
 
 
-def _pictures(media: Media, start: float, duration: float, options: RecordOptions) -> Iterator[tuple[float, np.ndarray]]:
+def _pictures(media: Media, start: float, duration: float,
+              options: RecordOptions) -> Iterator[tuple[float, np.ndarray]]:
     """Frames with their times in the clip, at the middles of equal parts of it. The rest is decoded and dropped, so
     that damage is found wherever it is."""
     count = options.frames or max(1, round(duration * options.frame_rate))

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 FILE = "report.json"
 # Of what the histograms are, by the name of the clip's fact, and the lower edges of their bins.
-HISTOGRAMS = {"seconds": (0, 0.5, 1, 2, 3, 4, 5, 7, 9, 11, 15, 30, 60, 300), "frames": (0, 1, 2, 3, 5, 7, 9, 11, 16, 31),
-              "shorter_side": (0, 1, 64, 128, 192, 256, 257), "peak_db": (-100, -60, -50, -40, -30, -20, -10, -5, -1)}
+HISTOGRAMS = {"seconds": (0, 0.5, 1, 2, 3, 4, 5, 7, 9, 11, 15, 30, 60, 300),
+              "frames": (0, 1, 2, 3, 5, 7, 9, 11, 16, 31),
+              "shorter_side": (0, 1, 64, 128, 192, 256, 257),
+              "peak_db": (-100, -60, -50, -40, -30, -20, -10, -5, -1)}
 
 Summaries = Mapping[Shard, Mapping[str, Any]]
 

@@ -92,8 +92,8 @@ def _check_output(output: Folder, settings: dict[str, Any]) -> bool:
     settings = json.loads(_json(settings))
     different = [name for name in settings if stored.get(name) != settings[name]]
     if different == ["catalogue"]:
-        raise UserError(f"--output={output} was begun when the files or annotations of --source were others; delete it, "
-                        "or name another folder")
+        raise UserError(f"--output={output} was begun when the files or annotations of --source were others; delete "
+                        "it, or name another folder")
     if different:
         asked = ", ".join(f"{name}={stored.get(name)} (asked: {settings[name]})" for name in different
                           if name != "catalogue")
