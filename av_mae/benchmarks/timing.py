@@ -15,11 +15,11 @@ PEAK_FLOPS = {
 MATMUL_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 
 
-def timed(function: Callable, *args) -> tuple[float, object]:
-    """Seconds until everything that function(*args) returns is there, and what it returns."""
-    start = time.perf_counter()
+def timed(function: Callable, *args, clock: Callable[[], float] = time.perf_counter) -> tuple[float, object]:
+    """Seconds by `clock` until everything that function(*args) returns is there, and what it returns."""
+    start = clock()
     result = jax.block_until_ready(function(*args))
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def matmul(dtype: str) -> tuple[Callable[[], object], float]:
@@ -30,12 +30,13 @@ def matmul(dtype: str) -> tuple[Callable[[], object], float]:
     return lambda: product(a, b), 2.0 * n ** 3
 
 
-def in_turn(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+def in_turn(functions: Mapping[str, Callable[[], object]], rounds: int,
+            clock: Callable[[], float] = time.perf_counter) -> dict[str, np.ndarray]:
     """Seconds of each function in each of `rounds` rounds, one after the other, after one warm-up round."""
     seconds = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
-            elapsed = timed(function)[0]
+            elapsed = timed(function, clock=clock)[0]
             if number:
                 seconds[name].append(elapsed)
     return {name: np.array(values) for name, values in seconds.items()}

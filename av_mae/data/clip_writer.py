@@ -22,11 +22,12 @@ SOUND_OPTIONS = {"aac_coder": "fast", "flags": "+qscale+bitexact", "global_quali
 AAC_BLOCK = 1024  # samples
 
 
-def encode_mp4(frames: np.ndarray, frame_rate: int, sound: np.ndarray, rate: int) -> bytes:
-    """uint8 [k, H, W, 3] and float32 [samples] in -1…1 as an mp4 file, H.264 4:2:0 and mono AAC."""
+def encode_mp4(frames: np.ndarray, frame_rate: int, sound: np.ndarray, rate: int,
+               options: dict[str, str] | None = None) -> bytes:
+    """uint8 [k, H, W, 3] and float32 [samples] in -1…1 as an mp4 file, H.264 4:2:0 (x264's `options`) and mono AAC."""
     file, reformatter = io.BytesIO(), VideoReformatter()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        video = container.add_stream("libx264", rate=frame_rate, options=VIDEO_OPTIONS)
+        video = container.add_stream("libx264", rate=frame_rate, options=options or VIDEO_OPTIONS)
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
         video.codec_context.thread_count = 1
         audio = container.add_stream("aac", rate=rate, layout="mono", options=SOUND_OPTIONS)

@@ -69,9 +69,12 @@ class _Batches:
         if self._rows.size == 0 or self._rows.min() < 0 or self._rows.max() >= batch_size:
             raise UserError(f"this host's rows must lie in the global batch: batch_size={batch_size}, rows={rows}")
 
+    def host_batches(self, first: int, total: int = _ENDLESS) -> HostBatches:
+        """Random access to this host's batches of the clips at global positions `first` … `total`, in this process."""
+        return HostBatches(self._dataset, self._fields, self._batch_size, self._rows, first, total)
+
     def _iterate(self, first: int, total: int) -> BatchIterator:
-        batches = HostBatches(self._dataset, self._fields, self._batch_size, self._rows, first, total)
-        workers = self._data.workers
+        batches, workers = self.host_batches(first, total), self._data.workers
         # Without workers one thread keeps a few batches ready; a worker computes one batch after the other.
         reading = grain.ReadOptions(num_threads=0 if workers else 1,
                                     prefetch_buffer_size=0 if workers else max(1, self._data.prefetch))
@@ -193,18 +196,19 @@ def open_training_data(data: DataConfig, image_size: tuple[int, int], audio_size
     image_size: (H, W); audio_size: (mels, frames); batch_size: clips of the global batch; rows: those of its rows
     that this host holds. Raises UserError where the data is not there or the settings cannot work.
     """
-    return TrainingData(_open_sources(data, audio_size), data, image_size, audio_size, seed, batch_size, rows)
+    return TrainingData(open_sources(data, audio_size), data, image_size, audio_size, seed, batch_size, rows)
 
 
 def open_evaluation_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int],
                          batch_size: int, rows: np.ndarray, swap: str = "", most: int = 0,
                          place: float = 0.5) -> EvaluationData:
     """Opens the sets of `data` for evaluation; arguments as in EvaluationData, errors as in open_training_data."""
-    return EvaluationData(_open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows, swap, most,
+    return EvaluationData(open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows, swap, most,
                           place)
 
 
-def _open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSource]:
+def open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSource]:
+    """The records of each set of `data`, with the fields that its batches need. Errors as in open_training_data."""
     if not data.paths:
         raise UserError(f"data.path must name at least one prepared set, got {data.path!r}; "
                         "make one with python -m av_mae.prepare --output=DIR")

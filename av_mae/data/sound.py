@@ -117,7 +117,7 @@ def read_window(encoded: bytes, rate: int, samples: int, place: float) -> tuple[
     if not encoded:
         raise ValueError("the clip has no sound")
     try:
-        with soundfile.SoundFile(io.BytesIO(encoded)) as file:
+        with _Reader(io.BytesIO(encoded)) as file:
             total, own_rate = file.frames, file.samplerate
             if total == 0:
                 raise ValueError("the sound holds no samples")
@@ -130,7 +130,14 @@ def read_window(encoded: bytes, rate: int, samples: int, place: float) -> tuple[
     return extend_mirrored(waveform, samples), start, start + count / own_rate / 2
 
 
-def _read(file: soundfile.SoundFile, first: int, count: int) -> np.ndarray:
+class _Reader(soundfile.SoundFile):
+    """A sound file that is read once: else soundfile seeks to where it is after each read, a tenth of the time."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _read(file: _Reader, first: int, count: int) -> np.ndarray:
     """Samples first … first + count of a sound, channels averaged: float32 [count]."""
     if first:
         file.seek(first)
