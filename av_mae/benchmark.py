@@ -1,7 +1,8 @@
-"""`python -m av_mae.benchmark step|fusion`: timings, FLOPs and memory, measured as ratios within one run."""
+"""`python -m av_mae.benchmark step|fusion|input`: timings, FLOPs and memory, measured as ratios within one run."""
 
 import argparse
 import json
+import os
 import pathlib
 
 from av_mae import recipes
@@ -12,6 +13,7 @@ EXAMPLE = """example:
   python -m av_mae.benchmark step --config=configs/pretrain.py:base --config.batch_size=8 \\
       --config.dtype=float32 --plain --json=step.json
   python -m av_mae.benchmark fusion --plot=fusion.png
+  python -m av_mae.benchmark input --data=DIR --device_rate=600 --workers=8
 """
 
 
@@ -54,6 +56,30 @@ def run_fusion(arguments: argparse.Namespace, overrides: list[str]) -> dict:
     return {"rows": rows}
 
 
+def run_input(arguments: argparse.Namespace, overrides: list[str]) -> dict:
+    from av_mae.benchmarks import input as reading
+    from av_mae.benchmarks import timing
+
+    if overrides:
+        raise UserError(f"benchmark input takes no {overrides[0]}: set --data and --clips")
+    for option in ("clips", "device_rate", "workers"):
+        if getattr(arguments, option) < (option == "clips"):
+            raise UserError(f"--{option}={getattr(arguments, option)} must be {int(option == 'clips')} or more")
+    figures = reading.measure(arguments.data, arguments.clips, arguments.rounds, arguments.device_rate,
+                              arguments.workers)
+    rows = [(name, f"{1e3 * seconds:.3f}", f"{1 / seconds:.0f}" if seconds > 0 else "")
+            for name, seconds in figures["seconds_per_clip"].items()]
+    print(timing.table([("stage", "ms per clip", "clips/s per core"), *rows]))
+    print(f"\n{figures['times_video']:.1f} × as many clips per core as from their mp4 files\n")
+    print(timing.table([("one accelerator, ViT-B", "clips/s", "cores")] + [
+        (name, f"{chip['clips_per_second']:.0f}", f"{chip['cores']:.1f}") for name, chip in figures["chips"].items()]))
+    if arguments.device_rate:
+        print(f"\nat {arguments.device_rate:g} clips/s a step waits for {arguments.workers} workers "
+              f"{100 * figures['input_wait_share']:.1f} % of its time; "
+              f"{figures['cores_for_device_rate']:.1f} cores serve that rate")
+    return figures
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m av_mae.benchmark", description=__doc__, epilog=EXAMPLE,
@@ -66,13 +92,20 @@ def main(argv: list[str]) -> None:
     fusion.add_argument("--size", default="base", choices=sorted(SIZES), help="width and heads (default: base)")
     fusion.add_argument("--batch", type=int, default=8, help="clips (default: 8)")
     fusion.add_argument("--plot", metavar="FILE", help="write a PNG of time and memory over tokens")
-    for command, rounds in ((step, 5), (fusion, 9)):
+    reading = commands.add_parser("input", help="clips per second and core, by stage, beside the same clips as mp4")
+    reading.add_argument("--data", default="", metavar="DIR", help="a prepared set (default: one is made)")
+    reading.add_argument("--clips", type=int, default=64, help="clips at most (default: 64)")
+    reading.add_argument("--device_rate", type=float, default=0.0,
+                         help="clips/s that the accelerators of a host take: also measure how long they wait")
+    reading.add_argument("--workers", type=int, default=os.cpu_count(),
+                         help="processes that serve --device_rate (default: %(default)s)")
+    for command, rounds in ((step, 5), (fusion, 9), (reading, 5)):
         command.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds (default: {rounds})")
         command.add_argument("--json", metavar="FILE", help="write the figures to this file")
     arguments, overrides = recipes.parse_arguments(parser, argv)
     if arguments.rounds < 1:
         raise UserError(f"--rounds={arguments.rounds} must be at least 1")
-    figures = {"step": run_step, "fusion": run_fusion}[arguments.command](arguments, overrides)
+    figures = {"step": run_step, "fusion": run_fusion, "input": run_input}[arguments.command](arguments, overrides)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")
 

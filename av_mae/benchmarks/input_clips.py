@@ -4,16 +4,17 @@ What decoders cost depends on how much there is to decode. Frames with the spect
 with the square of the frequency) and sounds of notes over pink noise take as many bytes as real ones do.
 """
 
+import io
 import os
 import pathlib
-import tempfile
 
 import numpy as np
 import simplejpeg
+import soundfile
 import soxr
 from PIL import Image
 
-from av_mae.data import clip_writer, sound
+from av_mae.data import clip_writer
 
 SIZE, SECONDS, RATE = (256, 340), 10, 16000
 JPEG_QUALITY = 90
@@ -27,7 +28,7 @@ def _falling(generator: np.random.Generator, shape: tuple[int, ...], exponent: f
     spectrum = np.fft.rfftn(generator.standard_normal(shape, np.float32))
     frequencies = np.meshgrid(*(np.fft.fftfreq(n) for n in shape[:-1]), np.fft.rfftfreq(shape[-1]), indexing="ij")
     spectrum /= np.maximum(np.sqrt(sum(np.square(f) for f in frequencies)), 1 / max(shape)) ** exponent
-    noise = np.fft.irfftn(spectrum, shape)
+    noise = np.fft.irfftn(spectrum, shape, range(len(shape)))
     return ((noise - noise.mean()) / noise.std()).astype(np.float32)
 
 
@@ -60,20 +61,19 @@ def _sound(generator: np.random.Generator) -> np.ndarray:
 def compose(index: int) -> dict:
     """The record (see records.py) of the clip `index`: ten seconds, 340 × 256 pixels, 16 kHz."""
     generator = np.random.default_rng([2026, index])
-    return {"id": f"made_up_{index:04d}", "label": 0, "duration": np.float32(SECONDS), "frames": _frames(generator),
-            "frame_times": np.arange(SECONDS, dtype=np.float32), "sound": clip_writer.flac(_sound(generator), RATE),
-            "boxes": np.zeros((0, 4), np.float32), "object_labels": np.zeros(0, np.int64), "sounding": -1, "mask": b"",
-            "sources": []}
+    return {"id": f"made_up_{index:04d}", "duration": np.float32(SECONDS), "frames": _frames(generator),
+            "frame_times": np.arange(SECONDS, dtype=np.float32), "sound": clip_writer.flac(_sound(generator), RATE)}
 
 
-def write_video(record: dict, path: str | os.PathLike) -> None:
+def write_video(record: dict, path: str | os.PathLike) -> float:
     """Writes the clip of a record as an mp4 file, the frames between the stored ones faded from one to the next.
 
-    Files made so of frames of real videos took 0.8 to 1.0 × as long to read as the videos themselves.
+    Files made so of frames of real videos took 0.8 to 1.0 × as long to read as the videos themselves. Returns how many
+    seconds the file lasts.
     """
     pictures = [simplejpeg.decode_jpeg(frame) for frame in record["frames"]]
     height, width = (side // 2 * 2 for side in pictures[0].shape[:2])
-    waveform, rate = sound.read_all(record["sound"])
+    waveform, rate = soundfile.read(io.BytesIO(record["sound"]), dtype="float32")
     seconds = len(waveform) / rate
     frames = np.empty((max(1, round(seconds * VIDEO_RATE)), height, width, 3), np.uint8)
     for number, place in enumerate(np.interp(np.arange(len(frames)) / VIDEO_RATE, record["frame_times"],
@@ -84,3 +84,4 @@ def write_video(record: dict, path: str | os.PathLike) -> None:
     mp4 = clip_writer.encode_mp4(frames, VIDEO_RATE, soxr.resample(waveform, rate, SOUND_RATE), SOUND_RATE,
                                  VIDEO_OPTIONS)
     pathlib.Path(path).write_bytes(mp4)
+    return seconds

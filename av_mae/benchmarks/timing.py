@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from av_mae.progress import Progress
+
 # Dense bfloat16 peak FLOP/s per chip by `device_kind`, from the vendors' public specifications.
 PEAK_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
@@ -34,12 +36,12 @@ def in_turn(functions: Mapping[str, Callable[[], object]], rounds: int,
             clock: Callable[[], float] = time.perf_counter) -> dict[str, np.ndarray]:
     """Seconds of each function in each of `rounds` rounds, one after the other, after one warm-up round."""
     seconds = {name: [] for name in functions}
-    for number in range(rounds + 1):
-        for name, function in functions.items():
-            elapsed = timed(function, clock=clock)[0]
-            if number:
-                seconds[name].append(elapsed)
-    return {name: np.array(values) for name, values in seconds.items()}
+    with Progress(rounds + 1, "measuring", "rounds") as progress:
+        for _ in range(rounds + 1):
+            for name, function in functions.items():
+                seconds[name].append(timed(function, clock=clock)[0])
+            progress.update()
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 
 def memory_bytes(compiled) -> int:
