@@ -1,8 +1,8 @@
 """`benchmark input`: how many clips a core makes ready for training, by stage, beside the mp4 files of the same clips.
 
-Times are CPU seconds of this process, so that what else the machine does counts little: "per core" means per CPU second.
-The files lie in the page cache. Transforms are those of training: a random window of the sound at a random volume, a
-random crop of the frame.
+Times are CPU seconds of this process, so that what else the machine does counts little: "per core" is per CPU second. The
+files lie in the page cache. Transforms are those of training: a random window of the sound at a random volume, a random
+crop of the frame.
 """
 
 import functools
@@ -38,7 +38,7 @@ MFU = 0.5
 
 class Stages(NamedTuple):
     """What the stages of n clips begin with: their numbers in the set; records; encoded frames and the crops' boxes;
-    decoded frames and the boxes in them; places of the windows in the sounds; windows; clips as ClipLoader gives them."""
+    decoded frames and the boxes in them; places of the windows in the sounds; windows; clips that ClipLoader made."""
 
     numbers: list[int]
     records: list[dict]
