@@ -35,7 +35,9 @@ class SoundConfig:
 class DataConfig:
     """Where clips come from and how they are augmented.
 
-    `path` names prepared sets, separated by commas; `weights` mixes them (None: by size). `truth` names what batches
+    `path` names prepared sets, separated by commas; `weights` mixes them (None: by size). `balanced` draws clips so that
+    rare classes come as often as common ones (data/balance.py). `cache` is how many gigabytes of records each process
+    that reads keeps in memory. `truth` names what batches
     carry of what is known about a clip (data/truth.py). `mix` clips' sounds are added to one, the first clip being
     the source that is looked for. `image_noise` is the deviation of white noise on normalised images, `sound_snr` the
     decibels of a sound over white noise (None: without noise).
@@ -44,8 +46,10 @@ class DataConfig:
     path: str = ""
     weights: tuple[float, ...] | None = None
     split: str = "train"
+    balanced: bool = False
     workers: int = 0
     prefetch: int = 2
+    cache: float = 0.0
     sound: SoundConfig = SoundConfig()
     crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = True
@@ -64,6 +68,7 @@ class DataConfig:
         require(self.image_noise >= 0, f"data.image_noise={self.image_noise} must be 0 or more")
         require(bool(self.split), "data.split must name a split of the prepared sets, e.g. train or test")
         require(self.workers >= 0, f"data.workers={self.workers} must be 0 (in this process) or more")
+        require(self.cache >= 0, f"data.cache={self.cache} must be 0 (none) or more gigabytes in each process")
         require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be at least 1")
         smallest, largest = self.crop_scale
         require(0 < smallest <= largest <= 1,

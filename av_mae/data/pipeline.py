@@ -23,6 +23,8 @@ import numpy as np
 from absl import flags
 
 from av_mae.config import DataConfig
+from av_mae.data.balance import Balanced, Labels, check_classes, clip_weights
+from av_mae.data.cache import Cached
 from av_mae.data.loading import FIELDS, ClipLoader, ClipSource, Companions, HostBatches, batch_fields
 from av_mae.data.sound import check_sound
 from av_mae.data.truth import RECORD_FIELDS
@@ -110,16 +112,22 @@ class TrainingData(_Batches):
     """Endless shuffled, augmented host batches; a context manager. `clips`: records per epoch, all sets together.
 
     `sources`: random access to records, one per set; `weights` mixes them, None shuffles all of them as one set.
+    `labels`: of each set, to balance classes by (None: every clip once per epoch).
     """
 
     def __init__(self, sources: Sequence[ClipSource], data: DataConfig, image_size: tuple[int, int],
-                 audio_size: tuple[int, int], seed: int, batch_size: int, rows: np.ndarray):
+                 audio_size: tuple[int, int], seed: int, batch_size: int, rows: np.ndarray,
+                 labels: Sequence[Labels] | None = None):
         self.clips = sum(len(source) for source in sources)
         seeds = np.random.SeedSequence(seed).generate_state(len(sources) + 1).tolist()
         sets = [grain.MapDataset.source(source) for source in sources]
         if data.weights is None:
             sets = [grain.MapDataset.concatenate(sets)]
-        order = [clips.shuffle(seed=own_seed).repeat() for clips, own_seed in zip(sets, seeds)]
+            labels = labels and [Labels.joined(labels)]
+        if labels:
+            order = [Balanced(clips, clip_weights(own), own_seed) for clips, own, own_seed in zip(sets, labels, seeds)]
+        else:
+            order = [clips.shuffle(seed=own_seed).repeat() for clips, own_seed in zip(sets, seeds)]
         mixture = order[0] if len(order) == 1 else grain.MapDataset.mix(order, data.weights)
         if data.mix > 1:
             mixture = Companions(mixture, functools.partial(following, data.mix - 1))
@@ -196,7 +204,9 @@ def open_training_data(data: DataConfig, image_size: tuple[int, int], audio_size
     image_size: (H, W); audio_size: (mels, frames); batch_size: clips of the global batch; rows: those of its rows
     that this host holds. Raises UserError where the data is not there or the settings cannot work.
     """
-    return TrainingData(open_sources(data, audio_size), data, image_size, audio_size, seed, batch_size, rows)
+    sources = open_sources(data, audio_size)
+    labels = _open_labels(data) if data.balanced else None
+    return TrainingData(sources, data, image_size, audio_size, seed, batch_size, rows, labels)
 
 
 def open_evaluation_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int],
@@ -218,8 +228,24 @@ def open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSour
     check_sound(data.sound)
     from av_mae.data import records  # brings in TFDS
 
+    labelled = {"label", "labels"} & set(data.truth) or data.balanced and data.weights is None
+    if labelled and len(data.paths) > 1:
+        check_classes({path: records.class_names(path) for path in data.paths})
     fields = dict.fromkeys((*FIELDS, *(field for name in data.truth for field in RECORD_FIELDS[name])))
-    return [ClipSource(path, records.open_source(path, data.split, tuple(fields))) for path in data.paths]
+    stored = [records.open_source(path, data.split, tuple(fields)) for path in data.paths]
+    return [ClipSource(path, Cached(source, data.cache * 1e9) if data.cache else source)
+            for path, source in zip(data.paths, stored)]
+
+
+def _open_labels(data: DataConfig) -> list[Labels]:
+    """The labels of each set. Raises UserError where one has none."""
+    from av_mae.data import records
+
+    labels = [records.read_labels(path, data.split) for path in data.paths]
+    for path, own in zip(data.paths, labels):
+        if not len(own.values):
+            raise UserError(f"data.balanced=True needs classes, but no clip of {path} (split {data.split!r}) has one")
+    return labels
 
 
 def _without_full_shared_memory(dataset: grain.IterDataset, needed: int) -> grain.IterDataset:

@@ -162,7 +162,8 @@ def _finish(job: Job, reader: datasets.Reader, catalogue: Catalogue, plan: Seque
     for split in sorted({shard.split for shard in plan}):
         own = [summary for shard, summary in summaries.items() if shard.split == split]
         splits[split] = tfds_files.Split(tuple(summary["stored"] for summary in own),
-                                         sum(summary["bytes"] for summary in own))
+                                         sum(summary["bytes"] for summary in own),
+                                         tuple(clip["labels"] for summary in own for clip in summary["clips"]))
     pictures = report_page.thumbnails(job.output, summaries, made)
     files = {report.FILE: _json(made), report_page.FILE: report_page.page(made, pictures),
              card.FILE: card.text(job, reader, catalogue, made).encode(),

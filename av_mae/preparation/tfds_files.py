@@ -22,10 +22,11 @@ DESCRIPTION = "dataset_info.json"
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How many records each shard of a split has, and the bytes of them all."""
+    """How many records each shard of a split has, the bytes of them all, and the labels of each."""
 
     shard_lengths: tuple[int, ...]
     bytes: int
+    labels: tuple[Sequence[int], ...]
 
 
 def encoder(classes: Sequence[str]) -> Callable[[Mapping[str, Any]], bytes]:
@@ -51,6 +52,7 @@ def description_files(name: str, text: str, classes: Sequence[str], splits: Mapp
             for split, known in splits.items()]))
         builder.info.write_to_directory(folder)
         files = {path.name: path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir()) if path.is_file()}
+    files |= {records.labels_file(split): records.encode_labels(known.labels) for split, known in splits.items()}
     return {file: files[file] for file in sorted(files, key=lambda file: (file == DESCRIPTION, file))}
 
 
