@@ -53,7 +53,7 @@ def test_two_worker_processes_write_the_same_files(toy, tmp_path, root):
     assert done.returncode == 0, done.stderr
     assert "18 training and 5 test clips of toy_band (scene)" in done.stdout and "23/23 clips" in done.stderr
     names = files_below(toy)
-    assert names == files_below(tmp_path / "again") and len(names) == 23 + 6
+    assert names == files_below(tmp_path / "again") and len(names) == 23 + 8
     assert filecmp.cmpfiles(toy, tmp_path / "again", names, shallow=False) == (names, [], [])
     assert not (tmp_path / "again.unfinished").exists()
 

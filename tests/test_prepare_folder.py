@@ -207,7 +207,7 @@ def test_the_command_tells_what_it_made(tmp_path, root):
     assert "2/2 clips" in done.stderr
     names = clip_trees.files_below(tmp_path / "set")
     assert names == ["README.md", "dataset_info.json", "features.json", "folder-train.array_record-00000-of-00001",
-                     "label.labels.txt", "prepare.json", "report.html", "report.json"]
+                     "label.labels.txt", "labels-train.npz", "prepare.json", "report.html", "report.json"]
     card = (tmp_path / "set" / "README.md").read_text()
     assert "| train | 2 | 1 | 0.00 |" in card and "## Licence" in card and "1 × undecodable" in card
     assert json.loads((tmp_path / "set" / "prepare.json").read_text())["frame_rate"] == 1.0

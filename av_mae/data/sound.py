@@ -13,6 +13,8 @@ from av_mae.config import SoundConfig
 from av_mae.data.resampling import take
 from av_mae.errors import UserError
 
+BLOCK = 32  # frames transformed at once: what lies between waveform and spectrogram stays in the core's cache
+
 
 def check_sound(sound: SoundConfig) -> None:
     """Raises UserError where the features of `sound` cannot be computed."""
@@ -57,9 +59,12 @@ def log_mel(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
     else:
         padded = np.pad(waveform, half, "reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, sound.n_fft)[::sound.hop][:count]
-    spectrum = scipy.fft.rfft(frames * window, axis=1)
-    power = np.square(spectrum.real) + np.square(spectrum.imag)
-    mel = filters @ np.ascontiguousarray(power.T)
+    mel = np.empty((sound.mels, count), np.float32)
+    for first in range(0, count, BLOCK):
+        spectrum = scipy.fft.rfft(frames[first:first + BLOCK].T * window[:, None], axis=0)
+        power = np.square(spectrum.real)
+        power += np.square(spectrum.imag)
+        mel[:, first:first + BLOCK] = filters @ power
     logarithm = np.log(mel + np.float32(sound.log_floor))
     # log10 by the natural logarithm, which NumPy vectorises in float32
     logarithm *= np.float32(1 / (math.log(10) * sound.std))
