@@ -26,11 +26,13 @@ REQUIRES = [
     "mir_eval>=0.8,<0.9",  # BSS Eval as published; 0.9 is to drop its module of separation
     "matplotlib>=3.10,<4",  # figures through Figure and FigureCanvasAgg
     "pillow>=11,<14",  # PNG files
+    "fsspec>=2025.3",  # folders on stores (gs://, s3://); calendar versions
 ]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],  # adds libtpu; Linux on TPU hosts only
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # CUDA 13 libraries as wheels; the driver is the machine's
-    "prepare": ["apache-beam>=2.70,<3"],  # preparing large sets on Beam runners; the demo sets need none
+    "prepare": ["apache-beam>=2.70,<3",  # preparing large sets on Beam runners; one machine needs none
+                "gcsfs>=2025.3", "s3fs>=2025.3"],  # gs:// and s3://; calendar versions, those of fsspec
     "test": ["pytest>=8.4,<10",  # 8.4 is the first that fails on tests that return values
              "pytest-xdist>=3.6,<4",  # two test files at a time: compilation uses one core
              "scikit-learn>=1.6,<2",  # an independent reference for metrics; 1.6 is the first tested with numpy 2

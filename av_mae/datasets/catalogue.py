@@ -41,7 +41,7 @@ class Finding:
     split: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class SourceClip:
     """One clip as the data set describes it; files are named relative to the source folder.
 

@@ -1,6 +1,7 @@
 """Any tree of media files. Labels are the folders that hold the files, or columns of a csv or Parquet table."""
 
 import collections
+import dataclasses
 import io
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -58,7 +59,7 @@ def _from_table(folder: Folder, table: str) -> Catalogue:
             if media is None:
                 catalogue.note("missing", clip.id, "files", f"{table}, row {number}: no file {clip.media}", clip.split)
             else:
-                catalogue.clips.append(clip if media == clip.media else SourceClip(**{**vars(clip), "media": media}))
+                catalogue.clips.append(dataclasses.replace(clip, media=media))
 
         tables.guarded(catalogue, table, number, add)
     return catalogue

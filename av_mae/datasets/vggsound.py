@@ -4,6 +4,8 @@ annotations/vggsound.csv (id, start, label, split) and clips/CLASS/ID_START.mp4,
 The subset's lists are vggmusic_train.txt (ID_START, class) and vggmusic_eval_ss.csv (two ID_START and their classes).
 """
 
+import dataclasses
+
 from av_mae.datasets import tables
 from av_mae.datasets.catalogue import Catalogue, SourceClip, check_id, split_name
 from av_mae.datasets.media_files import MediaFiles
@@ -78,5 +80,5 @@ def _add_pairs(catalogue: Catalogue, folder: Folder, name: str) -> None:
         if absent:
             catalogue.note("missing", pair, "files", f"{name}: there is no clip {absent[0]}", "test_pairs")
             continue
-        catalogue.clips.append(SourceClip(**{**vars(clips[first]), "id": pair, "split": "test_pairs",
-                                             "mixed_with": clips[second]}))
+        catalogue.clips.append(dataclasses.replace(clips[first], id=pair, split="test_pairs",
+                                                   mixed_with=clips[second]))

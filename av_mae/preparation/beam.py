@@ -82,9 +82,12 @@ def _progress(job: "Job", plan: Sequence[shards.Shard], unfinished: Sequence[sha
     """Shows how many shards are finished, wherever they are written."""
     ended, before = threading.Event(), len(plan) - len(unfinished)
     with Progress(len(plan), f"prepare {job.dataset}", unit="shards", initial=before) as progress:
+        def count() -> None:
+            progress.update(len(plan) - len(shards.unfinished(job.output, plan)) - progress.done)
+
         def look() -> None:
             while not ended.wait(POLL):
-                progress.update(sum(shards.is_finished(job.output, shard) for shard in plan) - progress.done)
+                count()
 
         thread = threading.Thread(target=look, daemon=True)
         thread.start()
@@ -93,4 +96,4 @@ def _progress(job: "Job", plan: Sequence[shards.Shard], unfinished: Sequence[sha
         finally:
             ended.set()
             thread.join()
-            progress.update(sum(shards.is_finished(job.output, shard) for shard in plan) - progress.done)
+            count()

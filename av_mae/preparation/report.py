@@ -1,12 +1,13 @@
 """What a preparation found: counts, histograms and a table of findings, as JSON and as a page."""
 
+import bisect
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from av_mae.datasets.catalogue import CAUSES, Catalogue, Finding
-from av_mae.preparation.shards import Shard
+from av_mae.preparation.shards import Summaries
 
 if TYPE_CHECKING:
     from av_mae.preparation.run import Job
@@ -18,8 +19,6 @@ HISTOGRAMS = {"seconds": (0, 0.5, 1, 2, 3, 4, 5, 7, 9, 11, 15, 30, 60, 300),
               "shorter_side": (0, 1, 64, 128, 192, 256, 257),
               "peak_db": (-100, -60, -50, -40, -30, -20, -10, -5, -1)}
 
-Summaries = Mapping[Shard, Mapping[str, Any]]
-
 
 def make(job: "Job", catalogue: Catalogue, summaries: Summaries) -> dict[str, Any]:
     """The report: `splits` (of each `clips`, `stored`, `bytes`, `seconds`), `classes` (name → stored clips), `causes`
@@ -30,18 +29,18 @@ def make(job: "Job", catalogue: Catalogue, summaries: Summaries) -> dict[str, An
     causes = collections.Counter(finding.cause for finding in findings)
     return {"dataset": job.dataset, "splits": _splits(summaries), "classes": _classes(catalogue, summaries),
             "causes": {cause: causes[cause] for cause in CAUSES},
-            "histograms": _histograms(list(_stored(summaries))),
+            "histograms": _histograms(_stored(summaries)),
             "findings": [dataclasses.asdict(finding) for finding in findings]}
 
 
 def _stored(summaries: Summaries) -> Iterator[Mapping[str, Any]]:
-    for summary in summaries.values():
+    for _, summary in summaries:
         yield from summary["clips"]
 
 
 def _splits(summaries: Summaries) -> dict[str, dict[str, Any]]:
     splits: dict[str, dict[str, Any]] = {}
-    for shard, summary in summaries.items():
+    for shard, summary in summaries:
         split = splits.setdefault(shard.split, {"clips": 0, "stored": 0, "bytes": 0, "seconds": 0.0})
         split["clips"] += len(shard.clips)
         split["stored"] += summary["stored"]
@@ -58,7 +57,7 @@ def _classes(catalogue: Catalogue, summaries: Summaries) -> dict[str, int]:
 def _findings(catalogue: Catalogue, summaries: Summaries) -> Iterator[Finding]:
     yield from catalogue.findings
     first: dict[str, tuple[str, str]] = {}
-    for shard, summary in summaries.items():
+    for shard, summary in summaries:
         for values in summary["findings"]:
             yield Finding(*values)
         for clip in summary["clips"]:
@@ -70,12 +69,10 @@ def _findings(catalogue: Catalogue, summaries: Summaries) -> Iterator[Finding]:
                               f"the same frames and sound as {twin[0]} ({twin[1]})", shard.split)
 
 
-def _histograms(clips: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list]]:
-    made = {}
-    for name, edges in HISTOGRAMS.items():
-        counts = [0] * len(edges)
-        for clip in clips:
+def _histograms(clips: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list]]:
+    made = {name: {"edges": list(edges), "counts": [0] * len(edges)} for name, edges in HISTOGRAMS.items()}
+    for clip in clips:
+        for name, edges in HISTOGRAMS.items():
             value = min(clip["size"]) if name == "shorter_side" else clip[name]
-            counts[sum(value >= edge for edge in edges) - 1] += 1
-        made[name] = {"edges": list(edges), "counts": counts}
+            made[name]["counts"][bisect.bisect(edges, value) - 1] += 1
     return made

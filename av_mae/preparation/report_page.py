@@ -12,8 +12,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from av_mae.datasets.catalogue import CAUSES, NEVER_STORED
-from av_mae.preparation.report import Summaries
-from av_mae.preparation.shards import Shard
+from av_mae.preparation.shards import Shard, Summaries
 from av_mae.storage import Folder
 
 FILE = "report.html"
@@ -47,7 +46,7 @@ def thumbnails(output: Folder, summaries: Summaries, made: Mapping[str, Any]) ->
     classes = list(made["classes"])
     pictures: dict[str, Thumbnail] = {}
     taken: dict[str, int] = {}
-    for shard, summary in summaries.items():
+    for shard, summary in summaries:
         places = [(place, clip) for place, clip in enumerate(summary["clips"])
                   if (shard.split, clip["id"]) in wanted or place < SHEET_CLIPS - taken.get(shard.split, 0)]
         taken[shard.split] = taken.get(shard.split, 0) + len(summary["clips"])

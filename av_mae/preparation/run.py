@@ -1,14 +1,16 @@
 """A preparation from beginning to end, resumed where an earlier one stopped."""
 
+import collections
 import dataclasses
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from av_mae import datasets
-from av_mae.datasets.catalogue import NEVER_STORED, Catalogue, checked
+from av_mae.datasets.catalogue import Catalogue, checked
 from av_mae.errors import UserError
 from av_mae.preparation import card, report, shards
 from av_mae.preparation.decode import RecordOptions
@@ -53,6 +55,7 @@ def prepare(job: Job, write_shards: WriteShards | None = None) -> dict[str, Any]
         raise UserError(f"--source={job.source} is no folder")
     if job.output.is_local and os.path.isfile(job.output.url):
         raise UserError(f"--output={job.output} is a file; name a folder that is new or empty")
+    print(f"reading the annotations and the list of files of {job.source}", file=sys.stderr)
     options = {"table": job.table} if job.table else {}
     reader = datasets.reader(job.dataset, **options)
     catalogue = checked(reader.read(job.source), job.splits)
@@ -70,10 +73,9 @@ def prepare(job: Job, write_shards: WriteShards | None = None) -> dict[str, Any]
 
 def _settings(job: Job, catalogue: Catalogue) -> dict[str, Any]:
     """What the bytes of the set depend on."""
-    clips = [dataclasses.asdict(clip) for clip in catalogue.clips]
     return {"dataset": job.dataset, "splits": sorted(job.splits), "seed": job.seed, "shard_clips": job.shard_clips,
             "recipe": RECIPE, **dataclasses.asdict(job.record), "skip": sorted(job.record.skip),
-            "clips": len(clips), "catalogue": shards.digest([catalogue.classes, clips])}
+            "clips": len(catalogue.clips), "catalogue": shards.digest(catalogue.classes, catalogue.clips)}
 
 
 def _json(value: Any) -> bytes:
@@ -110,13 +112,11 @@ class FailureLimit:
 
     def count_finished(self, plan: Sequence[shards.Shard]) -> list[shards.Shard]:
         """Counts what finished shards tell, and returns those that are not finished."""
-        unfinished = []
-        for shard in plan:
-            if shards.is_finished(self._job.output, shard):
-                for cause, clip, stage, message, _ in shards.read_summary(self._job.output, shard)["findings"]:
-                    self.add(clip, [(cause, stage, message)])
-            else:
-                unfinished.append(shard)
+        unfinished = shards.unfinished(self._job.output, plan)
+        left = {shard.summary for shard in unfinished}
+        for _, summary in shards.Summaries(self._job.output, [shard for shard in plan if shard.summary not in left]):
+            for cause, clip, stage, message, _ in summary["findings"]:
+                self.add(clip, [(cause, stage, message)])
         return unfinished
 
     def add(self, clip: str, causes: Sequence[tuple[str, str, str]]) -> None:
@@ -156,14 +156,14 @@ def _finish(job: Job, reader: datasets.Reader, catalogue: Catalogue, plan: Seque
     """Writes report, card and description from the summaries of all shards, the description last."""
     from av_mae.preparation import report_page, tfds_files
 
-    summaries = {shard: shards.read_summary(job.output, shard) for shard in plan}
+    summaries = shards.Summaries(job.output, plan)
     made = report.make(job, catalogue, summaries)
-    splits = {}
-    for split in sorted({shard.split for shard in plan}):
-        own = [summary for shard, summary in summaries.items() if shard.split == split]
-        splits[split] = tfds_files.Split(tuple(summary["stored"] for summary in own),
-                                         sum(summary["bytes"] for summary in own),
-                                         tuple(clip["labels"] for summary in own for clip in summary["clips"]))
+    lengths, labels = collections.defaultdict(list), collections.defaultdict(list)
+    for shard, summary in summaries:
+        lengths[shard.split].append(summary["stored"])
+        labels[shard.split] += [clip["labels"] for clip in summary["clips"]]
+    splits = {split: tfds_files.Split(tuple(own), made["splits"][split]["bytes"], tuple(labels[split]))
+              for split, own in lengths.items()}
     pictures = report_page.thumbnails(job.output, summaries, made)
     files = {report.FILE: _json(made), report_page.FILE: report_page.page(made, pictures),
              card.FILE: card.text(job, reader, catalogue, made).encode(),
@@ -172,7 +172,3 @@ def _finish(job: Job, reader: datasets.Reader, catalogue: Catalogue, plan: Seque
     shards.clean_up(job.output, plan, everything=True)
     return made
 
-
-def failures(made: dict[str, Any]) -> int:
-    """How many clips a report says are not stored."""
-    return sum(count for cause, count in made["causes"].items() if cause in NEVER_STORED)

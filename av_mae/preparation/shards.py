@@ -58,8 +58,10 @@ def _place(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
 
-def is_finished(output: Folder, shard: Shard) -> bool:
-    return output.exists(shard.summary)
+def unfinished(output: Folder, plan: Sequence[Shard]) -> list[Shard]:
+    """The shards that are yet to be written."""
+    there = set(output.files(UNFINISHED))
+    return [shard for shard in plan if shard.summary not in there]
 
 
 def write_shard(output: Folder, shard: Shard, outcomes: Iterable[tuple[SourceClip, Outcome]],
@@ -110,6 +112,19 @@ def clean_up(output: Folder, shards: Sequence[Shard], everything: bool) -> None:
         output.remove_empty(UNFINISHED)
 
 
-def digest(value: Any) -> str:
-    """A fingerprint of what JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+class Summaries:
+    """The summaries of all shards of a set, read anew by each iteration: of millions of clips they are large."""
+
+    def __init__(self, output: Folder, plan: Sequence[Shard]):
+        self._output, self._plan = output, plan
+
+    def __iter__(self) -> Iterator[tuple[Shard, dict[str, Any]]]:
+        return ((shard, read_summary(self._output, shard)) for shard in self._plan)
+
+
+def digest(classes: Sequence[str], clips: Iterable[SourceClip]) -> str:
+    """A fingerprint of a catalogue."""
+    content = hashlib.sha256(repr(classes).encode())
+    for clip in clips:
+        content.update(repr(clip).encode())
+    return content.hexdigest()[:32]
