@@ -11,7 +11,7 @@ from typing import Any
 
 from av_mae import datasets
 from av_mae.data.demo_sets import MODULES
-from av_mae.datasets.catalogue import CAUSES, NEVER_STORED
+from av_mae.datasets.catalogue import CAUSES, SKIPPABLE
 from av_mae.errors import UserError, check_name, run_command
 
 EXAMPLE = """example: python -m av_mae.prepare --dataset=toy_band --output=data/toy_band --clips=2000 --seed=0
@@ -24,8 +24,6 @@ SET_OPTIONS: dict[str, Any] = {
     "shortest": 1.0, "skip": "", "shard_clips": 1000, "time_limit": 60.0, "memory_limit": 4.0, "on_error": "skip",
     "max_failures": None, "beam_runner": None}
 NAMES = (*MODULES, *datasets.NAMES)
-# What --skip may name: what is seen when a clip is decoded.
-SKIPPABLE = tuple(cause for cause in CAUSES if cause not in (*NEVER_STORED, "no_label", "duplicate_content"))
 
 
 def _cores() -> int:

@@ -16,8 +16,9 @@ import tensorflow_datasets as tfds
 
 import clip_trees
 import made_media
-from av_mae import prepare
-from av_mae.data import media, records
+from av_mae import prepare, preprocess
+from av_mae.config import DataConfig
+from av_mae.data import media, pipeline, records
 from av_mae.errors import UserError
 from real_media import BLACK, ROBUST, probed
 
@@ -195,6 +196,24 @@ def test_tfds_reads_the_set_without_tensorflow(tmp_path, root):
         for field in record.keys() - {"id", "source"}:
             np.testing.assert_array_equal(record[field], theirs[name][field])
     assert "tensorflow" not in sys.modules
+
+
+def test_a_prepared_set_is_read_as_the_file_is(tmp_path):
+    """The batch of evaluation has the frame and the sound in the middle of the clip; a clip without sound fails alone."""
+    frames = [made_media.numbered_frame(number) for number in range(50)]
+    clips = {"a.mp4": clip_trees.clip(7, 6.0), "mute.mp4": made_media.encoded(frames)}
+    clip_trees.prepare("folder", clip_trees.put(tmp_path / "in", clips), tmp_path / "set")
+    data = DataConfig(path=str(tmp_path / "set"), split="train", workers=0)
+    with pipeline.open_evaluation_data(data, made_media.SIZE, (128, 192), 2, np.arange(2)) as evaluation:
+        batch, = evaluation
+    place = list(batch["id"]).index("a")
+    assert list(batch["valid"]) == [name == "a" for name in batch["id"]]
+    assert batch["error"][1 - place] == "clip mute: sound: the clip has no sound"
+    assert batch["start"][place] == pytest.approx(1.5) and batch["label"][place] == -1
+    shown = made_media.number_of(batch["image"][place])
+    assert abs((shown - 7) / clip_trees.FPS - 3.0) <= 0.6  # frames are stored once a second
+    expected = preprocess.load(tmp_path / "in" / "a.mp4")["audio"][0]
+    assert np.abs(batch["audio"][place] - expected).mean() < 0.05  # 16-bit samples, resampled as a whole
 
 
 def test_the_command_tells_what_it_made(tmp_path, root):

@@ -24,6 +24,8 @@ CAUSES = {
 }
 # With these, no record is stored whatever the options say.
 NEVER_STORED = ("bad_row", "bad_id", "duplicate_id", "missing", "undecodable")
+# What is seen when a clip is decoded, and may leave it out (--skip).
+SKIPPABLE = ("no_sound", "no_picture", "too_short", "silence", "black", "still")
 
 SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
           "validation": "validation", "dev": "validation", "test": "test", "eval": "test", "evaluation": "test"}

@@ -14,7 +14,7 @@ FILE = "README.md"
 def text(job: "Job", reader: Reader, catalogue: Catalogue, made: dict[str, Any]) -> str:
     """The card as Markdown."""
     record = job.record
-    frames = f"{record.frames} frames, evenly spaced" if record.frames else f"{record.frame_rate:g} frames a second"
+    frames = f"{record.frames} frames, evenly spaced" if record.frames else f"a frame every {1 / record.frame_rate:.3g} s"
     rows = [f"| {name} | {split['clips']} | {split['stored']} | {split['seconds'] / 3600:.2f} | "
             f"{split['bytes'] / 1e6:.1f} |" for name, split in made["splits"].items()]
     found = [f"- {count} × {cause}: {CAUSES[cause]}" for cause, count in made["causes"].items() if count]

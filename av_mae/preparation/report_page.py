@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from av_mae.datasets.catalogue import CAUSES, NEVER_STORED
+from av_mae.datasets.catalogue import CAUSES, NEVER_STORED, SKIPPABLE
 from av_mae.preparation.shards import Shard, Summaries
 from av_mae.storage import Folder
 
@@ -133,7 +133,8 @@ def _figure(picture: Thumbnail) -> str:
 
 def _findings(made: Mapping[str, Any], pictures: Mapping[str, Thumbnail]):
     yield _table(("cause", "clips", "meaning", "stored"), [
-        (cause, made["causes"][cause], meaning, "no" if cause in NEVER_STORED else "yes, unless --skip names it")
+        (cause, made["causes"][cause], meaning, "no" if cause in NEVER_STORED else
+         "yes, unless --skip names it" if cause in SKIPPABLE else "yes")
         for cause, meaning in CAUSES.items()])
     for cause in CAUSES:
         own = [finding for finding in made["findings"] if finding["cause"] == cause]
