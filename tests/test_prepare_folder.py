@@ -213,7 +213,8 @@ def test_a_prepared_set_is_read_as_the_file_is(tmp_path):
     shown = made_media.number_of(batch["image"][place])
     assert abs((shown - 7) / clip_trees.FPS - 3.0) <= 0.6  # frames are stored once a second
     expected = preprocess.load(tmp_path / "in" / "a.mp4")["audio"][0]
-    assert np.abs(batch["audio"][place] - expected).mean() < 0.05  # 16-bit samples, resampled as a whole
+    heard = expected > -4  # below it there is the noise of 16-bit samples
+    assert heard.mean() > 0.3 and np.abs(batch["audio"][place] - expected)[heard].max() < 0.02
 
 
 def test_the_command_tells_what_it_made(tmp_path, root):
