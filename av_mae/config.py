@@ -140,7 +140,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What every run that trains has. Exactly one of `steps` and `epochs` is above 0."""
+    """What every run that trains has. Exactly one of `steps` and `epochs` is above 0.
+
+    A run ends itself, to be started again, where no step gets done for `hang_factor` × the median step and at least
+    `hang_seconds` (0: never).
+    """
 
     seed: int = 0
     steps: int = 0
@@ -158,6 +162,8 @@ class RunConfig:
     log_every: int = 50
     images_every: int = 1000
     profile_at: int = 0
+    hang_seconds: float = 900.0
+    hang_factor: float = 20.0
     init: str = ""
 
     def __post_init__(self):
@@ -176,6 +182,9 @@ class RunConfig:
         require(min(self.keep_every, self.images_every, self.profile_at) >= 0,
                 f"keep_every={self.keep_every}, images_every={self.images_every} and "
                 f"profile_at={self.profile_at} must be 0 (never) or more")
+        require(self.hang_seconds >= 0 and self.hang_factor >= 1,
+                f"hang_seconds={self.hang_seconds} must be 0 (never) or more, and hang_factor={self.hang_factor} at "
+                "least 1")
 
 
 @dataclasses.dataclass(frozen=True)

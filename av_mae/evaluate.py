@@ -10,8 +10,9 @@ from av_mae import recipes
 from av_mae.config import EvaluationConfig
 from av_mae.errors import UserError, run_command
 from av_mae.task_config import CONFIGS, CompareConfig
+from av_mae.training.agreement import check_processes
 from av_mae.training.checkpoint import quiet_libraries
-from av_mae.training.mesh import add_process_arguments, initialize_processes
+from av_mae.training.hosts import add_process_arguments, joined
 
 # Each module has run(config, workdir) -> Report; it is imported when asked for.
 TASKS = {"reconstruction": "av_mae.evaluation.reconstruction", "compare": "av_mae.evaluation.compare",
@@ -47,11 +48,12 @@ def main(argv: list[str]) -> None:
         recipes.save(config, workdir / "config.json")
     except OSError as error:
         raise UserError(f"cannot write to --workdir={arguments.workdir}: {error.strerror}") from error
-    initialize_processes(arguments.coordinator, arguments.process_id, arguments.process_count)
-    report = importlib.import_module(TASKS[config.task]).run(config, workdir)
-    if jax.process_index() == 0:
-        report.save(workdir / "results.json")
-        print(report.table)
+    with joined(arguments):
+        check_processes(config, workdir.absolute())
+        report = importlib.import_module(TASKS[config.task]).run(config, workdir)
+        if jax.process_index() == 0:
+            report.save(workdir / "results.json")
+            print(report.table)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from av_mae import recipes
 from av_mae.config import TrainConfig
 from av_mae.errors import UserError, run_command
 from av_mae.published.unimodal import stream_arrays
+from av_mae.training.agreement import check_processes
 from av_mae.training.checkpoint import Checkpoints, load_params, note, quiet_libraries
 from av_mae.training.hooks import PictureHook
-from av_mae.training.mesh import add_process_arguments, initialize_processes
+from av_mae.training.hosts import Stopped, add_process_arguments, joined
 from av_mae.training.run import first_state, open_run, train_from
 from av_mae.training.step import Params, TrainStep
 
@@ -53,6 +54,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
 
     Raises:
       UserError: the recipe does not fit the devices, the data or the checkpoints in `workdir`, or the run went wrong.
+      Stopped: the process was asked to stop before the last step.
     """
     with contextlib.ExitStack() as stack:
         step, data, last = stack.enter_context(open_run(config))
@@ -64,8 +66,10 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
         if begin.meta["step"] >= last:
             note(f"this run is finished: it has done {begin.meta['step']} of {last} steps")
             return
-        train_from(config, workdir, step, begin, data, last, checkpoints, "pretraining",
-                   lambda events, say: [PictureHook(config, step, workdir, events, say)])
+        end = train_from(config, workdir, step, begin, data, last, checkpoints, "pretraining",
+                         lambda events, say: [PictureHook(config, step, workdir, events, say)])
+        if end.meta["step"] < last:
+            raise Stopped
 
 
 def main(argv: list[str]) -> None:
@@ -81,14 +85,15 @@ def main(argv: list[str]) -> None:
     config = recipes.load_recipe(arguments.config, overrides, TrainConfig)
     quiet_libraries()
     workdir = make_workdir(arguments.workdir)
-    initialize_processes(arguments.coordinator, arguments.process_id, arguments.process_count)
-    try:
-        run(config, workdir)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise UserError(f"cannot write to --workdir={arguments.workdir}: {error}; make room or name another "
-                        "folder, the same command goes on from the last checkpoint") from error
+    with joined(arguments):
+        try:
+            check_processes(config, workdir)
+            run(config, workdir)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise UserError(f"cannot write to --workdir={arguments.workdir}: {error}; make room or name another "
+                            "folder, the same command goes on from the last checkpoint") from error
 
 
 if __name__ == "__main__":

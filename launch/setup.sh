@@ -1,7 +1,8 @@
-# Sourced by demo.sh and test.sh: makes the virtual environment when it is missing or out of date and sets
+# Sourced by demo.sh, test.sh and host.sh: makes the virtual environment when it is missing or out of date and sets
 #   root    the repository
 #   python  the environment's Python
 # AV_MAE_VENV: another place for the environment than .venv. AV_MAE_PYTHON: the Python to make it with.
+# AV_MAE_EXTRA: tpu or cuda, JAX with the libraries of an accelerator.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${AV_MAE_VENV:-$root/.venv}
@@ -31,7 +32,7 @@ _find_python() {
 
 # What the environment was made from: another lock, setup.py, place or Python makes it anew.
 _fingerprint() {
-  echo "$root $("$python" --version 2>&1) $(cat "$root/launch/requirements.lock" "$root/setup.py" | cksum)"
+  echo "$root${AV_MAE_EXTRA:+[$AV_MAE_EXTRA]} $("$python" --version 2>&1) $(cat "$root/launch/requirements.lock" "$root/setup.py" | cksum)"
 }
 
 _install() {
@@ -42,6 +43,11 @@ _install() {
     _fail "the package index did not give what launch/requirements.lock lists (see above)"
   "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable "$root" ||
     _fail "av_mae itself did not install (see above)"
+  if [ "${AV_MAE_EXTRA:-}" ]; then
+    # The lock has JAX's version; the accelerator's libraries are those that this JAX asks for.
+    "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+      --constraint "$root/launch/requirements.lock" --editable "$root[$AV_MAE_EXTRA]" || _fail "the extra $AV_MAE_EXTRA did not install (see above)"
+  fi
   _fingerprint > "$venv/made_from"
 }
 

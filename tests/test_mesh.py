@@ -80,16 +80,6 @@ def test_large_parameter_left_whole_is_refused():
     assert mesh.parameter_spec("encoder.x", (333, 333), whole) == PartitionSpec()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((None, 0, 2), "process_id=0 and process_count=2 need a coordinator"),
-    (("localhost:1", None, 2), "needs 0 <= process_id < process_count"),
-    (("localhost:1", 2, 2), "process_id=2, process_count=2"),
-])
-def test_processes_refused(arguments, message):
-    with pytest.raises(UserError, match=message):
-        mesh.initialize_processes(*arguments)
-
-
 def test_state_is_born_in_shards(monkeypatch):
     """No device ever gets a whole large parameter or moment: the init's own outputs are cut."""
     monkeypatch.setattr(mesh, "SMALL", 64)

@@ -4,12 +4,11 @@ import json
 import random
 import shutil
 import signal
-import socket
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from train_processes import Training, assert_same_arrays
+from train_processes import Training, assert_same_arrays, free_port
 
 from av_mae.training import checkpoint
 
@@ -70,12 +69,6 @@ def test_non_finite_loss_stops_with_one_line(training, whole):
     error, = [line for line in message.splitlines() if line.startswith("error:")]
     assert "error: step 1: loss=nan" in error and "Clips of the batch: " in error and "toy_band" in error
     assert not list((training.folder / "nan" / "checkpoints").iterdir())
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 def test_two_processes_are_one(training):

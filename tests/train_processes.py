@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,12 @@ def get_config():
 '''
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
 class Training:
     """A prepared set, a recipe and an environment that runs share."""
 
@@ -45,16 +52,20 @@ class Training:
         self.config = folder / "tiny.py"
         self.config.write_text(RECIPE.format(path=str(folder / "toy")))
 
-    def start(self, workdir: str, *arguments: str, devices: int = 1) -> subprocess.Popen:
-        """Starts a run; compiled programs are shared between runs."""
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-                       "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                       "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-                                    f"--xla_force_host_platform_device_count={devices}"}
-        command = [sys.executable, "-m", "av_mae.train", f"--config={self.config}",
-                   f"--workdir={self.folder / workdir}", *arguments]
-        return subprocess.Popen(command, cwd=self.folder, env=environment, stderr=subprocess.PIPE, text=True)
+    def environment(self, devices: int = 1) -> dict[str, str]:
+        """Of a run; compiled programs are shared between runs."""
+        return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+                "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"}
+
+    def start(self, workdir: str, *arguments: str, devices: int = 1,
+              program: tuple[str, ...] = ("-m", "av_mae.train")) -> subprocess.Popen:
+        """Starts a run."""
+        command = [sys.executable, *program, f"--config={self.config}", f"--workdir={self.folder / workdir}",
+                   *arguments]
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment(devices), stderr=subprocess.PIPE,
+                                text=True)
 
     def run(self, workdir: str, *arguments: str, devices: int = 1) -> tuple[int, str]:
         """Runs to the end; returns exit status and stderr."""

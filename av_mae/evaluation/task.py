@@ -24,6 +24,7 @@ from av_mae.progress import Progress
 from av_mae.task_config import TaskConfig
 from av_mae.training.checkpoint import Checkpoints, load_params, note, read_meta
 from av_mae.training.feed import Feed
+from av_mae.training.hosts import Stopped
 from av_mae.training.mesh import gather_texts, local_rows, row_shards
 from av_mae.training.objective import Objective
 from av_mae.training.run import first_state, open_run, train_from
@@ -153,7 +154,7 @@ def train_head(task: Task, config: TrainConfig, workdir: pathlib.Path) -> tuple[
             return step, begin.state
         end = train_from(config, workdir, step, begin, data, last, checkpoints, f"training the {task.kind}")
         if end.meta["step"] < last:
-            raise SystemExit(0)
+            raise Stopped
         return step, end.state
 
 

@@ -1,6 +1,5 @@
 """Devices as a mesh with the axes 'data', 'fsdp' and 'tensor', and where rows and parameters lie on it."""
 
-import argparse
 import functools
 import json
 import math
@@ -33,41 +32,6 @@ SHARDING_RULES = (("inputs", "fsdp"), ("outputs", "fsdp"), ("tokens", "fsdp"), (
 SMALL = 2 ** 12
 # A parameter with more values than this must be cut when there is an axis to cut it over.
 LARGE = 2 ** 16
-
-
-def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what several processes of one run need to find each other."""
-    parser.add_argument("--coordinator", metavar="HOST:PORT",
-                        help="several processes: address of process 0, or 'auto' on TPU pods and Slurm")
-    parser.add_argument("--process_id", type=int, metavar="N", help="number of this process, from 0")
-    parser.add_argument("--process_count", type=int, metavar="N", help="processes of the run")
-
-
-def initialize_processes(coordinator: str | None, process_id: int | None, process_count: int | None) -> None:
-    """Joins the processes of a run into one; must come before anything touches a device.
-
-    Args:
-      coordinator: HOST:PORT of process 0, 'auto' (TPU pods, Slurm: JAX finds it out), or None for one process.
-      process_id: this process, 0 ≤ process_id < process_count.
-      process_count: processes of the run.
-
-    Raises:
-      UserError: a coordinator without the two numbers, or numbers without a coordinator.
-    """
-    numbers = (process_id, process_count)
-    if coordinator is None:
-        if numbers != (None, None):
-            raise UserError(f"process_id={process_id} and process_count={process_count} need a coordinator: "
-                            "give --coordinator=HOST:PORT of process 0")
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if coordinator == "auto":
-        jax.distributed.initialize()
-        return
-    if None in numbers or not 0 <= process_id < process_count:
-        raise UserError(f"coordinator={coordinator} needs 0 <= process_id < process_count, got "
-                        f"process_id={process_id}, process_count={process_count}: give both on every process")
-    jax.distributed.initialize(coordinator, process_count, process_id)
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:

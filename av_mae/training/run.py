@@ -20,6 +20,7 @@ from av_mae.training.mesh import batch_sharding, check_batch, local_rows, make_m
 from av_mae.training.objective import Objective
 from av_mae.training.optimizer import run_length
 from av_mae.training.step import Params, TrainStep
+from av_mae.training.watchdog import Watchdog
 
 # Further hooks of a run, made from its TensorBoard events (None: not the first process) and how to tell the user.
 MakeHooks = Callable[[Events | None, Callable[[str], None]], Sequence[Hook]]
@@ -76,7 +77,8 @@ def train_from(config: TrainConfig, workdir: pathlib.Path, step: TrainStep, begi
         events = Events(workdir, first) if lead else None
         metrics = hooks.MetricsHook(config, workdir, events, progress, feed, last, first, begin.meta["skipped"],
                                     step.objective.flops)
-        running = [hooks.FailureHook(FailureCount(config.data.max_failure_share), progress.write), metrics,
+        running = [Watchdog(config.hang_seconds, config.hang_factor),
+                   hooks.FailureHook(FailureCount(config.data.max_failure_share), progress.write), metrics,
                    *more_hooks(events, say),
                    hooks.ProfileHook(config.profile_at, workdir, say),
                    hooks.CheckpointHook(config, checkpoints, metrics, first, begin.meta["position"])]

@@ -1,0 +1,181 @@
+# Sourced by the launchers of several processes: options, dry run, staging, restarts, logs. A launcher defines
+#   _usage          prints its help
+#   _start I        starts process I in the background; its output goes to $log; sets pids[I]
+#   _signal NAME    sends a signal to all processes
+# and may define
+#   _option WORD    takes an option of its own; fails where it has none of that name
+#   _prepare        called before each attempt
+# Exit statuses of av_mae.train: 0 finished; 2 wrong input; 75 start all again; above 128 killed by a signal, or ssh lost
+# its connection. All but 0, 2 and 130 (interrupted) of those start all processes again, --restarts times at most.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+RESTART=75
+dry_run= extra= restarts=20 pause=10 patience=150 port=8476 logs=$root/runs/logs/$(date +%Y%m%d-%H%M%S) folder=av_mae
+train=() pids=() statuses=() stopping= attempt=0
+
+COMMON="  --dry-run         print what would run, and run nothing
+  --restarts=N      start all again at most N times (20)
+  --pause=SECONDS   before a restart (10)
+  --patience=S      how long the others may take to end after one has failed, before they are killed (150: more than
+                    av_mae.train --host_timeout)
+  --logs=DIR        output of each process of each attempt (runs/logs/<time>)
+Everything after -- goes to python -m av_mae.train."
+
+_fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+_option() {
+  return 1
+}
+
+_prepare() {
+  :
+}
+
+# Reads the options up to --; the rest are train's.
+_read_options() {
+  while [ $# -gt 0 ]; do
+    case $1 in
+      -h | --help)
+        _usage
+        exit ;;
+      --)
+        shift
+        train=("$@")
+        break ;;
+      --dry-run) dry_run=1 ;;
+      --restarts=* | --pause=* | --patience=* | --port=*)
+        [[ ${1#*=} =~ ^[0-9]+$ ]] || _fail "$1 must be a whole number"
+        printf -v "$(expr "$1" : '--\([a-z]*\)')" %s "${1#*=}" ;;
+      --logs=*) logs=${1#*=} ;;
+      --folder=*) folder=${1#*=} ;;
+      *) _option "$1" || _fail "unknown option $1; arguments of av_mae.train come after --" ;;
+    esac
+    shift
+  done
+  [ ${#train[@]} -gt 0 ] || _fail "no arguments for av_mae.train: give -- --config=… --workdir=…"
+}
+
+# Prints a command in a dry run, runs it otherwise.
+_run() {
+  if [ "$dry_run" ]; then
+    _show "$@"
+  else
+    "$@"
+  fi
+}
+
+# Words as one line that a shell reads back.
+_quote() {
+  local word line=
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
+    line="$line $word"
+  done
+  printf %s "${line# }"
+}
+
+_show() {
+  _quote "$@"
+  echo
+}
+
+# The command of process I: _train I COUNT [COORDINATOR]; without COORDINATOR the environment tells.
+_train() {
+  local words=(env AV_MAE_EXTRA="$extra" bash launch/host.sh)
+  [ "${3:-}" ] && words+=(--coordinator="$3")
+  [ "${3:-auto}" = auto ] || words+=(--process_id="$1" --process_count="$2")
+  _quote "${words[@]}" --stopped_status=$RESTART "${train[@]}"
+}
+
+# A file with the code as it lies here: tracked files and new ones that git does not ignore.
+_pack() {
+  archive=$(mktemp -t av_mae.XXXXXX.tar.gz)
+  [ "$dry_run" ] || git -C "$root" ls-files -z --cached --others --exclude-standard |
+    tar -C "$root" --null --files-from=- --ignore-failed-read -czf "$archive"
+}
+
+# Waits for all pids. Once one has failed, the others get $patience seconds before they are killed.
+_wait_all() {
+  local left=$patience failed= alive i
+  statuses=()
+  while :; do
+    alive=
+    for i in "${!pids[@]}"; do
+      [ "${statuses[i]:-}" ] && continue
+      if kill -0 "${pids[i]}" 2>/dev/null; then
+        alive=1
+        continue
+      fi
+      statuses[i]=0
+      wait "${pids[i]}" || statuses[i]=$?
+      [ "${statuses[i]}" = 0 ] || failed=1
+    done
+    [ "$alive" ] || return 0
+    if [ "$failed" ] && [ $((left--)) = 0 ]; then
+      echo "process ${#statuses[@]} of ${#pids[@]} ended, the others do not within $patience s: killed" >&2
+      _signal KILL
+    fi
+    sleep 1
+  done
+}
+
+# What the statuses of all processes mean: done, again, or a status to end with.
+_judge() {
+  local status worst=0
+  for status in "$@"; do
+    case $status in
+      0) ;;
+      2 | 130) echo "$status" && return ;;
+      75) worst=again ;;
+      *) [ "$status" -gt 128 ] && worst=again || { [ $worst = again ] || worst=$status; } ;;
+    esac
+  done
+  [ "$worst" = 0 ] && echo done || echo "$worst"
+}
+
+_stop() {
+  stopping=1
+  echo "asked to stop: every process saves its state" >&2
+  _signal TERM
+}
+
+# Starts processes 0 … COUNT - 1 again and again until they are done, asked to stop, or wrong.
+_attempts() {
+  local count=$1 i verdict
+  trap _stop TERM INT
+  while :; do
+    _prepare
+    pids=()
+    log=$logs/attempt-$attempt
+    _run mkdir -p "$log"
+    for ((i = 0; i < count; i++)); do
+      _start "$i"
+    done
+    [ "$dry_run" ] && return 0
+    echo "attempt $attempt: $count processes, output in $log/" >&2
+    _wait_all
+    verdict=$(_judge "${statuses[@]}")
+    echo "attempt $attempt ended with statuses ${statuses[*]}" >&2
+    [ "$verdict" = done ] && return 0
+    tail -n 3 "$log"/* >&2
+    [ "$stopping" ] && return $RESTART
+    [ "$verdict" = again ] || return "$verdict"
+    [ $((attempt++)) -lt "$restarts" ] || _fail "not done after $restarts restarts; see $logs"
+    sleep "$pause"
+  done
+}
+
+# Starts a command in the background with its output in the log of process I, or prints it.
+_background() {
+  local i=$1
+  shift
+  if [ "$dry_run" ]; then
+    _show "$@"
+    return
+  fi
+  "$@" > "$log/$i.log" 2>&1 < /dev/null &
+  pids[i]=$!
+}

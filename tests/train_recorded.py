@@ -1,0 +1,50 @@
+"""`python tests/train_recorded.py FOLDER [FAULT:PROCESS:STEP] …`: av_mae.train that writes down which clips it takes.
+
+FOLDER gets a file of each process with a JSON line [place, id] of each clip it takes. FAULT in one process, once it
+takes the batch of STEP: `sleep` (the input never comes), `raise` (a programmer's error).
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+from av_mae import train
+from av_mae.errors import run_command
+from av_mae.training import run
+from av_mae.training.feed import Feed
+
+
+def recording(folder: pathlib.Path, fault: str, victim: int, at: int) -> type[Feed]:
+    """Feed that records and fails as asked."""
+    import jax
+
+    class Recording(Feed):
+        def __next__(self):
+            host, batch = super().__next__()
+            rows = len(host["id"])
+            places = sorted({place for shard in batch["place"].addressable_shards for place in shard.data.tolist()})
+            assert len(places) == rows
+            with (folder / f"{jax.process_index()}-{os.getpid()}").open("a") as file:
+                file.write("".join(json.dumps(pair) + "\n" for pair in zip(places, host["id"].tolist())))
+            step = places[0] // batch["place"].shape[0] + 1
+            if fault and jax.process_index() == victim and step == at:
+                if fault == "raise":
+                    raise RuntimeError("a programmer's error")
+                time.sleep(1000)
+            return host, batch
+
+    return Recording
+
+
+def main(argv: list[str]) -> None:
+    folder = pathlib.Path(argv[0])
+    folder.mkdir(exist_ok=True)
+    fault, victim, at = argv[1].split(":") if len(argv) > 1 and argv[1].count(":") == 2 else ("", 0, 0)
+    run.Feed = recording(folder, fault, int(victim), int(at))
+    train.main(argv[2 if fault else 1:])
+
+
+if __name__ == "__main__":
+    run_command(main)
