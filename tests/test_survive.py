@@ -16,7 +16,7 @@ from train_processes import ROOT, Training, assert_same_arrays, free_port
 from av_mae.training.hosts import RESTART
 
 STEPS, BATCH = 40, 8
-QUICK = ["--config.data.workers=0", f"--config.steps={STEPS}", "--config.checkpoint_every=5"]
+QUICK = ["--config.data.workers=0", f"--config.steps={STEPS}", "--config.checkpoint_every=10"]
 pytestmark = pytest.mark.slow
 
 
@@ -26,7 +26,7 @@ class Hosts(Training):
     def start_all(self, workdir: str, count: int, *options: str, devices: int = 1,
                   fault: tuple[str, ...] = (), own: dict[int, list[str]] | None = None) -> list[subprocess.Popen]:
         program = (str(ROOT / "tests" / "train_recorded.py"), str(self.folder / f"{workdir}-clips"), *fault)
-        join = [f"--coordinator=localhost:{free_port()}", f"--process_count={count}", "--host_timeout=20"]
+        join = [f"--coordinator=localhost:{free_port()}", f"--process_count={count}", "--host_timeout=60"]
         return [self.start(workdir, *QUICK, *(join if count > 1 else []), *options, *(own or {}).get(number, []),
                            *([f"--process_id={number}"] if count > 1 else []), devices=devices, program=program)
                 for number in range(count)]
@@ -41,7 +41,7 @@ class Hosts(Training):
         return taken
 
 
-def ended(processes: list[subprocess.Popen], within: float = 300) -> tuple[list[int], list[str]]:
+def ended(processes: list[subprocess.Popen], within: float = 1200) -> tuple[list[int], list[str]]:
     """Exit statuses and stderr of all."""
     until = time.monotonic() + within
     messages = [process.communicate(timeout=max(1, until - time.monotonic()))[1] for process in processes]
@@ -70,9 +70,9 @@ def test_killed_process_ends_all_and_the_restart_is_bit_identical(training, whol
     training.wait_for_step(workdir, random.randint(6, STEPS - 8), processes[0])
     processes[victim].kill()
     began = time.monotonic()
-    statuses, messages = ended(processes, within=60)
+    statuses, messages = ended(processes, within=300)
     assert statuses == [-signal.SIGKILL if number == victim else RESTART for number in range(2)], messages
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
     statuses, messages = ended(training.start_all(workdir, 2))
     assert statuses == [0, 0] and "resuming after step" in messages[0], messages
     assert training.metrics(workdir) == whole[0]
@@ -82,13 +82,13 @@ def test_killed_process_ends_all_and_the_restart_is_bit_identical(training, whol
 
 def test_a_process_that_is_silent_counts_as_dead(training):
     """Stopped, not killed: its connections stay open, only heartbeats are missing."""
-    processes = training.start_all("silent", 2)
+    processes = training.start_all("silent", 2, "--host_timeout=20")
     training.wait_for_step("silent", 6, processes[0])
     child = int(subprocess.run(["pgrep", "-P", str(processes[1].pid)], capture_output=True, text=True).stdout)
     subprocess.run(["kill", "-STOP", str(child)], check=True)
     began = time.monotonic()
-    assert ended(processes[:1], within=90)[0] == [RESTART]
-    assert time.monotonic() - began < 60  # --host_timeout=20
+    assert ended(processes[:1], within=300)[0] == [RESTART]
+    assert time.monotonic() - began < 120  # --host_timeout=20
     processes[1].kill()
     ended(processes[1:])
 
@@ -185,7 +185,7 @@ def test_ten_faults_at_random_moments(training):
         for number, process in enumerate(processes):
             if fault in ("stop", f"kill {number}"):
                 process.send_signal(signal.SIGTERM if fault == "stop" else signal.SIGKILL)
-        statuses, messages = ended(processes, within=120)
+        statuses, messages = ended(processes, within=300)
         allowed = {0, -signal.SIGTERM, RESTART} if fault == "stop" else {-signal.SIGKILL, RESTART}
         assert set(statuses) <= allowed, (fault, messages)
     statuses, messages = ended(training.start_all(workdir, 2, *options))
@@ -251,7 +251,7 @@ def launch(training, tmp_path):
         return subprocess.Popen(
             ["bash", str(ROOT / "launch" / script), *options, "--pause=1", "--patience=60",
              f"--logs={tmp_path / 'logs'}", "--", f"--config={training.config}",
-             f"--workdir={training.folder / workdir}", "--host_timeout=20", *QUICK],
+             f"--workdir={training.folder / workdir}", "--host_timeout=60", *QUICK],
             env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
 
     return start
