@@ -143,7 +143,10 @@ class RunConfig:
     """What every run that trains has. Exactly one of `steps` and `epochs` is above 0.
 
     A run ends itself, to be started again, where no step gets done for `hang_factor` × the median step and at least
-    `hang_seconds` (0: never).
+    `hang_seconds` (0: never). `checkpoint_local` is a folder on each host's own disk for fast checkpoints every
+    `checkpoint_local_every` steps. The run stops once `max_failed_saves` (0: any number) could not be saved in a row,
+    and at an update that is not finite or whose gradient norm is above `max_grad_norm` (0: any), unless
+    `max_skipped_updates` may be skipped.
     """
 
     seed: int = 0
@@ -159,6 +162,11 @@ class RunConfig:
     checkpoint_every: int = 1000
     keep_last: int = 3
     keep_every: int = 0
+    checkpoint_local: str = ""
+    checkpoint_local_every: int = 100
+    max_failed_saves: int = 0
+    max_grad_norm: float = 0.0
+    max_skipped_updates: int = 0
     log_every: int = 50
     images_every: int = 1000
     profile_at: int = 0
@@ -176,9 +184,12 @@ class RunConfig:
                 f"batch_size={self.batch_size}")
         require(self.dtype in DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         require(self.remat in REMATS, f"remat={self.remat!r} must be one of {', '.join(REMATS)}")
-        require(min(self.checkpoint_every, self.keep_last, self.log_every) > 0,
-                f"checkpoint_every={self.checkpoint_every}, keep_last={self.keep_last} and "
-                f"log_every={self.log_every} must be at least 1")
+        require(min(self.checkpoint_every, self.checkpoint_local_every, self.keep_last, self.log_every) > 0,
+                f"checkpoint_every={self.checkpoint_every}, checkpoint_local_every={self.checkpoint_local_every}, "
+                f"keep_last={self.keep_last} and log_every={self.log_every} must be at least 1")
+        require(min(self.max_failed_saves, self.max_grad_norm, self.max_skipped_updates) >= 0,
+                f"max_failed_saves={self.max_failed_saves}, max_grad_norm={self.max_grad_norm} and "
+                f"max_skipped_updates={self.max_skipped_updates} must be 0 or more")
         require(min(self.keep_every, self.images_every, self.profile_at) >= 0,
                 f"keep_every={self.keep_every}, images_every={self.images_every} and "
                 f"profile_at={self.profile_at} must be 0 (never) or more")

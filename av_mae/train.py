@@ -16,7 +16,7 @@ from av_mae.training.agreement import check_processes
 from av_mae.training.checkpoint import Checkpoints, load_params, note, quiet_libraries
 from av_mae.training.hooks import PictureHook
 from av_mae.training.hosts import Stopped, add_process_arguments, joined
-from av_mae.training.run import first_state, open_run, train_from
+from av_mae.training.run import first_state, open_local, open_run, train_from
 from av_mae.training.step import Params, TrainStep
 
 # What the system says where a run cannot begin to write; once it runs, hooks and checkpoints warn and go on.
@@ -60,14 +60,15 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
         step, data, last = stack.enter_context(open_run(config))
         checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last, config.keep_every)
         stack.callback(checkpoints.close)
-        begin = first_state(step, checkpoints, config, lambda: first_weights(step, config))
+        local = open_local(config, workdir)
+        begin = first_state(step, checkpoints, config, lambda: first_weights(step, config), local)
         if jax.process_index() == 0:
             recipes.save(config, workdir / "config.json")
         if begin.meta["step"] >= last:
             note(f"this run is finished: it has done {begin.meta['step']} of {last} steps")
             return
         end = train_from(config, workdir, step, begin, data, last, checkpoints, "pretraining",
-                         lambda events, say: [PictureHook(config, step, workdir, events, say)])
+                         lambda events, say: [PictureHook(config, step, workdir, events, say)], local)
         if end.meta["step"] < last:
             raise Stopped
 

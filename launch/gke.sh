@@ -15,7 +15,8 @@ _usage() {
   --xpk=TYPE --cluster=NAME   give it to XPK instead, with its name of the TPU type, e.g. v5litepod-16
 $COMMON
 --workdir must be a volume that all pods share. Stop it with: kubectl delete jobset NAME
-example: bash launch/gke.sh --image=IMAGE --nodes=4 --accelerator=tpu-v5-lite-podslice --topology=4x4 --dry-run -- --config=configs/pretrain.py:base --workdir=/mnt/bucket/base"
+example: bash launch/gke.sh --image=IMAGE --nodes=4 --accelerator=tpu-v5-lite-podslice --topology=4x4 --dry-run -- \\
+           --config=configs/pretrain.py:base --workdir=/mnt/bucket/base"
 }
 
 _option() {

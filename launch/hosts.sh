@@ -5,8 +5,8 @@
 # and may define
 #   _option WORD    takes an option of its own; fails where it has none of that name
 #   _prepare        called before each attempt
-# Exit statuses of av_mae.train: 0 finished; 2 wrong input; 75 start all again; above 128 killed by a signal, or ssh lost
-# its connection. All but 0, 2 and 130 (interrupted) of those start all processes again, --restarts times at most.
+# Exit statuses of av_mae.train: 0 finished; 2 wrong input; 130 interrupted; 75 start all again; above 128 killed by a
+# signal, or ssh lost its connection. The last two start all processes again, --restarts times at most.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 RESTART=75

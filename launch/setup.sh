@@ -32,7 +32,8 @@ _find_python() {
 
 # What the environment was made from: another lock, setup.py, place or Python makes it anew.
 _fingerprint() {
-  echo "$root${AV_MAE_EXTRA:+[$AV_MAE_EXTRA]} $("$python" --version 2>&1) $(cat "$root/launch/requirements.lock" "$root/setup.py" | cksum)"
+  echo "$root${AV_MAE_EXTRA:+[$AV_MAE_EXTRA]} $("$python" --version 2>&1)" \
+    "$(cat "$root/launch/requirements.lock" "$root/setup.py" | cksum)"
 }
 
 _install() {
@@ -46,7 +47,8 @@ _install() {
   if [ "${AV_MAE_EXTRA:-}" ]; then
     # The lock has JAX's version; the accelerator's libraries are those that this JAX asks for.
     "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-      --constraint "$root/launch/requirements.lock" --editable "$root[$AV_MAE_EXTRA]" || _fail "the extra $AV_MAE_EXTRA did not install (see above)"
+      --constraint "$root/launch/requirements.lock" --editable "$root[$AV_MAE_EXTRA]" ||
+      _fail "the extra $AV_MAE_EXTRA did not install (see above)"
   fi
   _fingerprint > "$venv/made_from"
 }

@@ -14,7 +14,8 @@ _usage() {
   --sbatch=OPTION   goes to sbatch; may be given several times, e.g. --sbatch=--gpus-per-node=8 --sbatch=--time=24:00:00
 $COMMON
 Two minutes before the time limit, and when it is preempted, the job saves its state and queues again.
-example: bash launch/slurm.sh --nodes=4 --tasks=8 --sbatch=--gpus-per-node=8 --dry-run -- --config=configs/pretrain.py:base --workdir=/nfs/base"
+example: bash launch/slurm.sh --nodes=4 --tasks=8 --sbatch=--gpus-per-node=8 --dry-run -- \\
+           --config=configs/pretrain.py:base --workdir=/nfs/base"
 }
 
 _option() {

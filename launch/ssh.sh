@@ -12,7 +12,8 @@ _usage() {
   --folder=DIR      where the code goes on each host, from the home folder (av_mae)
 $COMMON
 --workdir must be a folder that all hosts share.
-example: bash launch/ssh.sh --hosts=gpu1,gpu2 --extra=cuda --dry-run -- --config=configs/pretrain.py:base --workdir=/nfs/base"
+example: bash launch/ssh.sh --hosts=gpu1,gpu2 --extra=cuda --dry-run -- \\
+           --config=configs/pretrain.py:base --workdir=/nfs/base"
 }
 
 _option() {

@@ -16,7 +16,9 @@ _usage() {
   --folder=DIR         where the code goes on each host, from the home folder (av_mae)
 $COMMON
 --workdir must be a folder that all hosts share, e.g. a bucket mounted with gcsfuse.
-example: bash launch/tpu_vm.sh --name=base --zone=us-west4-a --accelerator=v5litepod-16 --version=v2-alpha-tpuv5-lite --workers=4 --spot --dry-run -- --config=configs/pretrain.py:vggsound --workdir=/mnt/bucket/vggsound"
+example: bash launch/tpu_vm.sh --name=base --zone=us-west4-a --accelerator=v5litepod-16 \\
+           --version=v2-alpha-tpuv5-lite --workers=4 --spot --dry-run -- \\
+           --config=configs/pretrain.py:vggsound --workdir=/mnt/bucket/vggsound"
 }
 
 _option() {

@@ -162,33 +162,32 @@ def test_clocks():
     assert re.search(r"clock of process 1 \(b\) is 4.0 s ahead of that of process 2 \(c\)", warning)
 
 
-def watch(floor: float, factor: float, pauses: list[float]) -> list[float]:
-    """Steps with pauses between them; returns for how long the watchdog was not told of any, where it barked."""
+def watch(floor: float, factor: float, pauses: list[float], wait: float = 60) -> list[float]:
+    """Steps with pauses between them, then silence; returns after how many seconds of it the watchdog barked."""
     barked, done = [], threading.Event()
     dog = Watchdog(floor, factor, lambda seconds: (barked.append(seconds), done.set()))
     for step, pause in enumerate(pauses):
         time.sleep(pause)
         dog.after_metrics(step, {}, {})
-    done.wait(FIRST * floor)
+    done.wait(wait)
     dog.close()
     return barked
 
 
 def test_a_hang_is_noticed_after_a_factor_of_the_median():
-    began = time.monotonic()
-    barked, = watch(0.05, 20, [0.5, *[0.02] * 9])  # the first one, which compiles, does not count
-    assert 0.38 < barked < 1.2 and time.monotonic() - began < 3
+    barked, = watch(0.2, 20, [0.9, *[0.03] * 9])  # the first one, which compiles, does not count
+    assert barked > 0.55
 
 
 def test_the_floor_counts_where_steps_are_fast():
-    barked, = watch(0.4, 2, [0.0] * 9)
-    assert 0.4 < barked < 1.2
+    barked, = watch(0.6, 1, [0.0] * 9)
+    assert 0.6 < barked < FIRST * 0.6
 
 
 def test_long_before_the_first_step_is_no_hang():
     barked, = watch(0.2, 2, [])
-    assert FIRST * 0.2 <= barked
+    assert barked > FIRST * 0.2
 
 
 def test_no_watch_without_a_floor():
-    assert watch(0.0, 20, [0.01] * 3) == []
+    assert watch(0.0, 20, [0.01] * 3, wait=0.3) == []

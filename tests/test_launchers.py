@@ -16,7 +16,8 @@ def dry(root, tmp_path):
     def run(script, *options, train=TRAIN):
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
         done = subprocess.run(
-            ["bash", str(root / "launch" / script), "--dry-run", "--logs=/logs", *options, *(["--", *train] if train else [])],
+            ["bash", str(root / "launch" / script), "--dry-run", "--logs=/logs", *options,
+             *(["--", *train] if train else [])],
             env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout, done.stderr
 
@@ -101,7 +102,8 @@ def test_gke_tpu(dry):
                                "--topology=4x4", "--restarts=7")
     assert (status, message) == (0, "")
     build, push = words(out.partition("kubectl")[0])
-    assert build[:4] == ["docker", "build", "--build-arg", "EXTRA=tpu"] and push == ["docker", "push", "images/av_mae:1"]
+    assert build[:4] == ["docker", "build", "--build-arg", "EXTRA=tpu"]
+    assert push == ["docker", "push", "images/av_mae:1"]
     made = jobset(out)
     job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert made["spec"]["failurePolicy"]["maxRestarts"] == 7 and job["backoffLimit"] == 0

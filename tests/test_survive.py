@@ -1,4 +1,4 @@
-"""Several real processes (Gloo) that are killed, stopped, hung, unlike or alone; each restart is of all, as a launcher does."""
+"""Several real processes (Gloo), killed, stopped, hung, unlike or alone; a restart is of all, as launchers do it."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def whole(training):
 def test_killed_process_ends_all_and_the_restart_is_bit_identical(training, whole, victim):
     workdir = f"killed{victim}"
     processes = training.start_all(workdir, 2)
-    training.wait_for_step(workdir, random.randint(6, STEPS - 8), processes[0])
+    training.wait_for_step(workdir, random.randint(21, STEPS - 8), processes[0])
     processes[victim].kill()
     began = time.monotonic()
     statuses, messages = ended(processes, within=300)
@@ -260,7 +260,7 @@ def launch(training, tmp_path):
 def test_ssh_launcher_restarts_all(training, whole, launch, tmp_path):
     """Staged to two hosts; the trainer of one is killed; the launcher starts both again."""
     process = launch("ssh.sh", "--hosts=localhost,me@other", f"--port={free_port()}", workdir="ssh")
-    training.wait_for_step("ssh", 12, process)
+    training.wait_for_step("ssh", 22, process)
     os.kill(int((tmp_path / "me@other" / "av_mae" / ".pid-1").read_text()), signal.SIGKILL)
     (status,), (message,) = ended([process])
     assert status == 0 and "attempt 0 ended with statuses 75 137" in message, message
@@ -285,12 +285,12 @@ def test_slurm_launcher_restarts_and_requeues(training, whole, launch, tmp_path)
     """A job of two tasks that find each other by Slurm's variables: one is killed, then the job is asked to stop."""
     job = {"SLURM_JOB_ID": str(random.randrange(4096))}
     process = launch("slurm.sh", "--nodes=2", workdir="slurm", **job)
-    training.wait_for_step("slurm", 12, process)
+    training.wait_for_step("slurm", 21, process)
     os.kill(int((tmp_path / "srun").read_text().split()[1]), signal.SIGKILL)
     until = time.monotonic() + 200
     while len((tmp_path / "srun").read_text().splitlines()) < 2 and time.monotonic() < until:
         time.sleep(0.1)
-    training.wait_for_step("slurm", 25, process)
+    training.wait_for_step("slurm", 27, process)
     process.terminate()
     (status,), (message,) = ended([process])
     assert status == RESTART and "attempt 0 ended with statuses 137" in message, message

@@ -16,7 +16,7 @@ from av_mae import prepare
 from av_mae.training.checkpoint import find_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TIMING = ("clips_per_second", "input_wait", "flops_per_second")
+TIMING = ("clips_per_second", "input_wait", "flops_per_second", "goodput")
 RECIPE = '''
 """A tiny model on a small set."""
 from av_mae import recipes

@@ -74,8 +74,8 @@ class Checkpoints:
     """The checkpoints of one run. Every process of the run makes the same calls.
 
     A save that fails (a full disk, say) is reported and leaves the earlier checkpoints as they are; `failed` holds
-    the step of the last save if it failed, else None. `labels`, as JSON has them, are stored with each checkpoint and
-    must be the same when one is restored: what the run is besides its recipe.
+    the step of the last save if it failed, else None, and `failures` how many failed in a row. `labels`, as JSON has
+    them, are stored with each checkpoint and must be the same when one is restored: what the run is besides its recipe.
     """
 
     def __init__(self, folder: pathlib.Path, keep_last: int = 3, keep_every: int = 0,
@@ -85,6 +85,7 @@ class Checkpoints:
             max_to_keep=keep_last, keep_period=keep_every or None, cleanup_tmp_directories=True)
         for unfinished in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
             say(f"checkpoint {unfinished.name.split('.')[0]} was not finished when its run ended; it is dropped")
+        self.failures = 0
         self._pending: int | None = None
         self._manager = self._open()
 
@@ -117,6 +118,7 @@ class Checkpoints:
         """Waits until the last save is finished, and reports it where it failed."""
         try:
             self._manager.wait_until_finished()
+            self.failures = self.failures if self._pending is None else 0
             self._pending = None
         except Exception as error:  # as in `save`
             self._give_up(self._pending, error)
@@ -127,7 +129,7 @@ class Checkpoints:
         self._manager.close()
 
     def _give_up(self, step: int | None, error: Exception) -> None:
-        self.failed, self._pending = step, None
+        self.failed, self._pending, self.failures = step, None, self.failures + 1
         if jax.process_index() == 0:
             for unfinished in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import pathlib
 import time
@@ -13,11 +14,13 @@ import numpy as np
 from av_mae import models, pictures
 from av_mae.config import TrainConfig
 from av_mae.data.failures import FailureCount
+from av_mae.errors import UserError
 from av_mae.progress import Progress
 from av_mae.training.checkpoint import Checkpoints, first_line
 from av_mae.training.events import Events
 from av_mae.training.feed import Feed
-from av_mae.training.loop import Hook, Moment
+from av_mae.training.local_checkpoint import LocalCheckpoints
+from av_mae.training.loop import Hook, Moment, NonFinite
 from av_mae.training.step import Batch, TrainStep
 
 PICTURE_CLIPS = 4
@@ -68,8 +71,11 @@ class MetricsFile:
 class MetricsHook(Hook):
     """metrics.jsonl, TensorBoard and the progress bar.
 
-    `flops`: of one clip in one step (0: not counted). `skipped` counts clips that could not be read.
+    `flops`: of one clip in one step (0: not counted). `skipped` counts clips that could not be read. `goodput` gives
+    the share of time that was productive so far.
     """
+
+    goodput: Callable[[], float] | None = None
 
     def __init__(self, config: TrainConfig, workdir: pathlib.Path, events: Events | None, progress: Progress,
                  feed: Feed, last: int, resumed: int, skipped: int, flops: float = 0.0):
@@ -87,9 +93,12 @@ class MetricsHook(Hook):
                 self._window = (step, time.perf_counter(), self.feed.wait_seconds)
             self.progress.update(1)
             return
-        line = {"step": step, **metrics, "skipped": self.skipped}
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON knows no other
+        line = {"step": step, **finite, "skipped": self.skipped}
         del line["valid"]
         line.update(self._rates(step))
+        if self.goodput is not None:
+            line["goodput"] = self.goodput()
         shown = {name: line[name] for name in SHOWN if name in line}
         self.progress.update(1, **shown)
         self._write(line)
@@ -135,20 +144,53 @@ class FailureHook(Hook):
 
 
 class CheckpointHook(Hook):
-    """Saves every `checkpoint_every` steps, at the end and when asked to stop.
+    """Saves every `checkpoint_every` steps, at the end and when asked to stop; on the local disk more often.
 
-    `begin` is the position in the data (global clips consumed) before step `first` + 1.
+    `begin` is the position in the data (global clips consumed) before step `first` + 1. Raises UserError once
+    `max_failed_saves` saves in a row have failed.
     """
 
-    def __init__(self, config: TrainConfig, checkpoints: Checkpoints, metrics: MetricsHook, first: int, begin: int):
+    def __init__(self, config: TrainConfig, checkpoints: Checkpoints, metrics: MetricsHook, first: int, begin: int,
+                 local: LocalCheckpoints | None = None):
         self.config, self.checkpoints, self.metrics, self.first, self.begin = config, checkpoints, metrics, first, begin
+        self.local = local
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
-        return finished or stopped or step % self.config.checkpoint_every == 0
+        return finished or stopped or step % self.config.checkpoint_every == 0 or self._local_due(step)
+
+    def _local_due(self, step: int) -> bool:
+        return self.local is not None and step % self.config.checkpoint_local_every == 0
 
     def after_step(self, moment: Moment) -> None:
-        position = self.begin + (moment.step - self.first) * self.config.batch_size
-        self.checkpoints.save(moment.step, moment.state, self.config, position=position, skipped=self.metrics.skipped)
+        step, position = moment.step, self.begin + (moment.step - self.first) * self.config.batch_size
+        meta = {"position": position, "skipped": self.metrics.skipped}
+        if moment.finished or moment.stopped or step % self.config.checkpoint_every == 0:
+            self.checkpoints.save(step, moment.state, self.config, **meta)
+            limit = self.config.max_failed_saves
+            if limit and self.checkpoints.failures >= limit:
+                raise UserError(f"max_failed_saves={limit} checkpoints in a row could not be saved: make room in "
+                                f"{self.checkpoints.folder}; the same command goes on from the last one")
+        else:
+            self.local.save(step, moment.state, self.config, **meta)
+
+
+class UpdateHook(Hook):
+    """Names updates that were left out because they were not finite or too large, and limits them (NonFinite)."""
+
+    def __init__(self, config: TrainConfig, say: Callable[[str], None]):
+        self.limit, self.most, self.say, self.count = config.max_grad_norm, config.max_skipped_updates, say, 0
+
+    def after_metrics(self, step: int, metrics: Mapping[str, float], host: Mapping[str, np.ndarray]) -> None:
+        norm = metrics["grad_norm"]
+        if not metrics.get("skipped_update") and not 0 < self.limit < norm:
+            return
+        self.count += 1
+        seen = f"step {step}: loss={metrics['loss']:.6g}, grad_norm={norm:.6g}"
+        if self.count > self.most:
+            raise NonFinite(f"{seen}, with max_grad_norm={self.limit:g}: more than max_skipped_updates={self.most} "
+                            "updates; the run stops and keeps its last checkpoint. Try a lower optimizer.base_lr or "
+                            f"optimizer.clip_norm. Clips of the batch: {', '.join(map(str, host['id']))}")
+        self.say(f"warning: {seen}: this update is left out ({self.count} of max_skipped_updates={self.most})")
 
 
 def predict_first(model: models.AVMAE, batch: Batch, clips: int) -> tuple[jax.Array, jax.Array, models.Output]:

@@ -46,8 +46,8 @@ class Stopped(SystemExit):
 
 @dataclasses.dataclass(frozen=True)
 class Join:
-    """How this process joins a run. `coordinator` 'auto': JAX finds all three out; timeouts in seconds; exit status of a
-    run that was asked to stop."""
+    """How this process joins a run. `coordinator` 'auto': JAX finds all three out. Timeouts in seconds.
+    `stopped_status`: exit status of a run that was asked to stop."""
 
     coordinator: str
     process_id: int | None

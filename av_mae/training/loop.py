@@ -6,6 +6,7 @@ import dataclasses
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -33,7 +34,12 @@ class Moment:
 
 
 class Hook:
-    """Something periodic. All processes of a run have the same hooks and call them at the same steps."""
+    """Something periodic. All processes of a run have the same hooks and call them at the same steps.
+
+    `seconds` sums up how long the loop spent in `after_step`.
+    """
+
+    seconds: float = 0.0
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
         """Whether `after_step` wants to be called after this step."""
@@ -80,7 +86,8 @@ class Pending:
             step, metrics, host = self._steps.popleft()
             values = {name: value.item() for name, value in jax.device_get(metrics).items()}
             values = {"loss": values["loss"]} | values
-            check_finite(step, values, host["id"])
+            if not values.get("skipped_update"):
+                check_finite(step, values, host["id"])
             for hook in self._hooks:
                 hook.after_metrics(step, values, host)
 
@@ -103,7 +110,9 @@ def train(step_function: Callable[[TrainState, Batch], tuple[TrainState, Metrics
         if due:
             pending.give_out()
         for hook in due:
+            began = time.monotonic()
             hook.after_step(Moment(step, state, batch, finished, stopped))
+            hook.seconds += time.monotonic() - began
         if stopped:
             break
     pending.give_out()

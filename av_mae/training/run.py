@@ -1,4 +1,4 @@
-"""One run in a work directory: from its own checkpoint or a first state, through the loop with all hooks, to the end."""
+"""One run in a work directory: from its checkpoint or a first state, through the loop with all hooks, to the end."""
 
 import contextlib
 import pathlib
@@ -15,6 +15,8 @@ from av_mae.training import hooks
 from av_mae.training.checkpoint import Checkpoints, Restored, note
 from av_mae.training.events import Events
 from av_mae.training.feed import Feed
+from av_mae.training.goodput import Goodput, Stragglers, open_record
+from av_mae.training.local_checkpoint import LocalCheckpoints
 from av_mae.training.loop import Hook, stop_on_sigterm, train
 from av_mae.training.mesh import batch_sharding, check_batch, local_rows, make_mesh
 from av_mae.training.objective import Objective
@@ -42,14 +44,25 @@ def open_run(config: TrainConfig, objective: Objective | None = None) -> Iterato
         yield TrainStep(config, mesh, length, objective), data, length.steps
 
 
-def first_state(step: TrainStep, checkpoints: Checkpoints, config: TrainConfig,
-                begin: Callable[[], Params | None]) -> Restored:
-    """The state of the run's own checkpoint, or the first state from the weights that `begin` gives (None: random).
+def open_local(config: TrainConfig, workdir: pathlib.Path) -> LocalCheckpoints | None:
+    """The run's fast checkpoints on the local disk, where the recipe has them."""
+    if not config.checkpoint_local:
+        return None
+    return LocalCheckpoints(pathlib.Path(config.checkpoint_local).absolute(), open_record(workdir)["id"])
+
+
+def first_state(step: TrainStep, checkpoints: Checkpoints, config: TrainConfig, begin: Callable[[], Params | None],
+                local: LocalCheckpoints | None = None) -> Restored:
+    """The state of the run's own newest checkpoint, in the store or on the local disks, or the first state from the
+    weights that `begin` gives (None: random).
 
     Raises:
       UserError: the checkpoint is of another run, or its position does not fit the batch size.
     """
-    restored = checkpoints.restore(step.abstract_state(), config)
+    stored = checkpoints.steps()
+    restored = local.restore(step.abstract_state(), config, stored[-1] if stored else 0) if local else None
+    if restored is None:
+        restored = checkpoints.restore(step.abstract_state(), config)
     if restored is None:
         return Restored(step.init(begin()), {"step": 0, "position": 0, "skipped": 0})
     checkpoints.set_aside(restored.meta["step"])
@@ -61,7 +74,8 @@ def first_state(step: TrainStep, checkpoints: Checkpoints, config: TrainConfig,
 
 
 def train_from(config: TrainConfig, workdir: pathlib.Path, step: TrainStep, begin: Restored, data: TrainingData,
-               last: int, checkpoints: Checkpoints, description: str, more_hooks: MakeHooks = lambda *_: ()) -> Restored:
+               last: int, checkpoints: Checkpoints, description: str, more_hooks: MakeHooks = lambda *_: (),
+               local: LocalCheckpoints | None = None) -> Restored:
     """Runs the loop from a state to step `last` with all hooks; returns the state after the last step done.
 
     It is before `last` where the process was asked to stop.
@@ -77,19 +91,27 @@ def train_from(config: TrainConfig, workdir: pathlib.Path, step: TrainStep, begi
         events = Events(workdir, first) if lead else None
         metrics = hooks.MetricsHook(config, workdir, events, progress, feed, last, first, begin.meta["skipped"],
                                     step.objective.flops)
+        saving = hooks.CheckpointHook(config, checkpoints, metrics, first, begin.meta["position"], local)
+        goodput = Goodput(open_record(workdir), workdir, feed, first)
+        metrics.goodput = goodput.share
         running = [Watchdog(config.hang_seconds, config.hang_factor),
-                   hooks.FailureHook(FailureCount(config.data.max_failure_share), progress.write), metrics,
+                   hooks.FailureHook(FailureCount(config.data.max_failure_share), progress.write),
+                   hooks.UpdateHook(config, say), metrics,
                    *more_hooks(events, say),
-                   hooks.ProfileHook(config.profile_at, workdir, say),
-                   hooks.CheckpointHook(config, checkpoints, metrics, first, begin.meta["position"])]
+                   hooks.ProfileHook(config.profile_at, workdir, say), saving,
+                   Stragglers(config.checkpoint_every, feed, say), goodput]
+        goodput.count(running, saving)
         for hook in running:
             stack.callback(hook.close)
         should_stop = stack.enter_context(stop_on_sigterm())
         say(f"{data.clips} clips per epoch, {last} steps of {config.batch_size} clips on {step.mesh.size} "
             f"{jax.devices()[0].platform} devices; the first step compiles")
-        state = train(step.step, begin.state, feed, first, last, running, should_stop)
-        checkpoints.wait()
+        state = train(goodput.compiling(step.step), begin.state, feed, first, last, running, should_stop)
+        with goodput.saving():
+            checkpoints.wait()
         done = int(state.step)
+        goodput.ended = True
+        say(goodput.report())
         if done < last:
             say(f"asked to stop: step {done} is saved, the same command goes on from there")
     checkpoints.say = note

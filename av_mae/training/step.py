@@ -235,4 +235,14 @@ class TrainStep:
         statistics = {name: (x / parts).astype(state.statistics[name].dtype) for name, x in statistics.items()}
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
         params = {name: (trained | frozen)[name] for name in state.params} | optax.apply_updates(trained, updates)
-        return TrainState(state.step + 1, params, statistics, opt_state), metrics
+        new = TrainState(state.step + 1, params, statistics, opt_state)
+        if self.config.max_skipped_updates:
+            new, metrics["skipped_update"] = self.unless_bad(state, new, metrics)
+        return new, metrics
+
+    def unless_bad(self, old: TrainState, new: TrainState, metrics: Metrics) -> tuple[TrainState, jax.Array]:
+        """`new`, but for the step `old` where the update is not finite or its gradient too large; and 1.0 there."""
+        norm, largest = metrics["grad_norm"], self.config.max_grad_norm or jnp.inf
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= largest)
+        kept = jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old)
+        return dataclasses.replace(kept, step=new.step), 1.0 - good.astype(jnp.float32)
