@@ -99,7 +99,7 @@ WAYS = [
     ("raise hosts.UserError('a rule')", 2, "error: a rule\n"),
     ("raise hosts.Stopped", 9, ""),
     ("raise ValueError('a bug')", 75, "ValueError: a bug"),
-    ("raise KeyboardInterrupt", 130, ""),
+    ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
     ("os.abort()", 75, "error: another process of the run is gone"),
     ("os.kill(os.getpid(), signal.SIGKILL)", 75, "was killed by SIGKILL"),
     ("os._exit(75)", 75, ""),

@@ -4,6 +4,7 @@ import importlib
 import pathlib
 import re
 import shlex
+import subprocess
 
 import jax
 import pytest
@@ -43,6 +44,17 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("bash")])
 def test_scripts_are_there(command):
     assert (ROOT / command.split()[1]).is_file()
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "--dry-run" in line])
+def test_launchers_print_what_they_would_run(command, tmp_path):
+    done = subprocess.run(command.replace("launch/", f"{ROOT}/launch/"), shell=True, cwd=tmp_path, text=True,
+                          capture_output=True, timeout=60)
+    train = command.partition(" -- ")[2].split()
+    assert done.returncode == 0 and not done.stderr
+    assert all(word in done.stdout for word in train) and not list(tmp_path.iterdir())
+    spec, = [word.partition("=")[2] for word in train if word.startswith("--config=")]
+    recipes.load_recipe(spec)
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "av_mae." in line])

@@ -175,7 +175,8 @@ def some_moment(training: Hosts, workdir: str, processes: list[subprocess.Popen]
 
 
 def test_ten_faults_at_random_moments(training):
-    options = ["--config.steps=120"]
+    options = ["--config.steps=120", f"--config.checkpoint_local={training.folder / 'disk'}",
+               "--config.checkpoint_local_every=3"]
     statuses, messages = ended(training.start_all("whole120", 2, *options))
     assert statuses == [0, 0], messages
     workdir, faults = "ten", random.choices(["kill 0", "kill 1", "stop"], k=10)

@@ -13,6 +13,7 @@ from test_checkpoint import CONFIG, abstract, assert_same, state_on
 from test_loop import FakeFeed, Recorder, counting_step, never
 from tiny_training import batches, make_step, recipe, run_steps, unfused
 
+from av_mae.benchmarks import loop as loop_benchmark
 from av_mae.errors import UserError
 from av_mae.training import goodput, hooks, loop, run
 from av_mae.training.checkpoint import Checkpoints
@@ -276,3 +277,17 @@ def test_straggler_is_named(waits, message):
     assert bool(said) == bool(message)
     if message:
         assert re.match(message, said)
+
+
+@pytest.mark.slow
+def test_loop_benchmark(tmp_path, monkeypatch, capsys):
+    """Figures of the shape that is asked for; the loop's steps are real ones."""
+    monkeypatch.setattr(loop_benchmark, "make_mesh", lambda config: make_step(config).mesh)
+    monkeypatch.setattr(loop_benchmark.recipes, "load_recipe", lambda *_: recipe(unfused()))
+    loop_benchmark.main(["--config=any", "--steps=3", "--rounds=2", f"--json={tmp_path / 'loop.json'}"])
+    figures = json.loads((tmp_path / "loop.json").read_text())
+    assert figures["steps"] == 3 and figures["rounds"] == 2
+    assert figures["bare_step_seconds"] > 0 and figures["loop_step_seconds"] > 0
+    assert "overhead_share" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--steps=0 and --rounds=5 must be at least 1"):
+        loop_benchmark.main(["--config=any", "--steps=0"])

@@ -174,6 +174,7 @@ def _told(shared: mmap.mmap, join: Join) -> Iterator[None]:
         os._exit(USER_ERROR)
     except KeyboardInterrupt:
         shared[_VERDICT] = INTERRUPTED + 1
+        print("error: interrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
     except Stopped:
         shared[_VERDICT] = join.stopped_status + 1

@@ -5,6 +5,7 @@ others. They serve the same processes on the same mesh, after a crash that left 
 the shared store.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -81,6 +82,8 @@ class LocalCheckpoints:
             os.replace(temporary, path)
             for old in self.steps()[:-KEPT]:
                 self._path(old).unlink()
+                with contextlib.suppress(OSError):  # other processes of this host have theirs there
+                    self._path(old).parent.rmdir()
         except OSError as error:
             temporary.unlink(missing_ok=True)
             self.say(f"warning: local checkpoint {step} could not be saved ({first_line(error)}); training goes on")
