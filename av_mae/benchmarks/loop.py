@@ -1,7 +1,8 @@
 """`python -m av_mae.benchmarks.loop`: what the loop costs beside its steps: hooks, metrics, input thread, checkpoints.
 
 The same compiled step is called bare and by the training loop with everything that a run has, in turn; the share is
-the median over rounds of (loop - bare) / bare. Batches are made once: reading clips is `benchmark input`'s matter.
+the median over rounds of (loop - bare) / bare, of the time that passed and of the processors' time (which other work
+on the machine does not disturb). Batches are made once: reading clips is `benchmark input`'s matter.
 """
 
 import argparse
@@ -37,26 +38,31 @@ def host_batch(config: TrainConfig) -> dict[str, np.ndarray]:
             "valid": np.ones(b, bool), "id": np.full(b, "clip", object), "error": np.full(b, "", object)}
 
 
-def bare(step: TrainStep, state: TrainState, batch: dict, steps: int) -> tuple[TrainState, float]:
-    """The state after `steps` calls of the step, and their seconds."""
-    began = time.perf_counter()
+def clocks() -> np.ndarray:
+    """Seconds that have passed, and seconds of all processors for this process."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def bare(step: TrainStep, state: TrainState, batch: dict, steps: int) -> tuple[TrainState, np.ndarray]:
+    """The state after `steps` calls of the step, and how far both clocks went."""
+    began = clocks()
     for _ in range(steps):
         state, metrics = step.step(state, batch)
     jax.block_until_ready((state, metrics))
-    return state, time.perf_counter() - began
+    return state, clocks() - began
 
 
 def looped(step: TrainStep, state: TrainState, host: dict, steps: int,
-           folder: pathlib.Path) -> tuple[TrainState, float]:
+           folder: pathlib.Path) -> tuple[TrainState, np.ndarray]:
     """The same by the loop of a run in `folder`, whose last checkpoint is waited for."""
     first = int(state.step)
     folder.mkdir()
     data = SimpleNamespace(batches=lambda position: itertools.repeat(host), clips=1000)
     checkpoints = Checkpoints(folder / "checkpoints")
-    began = time.perf_counter()
+    began = clocks()
     end = train_from(step.config, folder, step, Restored(state, {"step": first, "position": 0, "skipped": 0}), data,
                      first + steps, checkpoints, "loop")
-    seconds = time.perf_counter() - began
+    seconds = clocks() - began
     checkpoints.close()
     return end.state, seconds
 
@@ -77,10 +83,11 @@ def measure(config: TrainConfig, steps: int, rounds: int) -> dict:
             seconds["bare"].append(plain / steps)
             seconds["loop"].append(loop / steps)
             progress.update(1)
-    plain, loop = (np.array(seconds[name]) for name in ("bare", "loop"))
+    plain, loop = (np.array(seconds[name]) for name in ("bare", "loop"))  # [rounds, clocks]
+    overhead = np.median(loop / plain - 1, axis=0)
     return {"device": jax.devices()[0].device_kind, "batch_size": config.batch_size, "steps": steps, "rounds": rounds,
-            "bare_step_seconds": float(np.median(plain)), "loop_step_seconds": float(np.median(loop)),
-            "overhead_share": float(np.median(loop / plain - 1))}
+            "bare_step_seconds": float(np.median(plain[:, 0])), "loop_step_seconds": float(np.median(loop[:, 0])),
+            "overhead_share": float(overhead[0]), "processor_overhead_share": float(overhead[1])}
 
 
 def main(argv: list[str]) -> None:
