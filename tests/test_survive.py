@@ -106,7 +106,7 @@ def test_sigterm_to_all_saves_the_current_step(training):
 
 
 def test_a_hang_ends_with_stacks_of_all_threads(training):
-    processes = training.start_all("hung", 2, "--config.hang_seconds=10", "--config.hang_factor=2",
+    processes = training.start_all("hung", 2, "--config.hang_seconds=40", "--config.hang_factor=2",
                                    fault=("sleep:1:12",))
     statuses, messages = ended(processes)
     assert statuses == [RESTART, RESTART], messages

@@ -15,6 +15,7 @@ from av_mae.training.hosts import RESTART
 from av_mae.training.loop import Hook
 
 RECENT = 100  # steps whose median duration counts
+LAST_WORDS = 10.0  # seconds until the end, which ends the others: theirs tell where they hang
 FIRST = 6  # times as long may pass before the first step is done: it compiles
 
 
@@ -24,6 +25,7 @@ def end_hung(seconds: float) -> None:
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
     print(f"error: this run hangs and ends with status {RESTART}; the same command goes on from the last checkpoint "
           "(hang_seconds and hang_factor say when)", file=sys.stderr, flush=True)
+    time.sleep(LAST_WORDS)
     os._exit(RESTART)
 
 
