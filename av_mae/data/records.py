@@ -27,9 +27,11 @@ import logging
 import math
 import os
 import pathlib
+import resource
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -42,6 +44,7 @@ from av_mae.progress import Progress
 VERSION = "2.0.0"  # raised with every change of the fields: other versions are refused
 SHARD_CLIPS = 1000
 BYTES = np.object_  # what TFDS calls a string of bytes
+OTHER_FILES = 512  # that a process may have open beside the shards of one set
 _STORED = "dataset_info.json"
 _BEGUN = "prepare.json"  # what av_mae.prepare writes first
 
@@ -212,10 +215,25 @@ def _quiet():
         logger.setLevel(level)
 
 
+def allow_open_files(shards: int) -> None:
+    """Lets this process keep all shards of a set open, a file each; many systems allow 1,024 unless asked.
+
+    Raises UserError where the system does not allow so many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = shards + OTHER_FILES
+    if needed <= soft or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(f"a set of {shards} shards needs about {needed} open files, this system allows {hard}: raise "
+                        f"its limit (ulimit -Hn {needed}), or prepare the set with larger shards")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class RecordSource:
     """Random access to one split of a prepared set. Can be pickled; each process opens the shards by itself.
 
-    Only `fields` are decoded (None: all).
+    Only `fields` are decoded (None: all). A record that cannot be read raises OSError with its shard and the cause.
     """
 
     def __init__(self, path: str, split: str, fields: Sequence[str] | None = None):
@@ -227,15 +245,25 @@ class RecordSource:
 
     def _open(self):
         if self._source is None:
-            self._source = tfds.builder_from_directory(self.path).as_data_source(
-                split=self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+            builder = tfds.builder_from_directory(self.path)
+            split = builder.info.splits[self.split]
+            self._shards, self._ends = sorted(split.filenames), np.cumsum(split.shard_lengths)
+            allow_open_files(len(self._shards))
+            self._source = builder.as_data_source(split=self.split,
+                                                  deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         return self._source
 
     def __len__(self) -> int:
         return len(self._open())
 
     def __getitem__(self, index: int) -> dict:
-        stored = tf_example_pb2.Example.FromString(self._open()[int(index)]).features.feature
+        source = self._open()
+        try:
+            content = source[int(index)]
+        except RuntimeError as error:  # of ArrayRecord; the rest of its message is checksums and places
+            shard = self._shards[int(np.searchsorted(self._ends, index, side="right"))]
+            raise OSError(f"{shard} is damaged or cut off: {str(error).split(' (')[0].split(';')[0]}") from error
+        stored = tf_example_pb2.Example.FromString(content).features.feature
         return {name: _PARSERS[name](stored[name]) for name in self.fields or _PARSERS}
 
     def __repr__(self) -> str:
@@ -312,6 +340,29 @@ def open_source(path: str | os.PathLike, split: str, fields: Sequence[str] | Non
     if missing:
         raise UserError(f"{path} lacks the shard {missing[0]} of split {split!r}; prepare the set again")
     return RecordSource(os.fspath(path), split, fields)
+
+
+class SplitSize(NamedTuple):
+    clips: int
+    shards: int
+    bytes: int
+
+
+class Description(NamedTuple):
+    """A prepared set: its name, what its maker says of it, the names of its classes by number, and its splits by name."""
+
+    name: str
+    text: str
+    classes: list[str]
+    splits: dict[str, SplitSize]
+
+
+def describe(path: str | os.PathLike) -> Description:
+    """What the prepared set in folder `path` holds. Raises UserError as open_source."""
+    info = _stored_builder(path).info
+    splits = {name: SplitSize(split.num_examples, split.num_shards, split.num_bytes)
+              for name, split in info.splits.items()}
+    return Description(info.name, " ".join(info.description.split()), class_names(path), splits)
 
 
 def class_names(path: str | os.PathLike) -> list[str]:

@@ -1,0 +1,220 @@
+"""Shows what a prepared set holds: counts, sizes, classes and histograms in the terminal, clips on a contact sheet."""
+
+import argparse
+import collections
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from av_mae.config import SoundConfig
+from av_mae.data import frames, sound
+from av_mae.data.failures import ClipFailure, stage
+from av_mae.data.loading import ClipSource
+from av_mae.errors import UserError, run_command
+from av_mae.progress import Progress
+
+SHEET, REPORT = "contact_sheet.png", "report.json"
+EXAMPLE = "example: python -m av_mae.inspect runs/toy_band --clips=8 --sheet=toy_band.png"
+# Lower edges of the bins of each histogram.
+EDGES = {"seconds": (0, 0.5, 1, 2, 3, 4, 5, 7, 9, 11, 15, 30, 60, 300), "frames": (0, 1, 2, 3, 5, 7, 9, 11, 16, 31),
+         "labels": (0, 1, 2, 3, 4, 6, 8, 11), "shorter side (pixels)": (0, 1, 64, 128, 192, 256, 257, 512),
+         "kB": (0, 10, 30, 100, 200, 300, 500, 1000, 3000)}
+BAR = 40  # characters of the longest bar
+CLASSES = 12  # named with their counts: the most and the least frequent
+SOUND, LONGEST = SoundConfig(mels=96), 10.0  # of spectrograms, and their seconds at most
+SHEET_FRAMES, SHEET_SIZE = 3, (144, 192)
+
+
+def facts(record: Mapping[str, Any]) -> dict[str, float]:
+    """What the histograms are of, for one record. Raises ClipFailure where its frames are none."""
+    with stage("frame"):
+        sides = [min(frames.frame_size(frame)) for frame in record["frames"][:1]]
+    pictures = sum(map(len, (*record["frames"], *record["masks"])))
+    return {"seconds": float(record["duration"]), "frames": len(record["frames"]), "labels": len(record["labels"]),
+            "shorter side (pixels)": sides[0] if sides else 0,
+            "kB": (pictures + len(record["sound"]) + sum(map(len, record["sources"]))) / 1000}
+
+
+def bars(names: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """Lines with a bar for each count."""
+    width, longest = max(map(len, names), default=0), max(counts, default=0)
+    return [f"    {name:>{width}} {count:>9,} {'█' * -(-BAR * count // max(1, longest))}".rstrip()
+            for name, count in zip(names, counts, strict=True)]
+
+
+def histogram(values: Iterable[float], edges: Sequence[float]) -> list[str]:
+    """Lines with a bar for each bin from the first to the last that holds something."""
+    counts = np.bincount(np.searchsorted(edges, list(values), side="right") - 1, minlength=len(edges))
+    filled = np.flatnonzero(counts)
+    if not len(filled):
+        return []
+    bins = range(filled[0], filled[-1] + 1)
+    names = [f"{edges[b]:g} …" if b + 1 == len(edges) else f"{edges[b]:g} … {edges[b + 1]:g}" for b in bins]
+    return bars(names, counts[bins.start:bins.stop].tolist())
+
+
+def class_lines(classes: Sequence[str], labels) -> list[str]:
+    """How often the classes occur; `labels`: balance.Labels."""
+    counts = np.bincount(labels.values, minlength=len(classes))
+    order = np.argsort(-counts, kind="stable")
+    shown = order if len(order) <= CLASSES else np.concatenate([order[:CLASSES // 2], order[-(CLASSES // 2):]])
+    lines = bars([classes[number] for number in shown], counts[shown].tolist())
+    if len(order) > len(shown):
+        lines.insert(CLASSES // 2, f"    … {len(order) - len(shown)} more classes …")
+    empty, unknown = int(np.sum(counts == 0)), int(np.sum(labels.counts == 0))
+    return [f"  classes: {len(classes)}, of which {empty} have no clip; {unknown} clips have no class", *lines]
+
+
+def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
+    """What one split holds; histograms are of a random sample of `clips` of its clips."""
+    from av_mae.data import records
+
+    known = records.describe(path)
+    size = known.splits[split]
+    lines = ["", f"{split}: {size.clips:,} clips in {size.shards:,} shard{'s' * (size.shards != 1)}, {size.bytes / 1e9:.3f} GB"]
+    if not size.clips:
+        return lines
+    source = ClipSource(path, records.open_source(path, split))
+    numbers = sample(len(source), clips, seed)
+    found, failures = collections.defaultdict(list), []
+    with Progress(len(numbers), f"reading {split}") as progress:
+        for number in numbers:
+            _add_facts(source[number], found, failures)
+            progress.update()
+    lines += class_lines(known.classes, records.read_labels(path, split))
+    whole = "" if len(numbers) == len(source) else f", of {len(numbers):,} random clips"
+    for name, edges in EDGES.items():
+        lines += [f"  {name}{whole}:", *histogram(found[name], edges)]
+    if failures:
+        lines += [f"  {len(failures)} of {len(numbers)} clips cannot be read:", *(f"    {text}" for text in failures[:5])]
+    return lines
+
+
+def _add_facts(record: Mapping[str, Any], found: dict[str, list[float]], failures: list[str]) -> None:
+    try:
+        if "error" in record:
+            raise ClipFailure(record["error"])
+        for name, value in facts(record).items():
+            found[name].append(value)
+    except ClipFailure as failure:
+        failures.append(f"clip {record['id']}: {failure}")
+
+
+def sample(count: int, most: int, seed: int) -> list[int]:
+    """Up to `most` of the numbers 0 … count - 1, rising."""
+    return sorted(np.random.default_rng(seed).choice(count, min(count, most), replace=False).tolist())
+
+
+def report_lines(folder: pathlib.Path) -> list[str]:
+    """What av_mae.prepare reported, where it did."""
+    try:
+        causes = json.loads((folder / REPORT).read_text())["causes"]
+    except (OSError, ValueError, KeyError):
+        return []
+    named = {cause: count for cause, count in causes.items() if count}
+    if not named:
+        return ["", "preparation: nothing was wrong"]
+    return ["", f"preparation found ({folder / 'report.html'} names the clips):",
+            *bars(list(named), list(named.values()))]
+
+
+def contact_sheet(path: str, split: str, clips: int, seed: int) -> np.ndarray:
+    """Random clips, a row each: frames over the clip, and the spectrogram of its sound: uint8 [height, width, 3].
+
+    Raises UserError where none of the clips drawn can be shown.
+    """
+    from av_mae import pictures
+    from av_mae.data import records
+
+    source = ClipSource(path, records.open_source(path, split))
+    classes, rows, titles, failure = records.class_names(path), [], [], None
+    for number in sample(len(source), clips, seed):
+        record = source[number]
+        try:
+            if "error" in record:
+                raise ClipFailure(record["error"])
+            rows.append(_panels(record))
+            labels = ", ".join(classes[label] for label in record["labels"]) or "no label"
+            titles.append(f"{record['id']}: {labels} ({record['duration']:.1f} s)")
+        except ClipFailure as error:
+            failure = f"clip {record['id']}: {error}"
+    if not rows:
+        raise UserError(f"none of {clips} clips of {path} (split {split!r}) can be shown; the last: {failure}")
+    return pictures.gallery(rows, ("first frame", "middle", "last frame", "sound"), titles)
+
+
+def _panels(record: Mapping[str, Any]) -> list[np.ndarray]:
+    """Frames [H, W, 3] at the beginning, middle and end, and the log-mel [mels, frames]; black where there is none."""
+    shown = [np.zeros((*SHEET_SIZE, 3), np.uint8)] * SHEET_FRAMES
+    with stage("frame"):
+        if len(record["frames"]):
+            numbers = np.linspace(0, len(record["frames"]) - 1, SHEET_FRAMES).astype(int)
+            shown = [_small(record["frames"][number]) for number in numbers]
+    spectrogram = np.zeros((SOUND.mels, 2), np.float32)
+    with stage("sound"):
+        if record["sound"]:
+            seconds = min(LONGEST, max(0.1, float(record["duration"])))
+            waveform, _, _ = sound.read_window(record["sound"], SOUND.rate, int(seconds * SOUND.rate), 0.0)
+            parts = np.array_split(sound.log_mel(waveform, SOUND), SHEET_SIZE[0], axis=1)  # as wide as frames are high
+            spectrogram = np.stack([part.mean(axis=1) for part in parts if part.size], axis=1)
+    return [*shown, spectrogram]
+
+
+def _small(encoded: bytes) -> np.ndarray:
+    """A whole frame, as high as the sheet's rows: uint8 [H, W, 3]."""
+    height, width = frames.frame_size(encoded)
+    size = SHEET_SIZE[0], max(1, round(SHEET_SIZE[0] * width / height))
+    return frames.decode_crop(encoded, (0, 0, width, height), size)
+
+
+def inspect(path: str, splits: Sequence[str], clips: int, sampled: int, seed: int, sheet: pathlib.Path) -> str:
+    """Writes the contact sheet of the first of `splits` (none: all) to `sheet`; returns what there is to tell.
+
+    Raises UserError where the set cannot be opened, has no such split, or the sheet cannot be written.
+    """
+    from av_mae import pictures
+    from av_mae.data import records
+
+    known = records.describe(path)
+    unknown = [split for split in splits if split not in known.splits]
+    if unknown:
+        raise UserError(f"{path} has no split {unknown[0]!r}; it has {', '.join(sorted(known.splits))}")
+    splits = splits or list(known.splits)
+    lines = [f"{path}: {known.name}, records of version {records.VERSION}", f"  {known.text}"]
+    for split in splits:
+        lines += split_lines(path, split, sampled, seed)
+    lines += report_lines(pathlib.Path(path))
+    shown = next((split for split in splits if known.splits[split].clips), None)
+    if shown is None:
+        raise UserError(f"{path} holds no clips")
+    try:
+        pictures.save_png(sheet, contact_sheet(path, shown, clips, seed))
+    except OSError as error:
+        raise UserError(f"cannot write {sheet}: {error.strerror or error}; name another file with --sheet") from error
+    return "\n".join([*lines, "", f"{sheet}: clips of {shown}"])
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("python -m av_mae.inspect", description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("data", metavar="DIR", help="a prepared set")
+    parser.add_argument("--splits", default="", help="only these, separated by commas (default: all)")
+    parser.add_argument("--clips", type=int, default=12, help="clips on the contact sheet (%(default)s)")
+    parser.add_argument("--sample", type=int, default=2000, help="clips read for the histograms (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the clips drawn (%(default)s)")
+    parser.add_argument("--sheet", type=pathlib.Path, help=f"the picture (default: {SHEET} in DIR)")
+    options = parser.parse_args(argv)
+    for option in ("clips", "sample"):
+        if getattr(options, option) < 1:
+            raise UserError(f"--{option}={getattr(options, option)} must be at least 1")
+    if options.seed < 0:
+        raise UserError(f"--seed={options.seed} must be 0 or more")
+    splits = [split.strip() for split in options.splits.split(",") if split.strip()]
+    print(inspect(options.data, splits, options.clips, options.sample, options.seed,
+                  options.sheet or pathlib.Path(options.data, SHEET)))
+
+
+if __name__ == "__main__":
+    run_command(main)
