@@ -12,6 +12,7 @@ import numpy as np
 from av_mae.config import SoundConfig
 from av_mae.data import frames, sound
 from av_mae.data.failures import ClipFailure, stage
+from av_mae.data.labels import Labels
 from av_mae.data.loading import ClipSource
 from av_mae.errors import UserError, run_command
 from av_mae.progress import Progress
@@ -56,8 +57,8 @@ def histogram(values: Iterable[float], edges: Sequence[float]) -> list[str]:
     return bars(names, counts[bins.start:bins.stop].tolist())
 
 
-def class_lines(classes: Sequence[str], labels) -> list[str]:
-    """How often the classes occur; `labels`: balance.Labels."""
+def class_lines(classes: Sequence[str], labels: Labels) -> list[str]:
+    """How often the classes occur."""
     counts = np.bincount(labels.values, minlength=len(classes))
     order = np.argsort(-counts, kind="stable")
     shown = order if len(order) <= CLASSES else np.concatenate([order[:CLASSES // 2], order[-(CLASSES // 2):]])

@@ -10,8 +10,9 @@ import pytest
 
 import fake_clips
 from av_mae.data import balance, pipeline, records
-from av_mae.data.balance import Balanced, Labels, clip_weights
+from av_mae.data.balance import Balanced, clip_weights
 from av_mae.data.cache import Cached
+from av_mae.data.labels import Labels, labels_file
 from av_mae.data.loading import ClipSource
 from av_mae.errors import UserError
 
@@ -112,7 +113,7 @@ def test_stored_labels(tmp_path):
     """From the file beside the shards or from the records, they are the same."""
     clips = [[1], [], [0, 2], [2]]
     path = stored_set(tmp_path / "set", ["x", "y", "z"], clips)
-    file = tmp_path / "set" / records.labels_file("train")
+    file = tmp_path / "set" / labels_file("train")
     for damage in (lambda: None, lambda: file.write_bytes(file.read_bytes()[:40]), file.unlink):
         damage()
         labels = records.read_labels(path, "train")

@@ -9,6 +9,7 @@ from PIL import Image
 import fake_clips
 from av_mae import inspect
 from av_mae.data import records
+from av_mae.data.labels import Labels
 from av_mae.errors import UserError
 
 
@@ -85,8 +86,6 @@ def test_what_preparation_found_is_told(folder, tmp_path):
 
 
 def test_many_classes_are_shortened():
-    from av_mae.data.balance import Labels
-
     lines = inspect.class_lines([f"c{i}" for i in range(50)], Labels.of([[c] for c in range(50) for _ in range(50 - c)]))
     assert [line.split()[0] for line in lines[1:7]] == [f"c{i}" for i in range(6)]
     assert "38 more classes" in lines[7] and [line.split()[0] for line in lines[8:]] == [f"c{i}" for i in range(44, 50)]

@@ -2,34 +2,15 @@
 
 import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import grain
 import numpy as np
 
+from av_mae.data.labels import Labels
 from av_mae.errors import UserError
 
 _GOLDEN = (5 ** 0.5 - 1) / 2
-
-
-class Labels(NamedTuple):
-    """The classes of the clips of a set, in stored order: `counts` int64 [clips], how many each has, and `values` int64
-    [sum of counts]. Clips whose classes are unknown have none."""
-
-    counts: np.ndarray
-    values: np.ndarray
-
-    @classmethod
-    def of(cls, clips: Iterable[Sequence[int]]) -> "Labels":
-        """From the classes of each clip."""
-        lists = [np.asarray(classes, np.int64) for classes in clips]
-        return cls(np.array([len(classes) for classes in lists], np.int64), np.concatenate([np.zeros(0, np.int64), *lists]))
-
-    @classmethod
-    def joined(cls, sets: Sequence["Labels"]) -> "Labels":
-        """Those of several sets, one after the other."""
-        return cls(*(np.concatenate(parts) for parts in zip(*sets)))
 
 
 def clip_weights(labels: Labels) -> np.ndarray:

@@ -23,8 +23,9 @@ import numpy as np
 from absl import flags
 
 from av_mae.config import DataConfig
-from av_mae.data.balance import Balanced, Labels, check_classes, clip_weights
+from av_mae.data.balance import Balanced, check_classes, clip_weights
 from av_mae.data.cache import Cached
+from av_mae.data.labels import Labels
 from av_mae.data.loading import FIELDS, ClipLoader, ClipSource, Companions, HostBatches, batch_fields
 from av_mae.data.sound import check_sound
 from av_mae.data.truth import RECORD_FIELDS

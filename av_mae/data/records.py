@@ -29,15 +29,14 @@ import os
 import pathlib
 import resource
 import shutil
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from av_mae.data.balance import Labels
+from av_mae.data.labels import Labels, labels_file, load_labels, with_labels_file
 from av_mae.errors import UserError
 from av_mae.progress import Progress
 
@@ -148,7 +147,7 @@ def write_set(folder: str | os.PathLike, name: str, description: str, classes: S
     the size of the largest split, by which the number of shards is chosen.
     """
     folder = pathlib.Path(folder)
-    splits = {split: functools.partial(_with_labels_file, folder / labels_file(split), make)
+    splits = {split: functools.partial(with_labels_file, folder / labels_file(split), make)
               for split, make in splits.items()}
     builder = Builder(name, description, classes, splits, os.fspath(folder / "tfds"))
     download = tfds.download.DownloadConfig(num_shards=math.ceil(clips / SHARD_CLIPS))
@@ -159,46 +158,23 @@ def write_set(folder: str | os.PathLike, name: str, description: str, classes: S
     shutil.rmtree(folder / "tfds")
 
 
-def labels_file(split: str) -> str:
-    """The file in a set's folder that holds the labels of a split's clips, for what needs those of all clips."""
-    return f"labels-{split}.npz"
-
-
-def encode_labels(clips: Iterable[Sequence[int]]) -> bytes:
-    """The content of a labels file, from the labels of each clip in stored order."""
-    labels, content = Labels.of(clips), io.BytesIO()
-    np.savez_compressed(content, counts=labels.counts.astype(np.int32), values=labels.values.astype(np.int32))
-    return content.getvalue()
-
-
-def _with_labels_file(path: pathlib.Path, make: Callable[[], Iterator[dict]]) -> Iterator[dict]:
-    """The records that `make` yields; at their end their labels are written."""
-    clips = []
-    for record in make():
-        clips.append(record.get("labels", ()))
-        yield record
-    path.write_bytes(encode_labels(clips))
-
-
 def read_labels(path: str | os.PathLike, split: str) -> Labels:
     """The labels of a split: from its file, or, where it has none, from all records, which takes time.
 
     A record that cannot be read counts as without labels. Raises UserError as open_source.
     """
     source = open_source(path, split, ("labels",))
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-        with np.load(pathlib.Path(path, labels_file(split))) as stored:
-            labels = Labels(stored["counts"].astype(np.int64), stored["values"].astype(np.int64))
-        if len(labels.counts) == len(source) and labels.counts.sum() == len(labels.values):
-            return labels
-    classes = []
+    stored = load_labels(pathlib.Path(path, labels_file(split)), len(source))
+    if stored is not None:
+        return stored
+    clips = []
     with Progress(len(source), f"reading the labels of {path}") as progress:
         for number in range(len(source)):
-            classes.append(())
-            with contextlib.suppress(Exception):  # ArrayRecord and protobuf raise what they like
-                classes[-1] = source[number]["labels"]
+            clips.append(())
+            with contextlib.suppress(OSError):
+                clips[-1] = source[number]["labels"]
             progress.update()
-    return Labels.of(classes)
+    return Labels.of(clips)
 
 
 @contextlib.contextmanager
@@ -349,7 +325,7 @@ class SplitSize(NamedTuple):
 
 
 class Description(NamedTuple):
-    """A prepared set: its name, what its maker says of it, the names of its classes by number, and its splits by name."""
+    """A prepared set: its name, what its maker says of it, its classes' names by number, and its splits by name."""
 
     name: str
     text: str

@@ -15,6 +15,7 @@ from tensorflow_datasets.core.splits import SplitDict
 from tensorflow_datasets.proto import tf_example_pb2
 
 from av_mae.data import records
+from av_mae.data.labels import encode_labels, labels_file
 from av_mae.storage import Folder
 
 DESCRIPTION = "dataset_info.json"
@@ -52,7 +53,7 @@ def description_files(name: str, text: str, classes: Sequence[str], splits: Mapp
             for split, known in splits.items()]))
         builder.info.write_to_directory(folder)
         files = {path.name: path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir()) if path.is_file()}
-    files |= {records.labels_file(split): records.encode_labels(known.labels) for split, known in splits.items()}
+    files |= {labels_file(split): encode_labels(known.labels) for split, known in splits.items()}
     return {file: files[file] for file in sorted(files, key=lambda file: (file == DESCRIPTION, file))}
 
 
