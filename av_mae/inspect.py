@@ -75,7 +75,8 @@ def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
 
     known = records.describe(path)
     size = known.splits[split]
-    lines = ["", f"{split}: {size.clips:,} clips in {size.shards:,} shard{'s' * (size.shards != 1)}, {size.bytes / 1e9:.3f} GB"]
+    shards = f"{size.shards:,} shard{'s' * (size.shards != 1)}"
+    lines = ["", f"{split}: {size.clips:,} clips in {shards}, {size.bytes / 1e9:.3f} GB"]
     if not size.clips:
         return lines
     source = ClipSource(path, records.open_source(path, split))
@@ -90,7 +91,8 @@ def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
     for name, edges in EDGES.items():
         lines += [f"  {name}{whole}:", *histogram(found[name], edges)]
     if failures:
-        lines += [f"  {len(failures)} of {len(numbers)} clips cannot be read:", *(f"    {text}" for text in failures[:5])]
+        lines += [f"  {len(failures)} of {len(numbers)} clips cannot be read:",
+                  *(f"    {text}" for text in failures[:5])]
     return lines
 
 

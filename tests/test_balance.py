@@ -124,8 +124,8 @@ def test_sets_with_different_classes(tmp_path):
     first = stored_set(tmp_path / "first", ["dog", "cat"], [[0], [0], [1]])
     second = stored_set(tmp_path / "second", ["dog", "cow", "cat"], [[2], [1], [0]])
     third = stored_set(tmp_path / "third", ["dog", "cat"], [[0], [], []])
-    with pytest.raises(UserError, match=r"first \(2 classes\) and .*second \(3\) have different class lists: class 1 is "
-                                        "'cat' and 'cow'"):
+    message = r"first \(2 classes\) and .*second \(3\) have different class lists: class 1 is 'cat' and 'cow'"
+    with pytest.raises(UserError, match=message):
         open_training(f"{first},{second}", balanced=True)
     drawn = names(open_training(f"{first},{third}", balanced=True), 0, 3)  # four clips have a class
     assert set(drawn) == {"first-0", "first-1", "first-2", "third-0"}

@@ -66,7 +66,8 @@ def test_the_sheet_shows_the_clips(tmp_path):
     for picture in (shown, middle, last):
         assert np.abs(picture[5:66].mean((0, 1)) - [255, 0, 0]).max() < 8
         assert np.abs(picture[78:139].mean((0, 1)) - [0, 0, 255]).max() < 8
-    quiet, loud = np.r_[:sound.shape[1] // 4 - 2, -sound.shape[1] // 4 + 3:0], slice(sound.shape[1] // 3, -sound.shape[1] // 3)
+    columns = sound.shape[1]
+    quiet, loud = np.r_[:columns // 4 - 2, 3 * columns // 4 + 3:columns], slice(columns // 3, 2 * columns // 3)
     assert sound[:, loud].min() > sound[:, quiet].max() + 2
     sheet = inspect.contact_sheet(str(path), "train", 4, 0)
     red = (sheet.astype(int) - [255, 0, 0]).__abs__().max(2) < 12
@@ -86,7 +87,8 @@ def test_what_preparation_found_is_told(folder, tmp_path):
 
 
 def test_many_classes_are_shortened():
-    lines = inspect.class_lines([f"c{i}" for i in range(50)], Labels.of([[c] for c in range(50) for _ in range(50 - c)]))
+    labels = Labels.of([[c] for c in range(50) for _ in range(50 - c)])
+    lines = inspect.class_lines([f"c{i}" for i in range(50)], labels)
     assert [line.split()[0] for line in lines[1:7]] == [f"c{i}" for i in range(6)]
     assert "38 more classes" in lines[7] and [line.split()[0] for line in lines[8:]] == [f"c{i}" for i in range(44, 50)]
 
@@ -99,7 +101,8 @@ def test_histogram_against_numpy():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["no/such"], "no/such does not exist"), (["{set}", "--splits=train,valid"], "no split 'valid'; it has test, train"),
+    (["no/such"], "no/such does not exist"),
+    (["{set}", "--splits=train,valid"], "no split 'valid'; it has test, train"),
     (["{set}", "--clips=0"], "--clips=0 must be at least 1"), (["{set}", "--seed=-1"], "--seed=-1"),
     (["{set}", "--sheet=/proc/no/sheet.png", "--clips=2"], "cannot write /proc/no/sheet.png: .*--sheet"),
 ])

@@ -140,7 +140,8 @@ def test_training_goes_on_beside_a_truncated_shard(two_shards):
     allowed, strict = FailureCount(0.6), FailureCount(0.4)
     for epoch in range(4):
         own = batches[4 * epoch:4 * epoch + 4]
-        assert sorted(name for batch in own for name in batch["id"][batch["valid"]]) == sorted(f"c-{i}" for i in range(16))
+        arrived = [name for batch in own for name in batch["id"][batch["valid"]]]
+        assert sorted(arrived) == sorted(f"c-{i}" for i in range(16))
         assert sum(name.startswith(str(two_shards)) for batch in own for name in batch["id"]) == 16
     for batch in batches:
         allowed.add(batch)

@@ -14,8 +14,8 @@ _GOLDEN = (5 ** 0.5 - 1) / 2
 
 
 def clip_weights(labels: Labels) -> np.ndarray:
-    """How often each clip comes, float64 [clips] with sum 1: proportional to the sum, over its classes, of 1 / (clips of
-    the class), as is usual for AudioSet (PSLA, arXiv 2102.01243; AudioMAE). A clip without classes never comes.
+    """How often each clip comes, float64 [clips] with sum 1: proportional to the sum, over its classes, of 1 / (clips
+    of the class), as is usual for AudioSet (PSLA, arXiv 2102.01243; AudioMAE). A clip without classes never comes.
 
     Raises ValueError where no clip has a class.
     """
@@ -34,7 +34,8 @@ def check_classes(sets: Mapping[str, Sequence[str]]) -> None:
         both = itertools.zip_longest(expected, classes)
         different = next((number for number, (name, other) in enumerate(both) if name != other), None)
         if different is not None:
-            names = [repr(known[different]) if different < len(known) else "missing" for known in (expected, classes)]
+            names = [repr(known[different]) if different < len(known) else "missing"
+                     for known in (expected, classes)]
             raise UserError(f"{first} ({len(expected)} classes) and {path} ({len(classes)}) have different class lists: "
                             f"class {different} is {names[0]} and {names[1]}. Sets whose labels are used together need "
                             "the same: prepare them with one list, or take one of them")

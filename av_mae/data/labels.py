@@ -20,7 +20,8 @@ class Labels(NamedTuple):
     def of(cls, clips: Iterable[Sequence[int]]) -> "Labels":
         """From the classes of each clip."""
         lists = [np.asarray(classes, np.int64) for classes in clips]
-        return cls(np.array([len(classes) for classes in lists], np.int64), np.concatenate([np.zeros(0, np.int64), *lists]))
+        counts = np.array([len(classes) for classes in lists], np.int64)
+        return cls(counts, np.concatenate([np.zeros(0, np.int64), *lists]))
 
     @classmethod
     def joined(cls, sets: Sequence["Labels"]) -> "Labels":
