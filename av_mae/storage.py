@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import urllib.parse
+from collections.abc import Iterator
 
 from av_mae.errors import UserError
 
@@ -33,8 +34,7 @@ class Folder:
         if self.is_local:
             root = pathlib.Path(self.path(below) if below else self.url)
             found = [os.path.relpath(os.path.join(folder, name), self.url).replace(os.sep, "/")
-                     for folder, names, files in os.walk(root, followlinks=True)
-                     if not _prune(names) for name in files]
+                     for folder, files in _walk(root) for name in files]
         else:
             start = self._stripped(self.path(below) if below else self.url)
             root = self._stripped(self.url)
@@ -105,6 +105,14 @@ class Folder:
         return self._system._strip_protocol(url)
 
 
-def _prune(names: list[str]) -> None:
-    """Keeps os.walk out of hidden folders, and its order the same everywhere."""
-    names[:] = sorted(name for name in names if not name.startswith("."))
+def _walk(root: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders and their files; links are followed, but no folder is entered twice."""
+    entered: set[str] = set()
+    for folder, names, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:
+            names.clear()
+            continue
+        entered.add(real)
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield folder, files

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -161,6 +162,19 @@ def test_folders_are_labels_and_splits(tmp_path):
     assert report["classes"] == {"cat": 2, "dog": 1, "dog/loud": 1} and not report["findings"]
 
 
+def test_names_that_are_not_utf8_and_links_in_circles(tmp_path):
+    source = clip_trees.put(tmp_path / "in", {"a/good.mp4": clip_trees.clip(1)})
+    (source / "a" / os.fsdecode(b"caf\xe9.mp4")).write_bytes(clip_trees.clip(2))
+    (source / "a" / "round").symlink_to(source)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "linked.mp4").write_bytes(clip_trees.clip(3))
+    (source / "b").symlink_to(tmp_path / "elsewhere")
+    report = clip_trees.prepare("folder", source, tmp_path / "set")
+    assert set(clip_trees.stored(tmp_path / "set")) == {"a-good", "b-linked"}
+    assert clip_trees.causes(report) == {"bad_id": {"a-caf\\udce9"}}
+    assert "caf\\udce9" in (tmp_path / "set" / "report.html").read_text()
+
+
 def test_copies_are_found_by_content(tmp_path):
     same, other = clip_trees.clip(1), clip_trees.clip(2)
     source = clip_trees.put(tmp_path / "in", {"train/a.mp4": same, "train/b.mp4": other, "test/c.mp4": same})
@@ -187,11 +201,11 @@ def test_what_is_odd_can_be_left_out(tmp_path):
 def test_tfds_reads_the_set_without_tensorflow(tmp_path, root):
     source = clip_trees.put(tmp_path / "in", {f"{name}.mp4": clip_trees.clip(ord(name)) for name in "abcde"})
     clip_trees.put(source, {"bad.mp4": b"x"})
-    clip_trees.prepare("folder", source, tmp_path / "set", shard_clips=2)
+    clip_trees.prepare("folder", source, tmp_path / "set", shard_clips=1)
     builder = tfds.builder_from_directory(str(tmp_path / "set"))
     theirs = {clip["id"].decode(): clip for clip in builder.as_data_source(split="train")}
     ours = clip_trees.stored(tmp_path / "set")
-    assert set(ours) == set(theirs) == set("abcde") and builder.info.splits["train"].num_shards == 3
+    assert set(ours) == set(theirs) == set("abcde") and builder.info.splits["train"].num_shards == 6  # one is empty
     for name, record in ours.items():
         for field in record.keys() - {"id", "source"}:
             np.testing.assert_array_equal(record[field], theirs[name][field])

@@ -96,6 +96,8 @@ def check_id(name: str) -> None:
         raise ValueError(f"id {name!r} is empty or begins or ends with a space")
     if re.search(r"[/\\\x00-\x1f]", name) or name in (".", ".."):
         raise ValueError(f"id {name!r} holds a path separator or a control character")
+    if not name.isprintable():  # so are bytes of a file name that are not UTF-8
+        raise ValueError(f"id {name!r} holds what cannot be printed")
     if len(name) > LONGEST_ID:
         raise ValueError(f"id {name[:20]!r}… has {len(name)} characters, at most {LONGEST_ID} are allowed")
 
@@ -123,7 +125,7 @@ def checked(catalogue: Catalogue, splits: Iterable[str] = ()) -> Catalogue:
         try:
             check_id(clip.id)
         except ValueError as error:
-            findings.append(Finding("bad_id", clip.id, "annotations", str(error), clip.split))
+            findings.append(Finding("bad_id", repr(clip.id)[1:-1], "annotations", str(error), clip.split))
             continue
         if clip.id in kept:
             message = f"{clip.media} ({clip.split}); {kept[clip.id].media} ({kept[clip.id].split}) is kept"

@@ -94,7 +94,7 @@ def page(made: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> bytes:
         parts += ["<h2>Classes</h2>", _table(("class", "stored clips"), made["classes"].items())]
     title = f"{made['dataset']}: report"
     return (f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
-            f"<style>{_STYLE}</style>{''.join(parts)}</html>\n").encode()
+            f"<style>{_STYLE}</style>{''.join(parts)}</html>\n").encode(errors="backslashreplace")
 
 
 def _table(header, rows) -> str:

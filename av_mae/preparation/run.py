@@ -73,7 +73,9 @@ def prepare(job: Job, write_shards: WriteShards | None = None) -> dict[str, Any]
 
 def _settings(job: Job, catalogue: Catalogue) -> dict[str, Any]:
     """What the bytes of the set depend on."""
-    return {"dataset": job.dataset, "splits": sorted(job.splits), "seed": job.seed, "shard_clips": job.shard_clips,
+    from av_mae.data import records  # takes a second to import
+
+    return {"dataset": job.dataset, "version": records.VERSION, "splits": sorted(job.splits), "seed": job.seed, "shard_clips": job.shard_clips,
             "recipe": RECIPE, **dataclasses.asdict(job.record), "skip": sorted(job.record.skip),
             "clips": len(catalogue.clips), "catalogue": shards.digest(catalogue.classes, catalogue.clips)}
 
@@ -156,6 +158,7 @@ def _finish(job: Job, reader: datasets.Reader, catalogue: Catalogue, plan: Seque
     """Writes report, card and description from the summaries of all shards, the description last."""
     from av_mae.preparation import report_page, tfds_files
 
+    print(f"writing the report and the description of {len(plan)} shards", file=sys.stderr)
     summaries = shards.Summaries(job.output, plan)
     made = report.make(job, catalogue, summaries)
     lengths, labels = collections.defaultdict(list), collections.defaultdict(list)
@@ -166,7 +169,7 @@ def _finish(job: Job, reader: datasets.Reader, catalogue: Catalogue, plan: Seque
               for split, own in lengths.items()}
     pictures = report_page.thumbnails(job.output, summaries, made)
     files = {report.FILE: _json(made), report_page.FILE: report_page.page(made, pictures),
-             card.FILE: card.text(job, reader, catalogue, made).encode(),
+             card.FILE: card.text(job, reader, catalogue, made).encode(errors="backslashreplace"),
              **tfds_files.description_files(job.dataset, reader.description, catalogue.classes, splits)}
     tfds_files.write_description(job.output, files)
     shards.clean_up(job.output, plan, everything=True)
