@@ -65,8 +65,11 @@ def encode(model: nnx.Module, batch: Mapping[str, jax.Array]) -> Encoding:
     return _encode(model.encoder, jnp.asarray(batch["image"]), jnp.asarray(batch["audio"]))
 
 
-@nnx.jit
-def _encode(encoder: models.Encoder, image: jax.Array, audio: jax.Array) -> Encoding:
+def forward(encoder: models.Encoder, image: jax.Array, audio: jax.Array, return_layers: bool = False) -> Encoding:
+    """What `encode` computes, as a pure function; `return_layers`: with the tokens after each layer."""
     image = models.normalize_image(image) if image.dtype == jnp.uint8 else image
-    tokens = encoder(image, audio)
+    tokens = encoder(image, audio, return_layers=return_layers)
     return Encoding(tokens, models.pool(tokens))
+
+
+_encode = nnx.jit(forward)

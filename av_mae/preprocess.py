@@ -17,6 +17,7 @@ from av_mae.data import sound as sounds
 from av_mae.data.failures import ClipFailure, stage
 from av_mae.errors import UserError
 
+VERSION = 1  # counts changes of what is made of the same clip, here and in evaluation: stored with embeddings
 LOUDEST = 8.0  # decoders overshoot 1 a little; 16-bit samples given as floats go far beyond
 MOST_CHANNELS = 64
 _local = threading.local()
@@ -25,7 +26,7 @@ _local = threading.local()
 def load(path: str | os.PathLike | None = None, start: float | None = None, duration: float = 3.0, *,
          frame: np.ndarray | None = None, waveform: np.ndarray | None = None, rate: int | None = None,
          sound: SoundConfig = SoundConfig(), image_size: tuple[int, int] = (224, 224), missing: str = "error",
-         time_limit: float = 20.0) -> dict[str, np.ndarray]:
+         time_limit: float = 20.0, end: float | None = None) -> dict[str, np.ndarray]:
     """One clip as the model takes it, from a media file or from arrays.
 
     path: a file that FFmpeg can read. Instead of it, frame: uint8 [H, W, 3], and waveform: [samples] or
@@ -33,12 +34,14 @@ def load(path: str | os.PathLike | None = None, start: float | None = None, dura
     start, duration: seconds of sound from `start` on, or in the middle of the clip as evaluation does (None). A sound
     that ends sooner is extended by its reversal. The file's frame is the one in the middle of that sound.
     missing: 'error', or 'zeros' for what has no sound or no picture. time_limit: seconds for decoding a file.
+    end: seconds at which the clip ends in a file that goes on; needs `start`.
 
     Returns `image` uint8 [1, H, W, 3], `audio` float32 [1, mels, frames], `id` str [1] (the path), `start` float32 [1]
     (seconds), `has_image` and `has_audio` bool [1]. Raises UserError, with file, stage and cause, for what cannot be
     used.
     """
     _check_settings(start, duration, sound, image_size, missing, time_limit)
+    _check_end(path, start, end)
     samples = round(duration * sound.rate) // sound.hop * sound.hop
     seconds = samples / sound.rate
     arrays = {"frame": frame, "waveform": waveform, "rate": rate}
@@ -51,10 +54,25 @@ def load(path: str | os.PathLike | None = None, start: float | None = None, dura
         if path is None:
             clip = _from_arrays(frame, waveform, rate, start, seconds)
         else:
-            clip = _worker().call(media.read_excerpt, name, start, seconds, time_limit=time_limit)
+            length = seconds if end is None else min(seconds, end - start)
+            clip = _worker().call(media.read_excerpt, name, start, length, time_limit=time_limit)
+            if length < seconds and clip.waveform is not None:
+                clip = clip._replace(waveform=clip.waveform[:clip.first + math.ceil(length * clip.rate)])
         return _batch(name, clip, samples, sound, image_size, missing)
     except ClipFailure as failure:
         raise UserError(f"{name}: {failure}" if name else str(failure)) from failure
+
+
+def span(path: str | os.PathLike, time_limit: float = 20.0) -> tuple[float, float]:
+    """When a file's sound begins and ends, in seconds; that of its picture where there is no sound.
+
+    Raises UserError, with file, stage and cause, for what cannot be used.
+    """
+    name = _file_name(path)
+    try:
+        return _worker().call(media.span, name, time_limit=time_limit)
+    except ClipFailure as failure:
+        raise UserError(f"{name}: {failure}") from failure
 
 
 def _worker() -> bounded.Worker:
@@ -115,6 +133,11 @@ def _check_settings(start: Any, duration: Any, sound: SoundConfig, image_size: A
         raise UserError(f"image_size={image_size!r} must be (height, width) in pixels, 1 or more")
     if missing not in ("error", "zeros"):
         raise UserError(f"missing={missing!r} must be 'error' or 'zeros'")
+
+
+def _check_end(path: Any, start: Any, end: Any) -> None:
+    if end is not None and not (path is not None and start is not None and _is_number(end) and end > start):
+        raise UserError(f"end={end!r} must be a number of seconds above {start=}, and is for files only")
 
 
 def _is_number(value: Any) -> bool:

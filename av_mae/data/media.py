@@ -211,6 +211,13 @@ class Media:
         return np.ascontiguousarray(pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
 
 
+def span(source: str | os.PathLike | bytes) -> tuple[float, float]:
+    """When a file's sound begins and ends, in seconds; that of its picture where there is no sound."""
+    media = Media(source)
+    track = media.sound or media.picture
+    return track.begin, track.end
+
+
 def read_excerpt(source: str | os.PathLike | bytes, start: float | None, seconds: float) -> Excerpt:
     """`seconds` of a file from `start` on (None: its middle), by the sound where there is one; less where it ends.
 

@@ -61,6 +61,20 @@ class BatchIterator:
             batches.close()
 
 
+def read_ahead(batches: grain.MapDataset, workers: int, prefetch: int, batch_bytes: int) -> BatchIterator:
+    """Computes batches of about `batch_bytes`, in order, `prefetch` ahead: in a thread, or in `workers` processes."""
+    # Without workers one thread keeps a few batches ready; a worker computes one batch after the other.
+    reading = grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=0 if workers else max(1, prefetch))
+    ahead = max(1, prefetch // max(1, workers))
+    dataset = batches.to_iter_dataset(reading)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads its own flags; the commands here use argparse
+            flags.FLAGS.mark_as_parsed()
+        dataset = _without_full_shared_memory(dataset, batch_bytes * workers * (2 * ahead + 2))
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, ahead), _prepare_worker)
+    return BatchIterator(iter(dataset))
+
+
 class _Batches:
     """What training and evaluation data share: iterators with workers, and their end."""
 
@@ -77,18 +91,8 @@ class _Batches:
         return HostBatches(self._dataset, self._fields, self._batch_size, self._rows, first, total)
 
     def _iterate(self, first: int, total: int) -> BatchIterator:
-        batches, workers = self.host_batches(first, total), self._data.workers
-        # Without workers one thread keeps a few batches ready; a worker computes one batch after the other.
-        reading = grain.ReadOptions(num_threads=0 if workers else 1,
-                                    prefetch_buffer_size=0 if workers else max(1, self._data.prefetch))
-        ahead = max(1, self._data.prefetch // max(1, workers))
-        dataset = batches.to_iter_dataset(reading)
-        if workers:
-            if not flags.FLAGS.is_parsed():  # Grain reads its own flags; the commands here use argparse
-                flags.FLAGS.mark_as_parsed()
-            dataset = _without_full_shared_memory(dataset, self._batch_bytes() * workers * (2 * ahead + 2))
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, ahead), _prepare_worker)
-        iterator = BatchIterator(iter(dataset))
+        batches = self.host_batches(first, total)
+        iterator = read_ahead(batches, self._data.workers, self._data.prefetch, self._batch_bytes())
         self._open.add(iterator)
         return iterator
 

@@ -9,25 +9,28 @@ from typing import Any
 import jax
 import numpy as np
 
-HOST_FIELDS = ("id", "error")
-
 _END = object()
 
 
 def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
     """The arrays of a host batch as global arrays [B, …] of `sharding`.
 
-    The rows of all hosts together are the global batch; a host passes its own rows in ascending order. `id` and
-    `error` stay on the host.
+    The rows of all hosts together are the global batch; a host passes its own rows in ascending order. Objects (`id`
+    and `error`) stay on the host.
     """
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x))
-            for name, x in batch.items() if name not in HOST_FIELDS}
+            for name, x in batch.items() if x.dtype != object}
+
+
+def host_fields(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What of a host batch stays on the host."""
+    return {name: x for name, x in batch.items() if x.dtype == object}
 
 
 class Feed:
     """Iterates over (host fields, device batch), `prefetch` batches ahead of the caller.
 
-    The host fields are `id` and `error`, str [b]. `wait_seconds` sums up how long next() had to wait: what the step
+    The host fields are the batch's objects, e.g. `id` and `error`, str [b]. `wait_seconds` sums up how long next() had to wait: what the step
     loses to the input. What goes wrong in the background is raised by next(). close() also closes `batches`.
     """
 
@@ -82,7 +85,7 @@ class Feed:
             for batch in self._batches:
                 if self._stopped.is_set():
                     return
-                self._ready.put(({name: batch[name] for name in HOST_FIELDS}, to_global(batch, self._sharding)))
+                self._ready.put((host_fields(batch), to_global(batch, self._sharding)))
                 if self._stopped.is_set():
                     return
             self._ready.put(_END)

@@ -27,7 +27,7 @@ class Stored:
     head: Any
 
     def load(self, config: AVMAEConfig | None = None) -> tuple[ModelDefinition, Arrays]:
-        """The model's definition, and its arrays on the default device: definition.merge(arrays) is the model.
+        """The model's definition, and its arrays on this process's first device: definition.merge(arrays) is the model.
 
         config: that the model must have, if it is not simply the checkpoint's own.
 
@@ -36,7 +36,7 @@ class Stored:
         """
         config = config or self.config.model
         definition, *shapes = define_model(lambda rngs: kinds.build_model(self.kind, config, self.head, rngs))
-        device = SingleDeviceSharding(jax.devices()[0])
+        device = SingleDeviceSharding(jax.local_devices()[0])
         abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
                     for part in shapes for name, x in part.items()}
         return definition, load_params(str(self.folder), abstract)

@@ -1,0 +1,76 @@
+"""Encoders as files that run, or load, without this code: StableHLO, ONNX, and published names in safetensors."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+
+import flatbuffers
+import jax
+import jax.export
+from flax import nnx
+
+import av_mae
+from av_mae import convert, recipes
+from av_mae.errors import UserError
+from av_mae.exporting import load_encoder
+from av_mae.exporting.embedder import configuration_hash, model_identity
+from av_mae.exporting.program import Program, make_program
+from av_mae.published.store import whole_or_nothing
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+LARGEST = 2 ** 31  # bytes: what both formats can hold in one file
+
+
+def export_stablehlo(model: nnx.Module, output: pathlib.Path, inputs: str, outputs: str) -> str:
+    """Writes `encoder.stablehlo` (jax.export, any batch size, for cpu, cuda and tpu), `encoder.json`, which says what
+    it takes and is, and `load_encoder.py`, which runs it, with the library that jax.export reads with. Returns what was written, in a line.
+
+    Raises:
+      UserError: `output` is there already or cannot be written, or the encoder is too large.
+    """
+    program = make_program(model, inputs, outputs)
+    check_size(model)
+    (batch,) = jax.export.symbolic_shape("batch")
+    exported = jax.export.export(jax.jit(program.function), platforms=PLATFORMS)(*program.specs(batch))
+    data = bytes(exported.serialize())
+    about = describe(model, program, outputs, data) | {
+        "format": load_encoder.FORMAT, "calling_convention": exported.calling_convention_version,
+        "platforms": PLATFORMS}
+    with whole_or_nothing(output) as (unfinished, _):
+        unfinished.mkdir()
+        (unfinished / "encoder.stablehlo").write_bytes(data)
+        (unfinished / "encoder.json").write_text(json.dumps(about, indent=2) + "\n")
+        shutil.copy(load_encoder.__file__, unfinished / "load_encoder.py")
+        shutil.copytree(pathlib.Path(flatbuffers.__file__).parent, unfinished / "flatbuffers",
+                        ignore=shutil.ignore_patterns("__pycache__"))
+    return f"{output}: encoder.stablehlo, {len(data) / 1e6:.1f} MB, takes {takes(program)}"
+
+
+def export_safetensors(checkpoint: str, output: pathlib.Path) -> str:
+    """Writes the whole model in published names as `model.safetensors`; see convert.export."""
+    if output.exists():
+        raise UserError(f"--output={output} is there already: name another one, or move it away")
+    return f"{output}: model.safetensors, {convert.export(checkpoint, output / 'model.safetensors')}"
+
+
+def describe(model: nnx.Module, program: Program, outputs: str, data: bytes) -> dict:
+    """What stands beside an encoder's file."""
+    return {"av_mae": av_mae.__version__, "jax": jax.__version__, "sha256": hashlib.sha256(data).hexdigest(),
+            "model": model_identity(model), "configuration": configuration_hash(model),
+            "inputs": {name: [list(shape), dtype] for name, (shape, dtype) in program.inputs.items()},
+            "outputs": outputs, "sound": recipes.to_dict(model.sound)}
+
+
+def takes(program: Program) -> str:
+    """The inputs in words."""
+    return " and ".join(f"{name} {dtype} [B, {', '.join(map(str, shape))}]"
+                        for name, (shape, dtype) in program.inputs.items())
+
+
+def check_size(model: nnx.Module) -> None:
+    """Raises UserError where the weights do not fit into one file."""
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model.encoder)))
+    if size >= LARGEST:
+        raise UserError(f"the encoder has {size / 2 ** 30:.1f} GiB of weights, a file of this format holds less than "
+                        f"{LARGEST / 2 ** 30:.0f}: export it with --format=safetensors")

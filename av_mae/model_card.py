@@ -1,0 +1,110 @@
+"""A model's card: `card.json` in its work directory, and the same for people in `README.md`.
+
+Pretraining writes it at its end; evaluations of the run's checkpoints add their figures.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import av_mae
+from av_mae import recipes, registry
+from av_mae.config import TrainConfig
+from av_mae.training.checkpoint import find_checkpoint, note, read_shapes
+
+CARD, README = "card.json", "README.md"
+MARK = "<!-- Written by av_mae from card.json; remove this line to keep your own text. -->"
+TRAINING = ("loss", "image_loss", "audio_loss", "clips_per_second", "skipped")
+
+
+def write_card(workdir: pathlib.Path, config: TrainConfig, metrics: Mapping[str, Any]) -> None:
+    """The card of a finished run: its recipe, the last line of its metrics, the checksum of its last checkpoint."""
+    folder = find_checkpoint(os.fspath(workdir))
+    parameters = sum(_values(shape) for shape in read_shapes(folder).values())
+    card = {"av_mae": av_mae.__version__, "checkpoint": str(folder.relative_to(workdir.absolute())),
+            "sha256": registry.checksum(folder), "parameters": parameters, "licence": "",
+            "training": {name: metrics[name] for name in TRAINING if name in metrics}, "evaluations": {},
+            "config": recipes.to_dict(config)}
+    _save(workdir, {**card, **{name: x for name, x in (read_card(workdir) or {}).items() if name == "licence"}})
+
+
+def add_evaluation(checkpoint: str, workdir: pathlib.Path, task: str, data: str,
+                   figures: Mapping[str, Mapping[str, float]], clips: int, skipped: int) -> None:
+    """Adds an evaluation's figures ({"value", "low", "high"} by name) to the card of the run that `checkpoint` is of.
+
+    Nothing where that run has no card, or its card cannot be written.
+    """
+    folder = find_checkpoint(checkpoint)
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    card = read_card(run)
+    if card is None:
+        return
+    card["evaluations"][os.fspath(workdir)] = {
+        "task": task, "data": data, "checkpoint": folder.name, "clips": clips, "skipped": skipped,
+        "figures": dict(figures)}
+    _save(run, card)
+
+
+def read_card(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The card of a run; None where it has none."""
+    try:
+        return json.loads((workdir / CARD).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _save(workdir: pathlib.Path, card: Mapping[str, Any]) -> None:
+    """Writes both files; a text that is not of this module is left."""
+    readme = workdir / README
+    try:
+        (workdir / CARD).write_text(json.dumps(card, indent=2) + "\n")
+        if not readme.exists() or MARK in readme.read_text():
+            readme.write_text(render(card))
+    except OSError as error:
+        note(f"warning: the model card in {workdir} cannot be written ({error.strerror or error})")
+
+
+def render(card: Mapping[str, Any]) -> str:
+    """The card as Markdown."""
+    config = card["config"]
+    model, data = config["model"], config["data"]
+    fusion = model["fusion"]
+    streams = [(name, "×".join(map(str, model[name]["size"])), *(model[name][key] for key in (
+        "patch", "width", "depth", "heads", "mask_ratio"))) for name in ("image", "audio")]
+    length = f"{config['steps']} steps" if config["steps"] else f"{config['epochs']:g} epochs"
+    lines = ["# Audio-visual masked autoencoder", "", MARK, "",
+             f"Pretrained by masked reconstruction with early fusion, by av_mae {card['av_mae']}.",
+             f"{card['parameters'] / 1e6:.1f} million parameters; licence: {card['licence'] or 'not stated'}.", "",
+             "```python", "import av_mae", f'model = av_mae.load("…/{card["checkpoint"]}")', "```", "", "## Model", "",
+             *_table(("stream", "input", "patch", "width", "depth", "heads", "masked"), streams), "",
+             f"Fusion `{fusion['kind']}`, tokens {fusion['tokens']}, layers {fusion['layers']}. Sound: "
+             + ", ".join(f"{name} {value}" for name, value in data["sound"].items()) + ".", "",
+             "## Data and training", "",
+             f"`{data['path']}`, split `{data['split']}`; {length} of {config['batch_size']} clips, "
+             f"{config['optimizer']['kind']}, base learning rate {config['optimizer']['base_lr']:g}, "
+             f"seed {config['seed']}.", "",
+             *_table(("at the end", "value"), [(name, f"{x:.4g}") for name, x in card["training"].items()])]
+    for place, found in card["evaluations"].items():
+        lines += ["", f"## {found['task'].capitalize()} on `{found['data']}`", "",
+                  f"Checkpoint {found['checkpoint']}, {found['clips']} clips ({found['skipped']} skipped), "
+                  f"95 % intervals; from `{place}`.", "",
+                  *_table(("figure", "value", "low", "high"), [
+                      (name, *("–" if figure[key] is None else f"{figure[key]:.4g}" for key in ("value", "low", "high")))
+                      for name, figure in found["figures"].items()])]
+    lines += ["", "## Registry entry", "", "```toml", "[name]", 'path = "…"', f'sha256 = "{card["sha256"]}"',
+              f'licence = "{card["licence"]}"', "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence]) -> list[str]:
+    return ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads),
+            *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+
+
+def _values(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,146 @@
+"""`python -m av_mae.search`: the clips of an export that are closest to a clip, with a contact sheet."""
+
+import argparse
+import pathlib
+
+import jax
+import numpy as np
+
+from av_mae import preprocess
+from av_mae.data.failures import ClipFailure
+from av_mae.errors import UserError, run_command
+from av_mae.exporting.embedder import Embedder, model_identity
+from av_mae.exporting.index import Hits, Index
+from av_mae.exporting.inputs import open_input
+from av_mae.loading import load
+from av_mae.pictures import gallery, save_png
+from av_mae.training.checkpoint import note, quiet_libraries
+
+EXAMPLE = """examples:
+  python -m av_mae.search --index=embeddings --query=clip.mp4 --modality=audio --top=5
+  python -m av_mae.search --index=embeddings --modality=fusion --faiss=fusion.npy
+"""
+
+
+def open_model(index: Index, checkpoint: str | None) -> Embedder:
+    """The encoder that an index was made with, from `checkpoint` or where it was then.
+
+    Raises:
+      UserError: it is not there, or is another one.
+    """
+    path = checkpoint or index.source["checkpoint"]
+    model = load(path)
+    if model_identity(model) != index.settings["model"]:
+        raise UserError(f"{path} is not the encoder that made {index.folder}: name that one with --checkpoint, or make "
+                        "the embeddings again")
+    if index.settings["preprocessing"] != preprocess.VERSION:
+        raise UserError(f"{index.folder} was made with version {index.settings['preprocessing']} of the preprocessing, "
+                        f"this is {preprocess.VERSION}: make the embeddings again")
+    return Embedder(model)
+
+
+def embed_query(embedder: Embedder, path: str, start: float | None, modality: str
+                ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The query's embedding [1, D], and its clip as `preprocess.load` gives it; zeros stand for what it lacks.
+
+    Raises:
+      UserError: the file cannot be read, or lacks what is searched by.
+    """
+    shape = embedder.shape()
+    clip = preprocess.load(path, start, shape.seconds, sound=shape.sound, image_size=shape.image, missing="zeros")
+    for stream, part in (("image", "picture"), ("audio", "sound")):
+        if not clip[f"has_{stream}"][0]:
+            if modality == stream:
+                raise UserError(f"{path} has no {part} to search by: choose another --modality")
+            note(f"{path} has no {part}: zeros stand for it")
+    rows = [np.repeat(clip[name], embedder.devices, axis=0) for name in ("image", "audio")]
+    columns = jax.device_get(embedder(*jax.device_put(rows, embedder.rows)))
+    if modality not in columns:
+        raise UserError(f"--modality={modality} must be one of {', '.join(columns)}")
+    return columns[modality][:1], clip
+
+
+def contact_sheet(index: Index, embedder: Embedder, query: dict[str, np.ndarray], hits: Hits) -> np.ndarray | None:
+    """Frames and spectrograms of the query and its hits; None where the index's clips are no longer there."""
+    shape = embedder.shape(index.settings["stride"], index.settings["missing"])
+    try:
+        clips = open_input(index.source["data"], shape)
+        if clips.fingerprint() != index.settings["data"]:
+            raise UserError(f"{index.source['data']} has changed since")
+    except UserError as error:
+        note(f"no contact sheet: {error}")
+        return None
+    rows, titles = [[query["image"][0], query["audio"][0]]], ["query"]
+    for number, (row, similarity) in enumerate(zip(hits.row[0], hits.similarity[0]), 1):
+        known = index.describe(int(row))
+        try:
+            _, image, audio = clips.window(known["place"], known["start"])
+        except ClipFailure as failure:
+            note(f"{known['id']} cannot be shown: {failure}")
+            image, audio = (np.zeros_like(query[name][0]) for name in ("image", "audio"))
+        rows.append([image, audio])
+        titles.append(f"{number}   {similarity:.3f}   {known['id'][-28:]}")
+    return gallery(rows, ("frame", "sound"), titles)
+
+
+def lines(index: Index, hits: Hits) -> list[str]:
+    """The hits as text: rank, cosine, id, start and label."""
+    found = [index.describe(int(row)) for row in hits.row[0]]
+    width = max(len(row["id"]) for row in found)
+    return [f"{number:>4}  {similarity:.4f}  {row['id']:<{width}}  {row['start']:8.2f} s  {row.get('label') or ''}".rstrip()
+            for number, (row, similarity) in enumerate(zip(found, hits.similarity[0]), 1)]
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m av_mae.search", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Finds the clips of an export that are closest to a clip, by cosine, exactly.")
+    parser.add_argument("--index", required=True, type=pathlib.Path, metavar="DIR",
+                        help="embeddings that python -m av_mae.export wrote")
+    parser.add_argument("--query", metavar="FILE", help="a media file")
+    parser.add_argument("--start", type=float, metavar="SECONDS",
+                        help="where the query's window begins (the middle of the file)")
+    parser.add_argument("--modality", default="fusion", metavar="NAME",
+                        help="audio, image or fusion: which embeddings are compared (%(default)s)")
+    parser.add_argument("--top", type=int, default=10, help="hits (%(default)s)")
+    parser.add_argument("--checkpoint", metavar="DIR", help="the encoder, if it is not where it was then")
+    parser.add_argument("--sheet", type=pathlib.Path, default=pathlib.Path("hits.png"), metavar="FILE",
+                        help="contact sheet of the hits (%(default)s)")
+    parser.add_argument("--faiss", type=pathlib.Path, metavar="FILE",
+                        help="write the modality's vectors as float32 .npy or .fvecs, which FAISS reads, and their ids")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Searches, or writes vectors, or both."""
+    arguments = parse(argv)
+    if arguments.query is None and arguments.faiss is None:
+        raise UserError("nothing to do: give --query=FILE, or --faiss=FILE for the vectors")
+    if arguments.top < 1:
+        raise UserError(f"--top={arguments.top} must be at least 1")
+    quiet_libraries()
+    index = Index(arguments.index)
+    try:
+        if arguments.faiss:
+            index.write_vectors(arguments.faiss, arguments.modality)
+            print(f"{arguments.faiss}: {len(index)} vectors, ids in {arguments.faiss}.ids.txt")
+        if arguments.query is not None:
+            find(index, arguments)
+    except OSError as error:
+        raise UserError(f"cannot write: {error}; name another file") from error
+
+
+def find(index: Index, arguments: argparse.Namespace) -> None:
+    """Prints the hits and draws their contact sheet."""
+    embedder = open_model(index, arguments.checkpoint)
+    vector, clip = embed_query(embedder, arguments.query, arguments.start, arguments.modality)
+    hits = index.search(vector, arguments.modality, arguments.top)
+    print("\n".join(lines(index, hits)))
+    sheet = contact_sheet(index, embedder, clip, hits)
+    if sheet is not None:
+        save_png(arguments.sheet, sheet)
+        print(f"contact sheet: {arguments.sheet}")
+
+
+if __name__ == "__main__":
+    run_command(main)
