@@ -9,6 +9,7 @@ import jax
 from av_mae import recipes
 from av_mae.config import EvaluationConfig
 from av_mae.errors import UserError, run_command
+from av_mae.model_card import add_evaluation
 from av_mae.task_config import CONFIGS, CompareConfig
 from av_mae.training.agreement import check_processes
 from av_mae.training.checkpoint import quiet_libraries
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> None:
         report = importlib.import_module(TASKS[config.task]).run(config, workdir)
         if jax.process_index() == 0:
             report.save(workdir / "results.json")
+            add_evaluation(config.init, workdir, config.task, config.data.path, report)
             print(report.table)
 
 

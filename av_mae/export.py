@@ -7,10 +7,11 @@ import pathlib
 
 from av_mae.errors import UserError, run_command
 from av_mae.exporting.embeddings import Options, export_embeddings
-from av_mae.exporting.encoders import export_safetensors, export_stablehlo
+from av_mae.exporting.encoders import export_onnx, export_safetensors, export_stablehlo
 from av_mae.exporting.program import INPUTS, OUTPUTS
 from av_mae.loading import load
 from av_mae.progress import format_figures
+from av_mae.registry import resolve
 from av_mae.training.checkpoint import quiet_libraries
 from av_mae.training.mesh import add_process_arguments, initialize_processes
 
@@ -19,7 +20,7 @@ EXAMPLE = """examples:
   python -m av_mae.export --checkpoint=runs/demo --data=clips.csv --output=embeddings --stride=1.5 --dtype=float16
   python -m av_mae.export --checkpoint=runs/demo --format=stablehlo --output=encoder
 """
-FORMATS = ("parquet", "stablehlo", "safetensors")
+FORMATS = ("parquet", "stablehlo", "onnx", "safetensors")
 
 
 def layer_numbers(text: str) -> tuple[int, ...]:
@@ -33,18 +34,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Embeddings of clips as Parquet tables (a stopped export goes on with the same command), or the "
                     "encoder as a program that needs JAX and NumPy alone.")
     parser.add_argument("--checkpoint", required=True, metavar="DIR",
-                        help="a run's work directory, a checkpoint, or a published file")
+                        help="a run's work directory, a checkpoint, a published file, or a registered name")
     parser.add_argument("--data", metavar="DATA",
                         help="a prepared set (DIR[:split]), a folder of media, or a csv, tsv or parquet list of files "
                              "with the columns path and, if wanted, start, end, label, id")
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="new folder")
     parser.add_argument("--format", choices=FORMATS, default="parquet",
                         help="parquet: embeddings of the data; stablehlo: the encoder with its weights, for cpu, cuda "
-                             "and tpu; safetensors: the model under its published names (%(default)s)")
-    encoder = parser.add_argument_group("stablehlo")
+                             "and tpu; onnx: the same for ONNX Runtime; safetensors: the model under its published names (%(default)s)")
+    encoder = parser.add_argument_group("stablehlo and onnx")
     encoder.add_argument("--inputs", choices=INPUTS, default="media",
                          help="media: uint8 frames of the model's size and waveforms; tensors: normalised images and "
-                              "log-mels (%(default)s)")
+                              "log-mels, which onnx needs (%(default)s)")
     encoder.add_argument("--outputs", choices=OUTPUTS, default="pooled",
                          help="means over the tokens of each stream, or all tokens (%(default)s)")
     what = parser.add_argument_group("parquet: what is stored")
@@ -77,10 +78,11 @@ def main(argv: list[str]) -> None:
     quiet_libraries()
     if arguments.format == "parquet":
         embed(arguments)
-    elif arguments.format == "stablehlo":
-        print(export_stablehlo(load(arguments.checkpoint), arguments.output, arguments.inputs, arguments.outputs))
+    elif arguments.format == "safetensors":
+        print(export_safetensors(resolve(arguments.checkpoint), arguments.output))
     else:
-        print(export_safetensors(arguments.checkpoint, arguments.output))
+        write = export_stablehlo if arguments.format == "stablehlo" else export_onnx
+        print(write(load(arguments.checkpoint), arguments.output, arguments.inputs, arguments.outputs))
 
 
 def embed(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from av_mae import models
+from av_mae import models, registry
 from av_mae.config import SoundConfig
 from av_mae.errors import UserError
 from av_mae.models import kinds
@@ -29,14 +29,16 @@ def load(path: str | os.PathLike) -> nnx.Module:
 
     Args:
       path: a run's work directory (its newest checkpoint), its `checkpoints`, one of them, what av_mae.convert made,
-        or a published file whose configuration can be told without options.
+        a published file whose configuration can be told without options, or a name from a registry (av_mae.registry).
 
     Returns:
       AVMAE, Classifier, Separator or Segmenter (with `.head`), or models.kinds.EncoderModel, whatever is there.
 
     Raises:
-      UserError: there is no such checkpoint, it cannot be read, or it holds one unimodal stream, which is no model.
+      UserError: there is no such checkpoint, it cannot be read or is not the one that was registered, or it holds one
+        unimodal stream, which is no model.
     """
+    path = registry.resolve(path)
     if pathlib.Path(path).is_file():
         from av_mae.published.source import load_published
 

@@ -12,39 +12,44 @@ from typing import Any
 import av_mae
 from av_mae import recipes, registry
 from av_mae.config import TrainConfig
-from av_mae.training.checkpoint import find_checkpoint, note, read_shapes
+from av_mae.evaluation.figures import Report
+from av_mae.pictures import read_metrics
+from av_mae.training.checkpoint import find_checkpoint, note
 
 CARD, README = "card.json", "README.md"
 MARK = "<!-- Written by av_mae from card.json; remove this line to keep your own text. -->"
 TRAINING = ("loss", "image_loss", "audio_loss", "clips_per_second", "skipped")
 
 
-def write_card(workdir: pathlib.Path, config: TrainConfig, metrics: Mapping[str, Any]) -> None:
-    """The card of a finished run: its recipe, the last line of its metrics, the checksum of its last checkpoint."""
-    folder = find_checkpoint(os.fspath(workdir))
-    parameters = sum(_values(shape) for shape in read_shapes(folder).values())
-    card = {"av_mae": av_mae.__version__, "checkpoint": str(folder.relative_to(workdir.absolute())),
-            "sha256": registry.checksum(folder), "parameters": parameters, "licence": "",
-            "training": {name: metrics[name] for name in TRAINING if name in metrics}, "evaluations": {},
-            "config": recipes.to_dict(config)}
-    _save(workdir, {**card, **{name: x for name, x in (read_card(workdir) or {}).items() if name == "licence"}})
+def write_card(workdir: pathlib.Path, config: TrainConfig, parameters: int) -> None:
+    """The card of a finished run: its recipe, the last line of its metrics, the checksum of its last checkpoint.
+
+    parameters: how many values the model has. A licence and evaluations that the card has already stay.
+    """
+    folder, known = find_checkpoint(os.fspath(workdir)), read_card(workdir) or {}
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    last = metrics[-1] if metrics else {}
+    _save(workdir, {"av_mae": av_mae.__version__, "checkpoint": str(folder.relative_to(workdir.absolute())),
+                    "sha256": registry.checksum(folder), "parameters": parameters,
+                    "licence": known.get("licence", ""),
+                    "training": {name: last[name] for name in TRAINING if name in last},
+                    "evaluations": known.get("evaluations", {}), "config": recipes.to_dict(config)})
 
 
-def add_evaluation(checkpoint: str, workdir: pathlib.Path, task: str, data: str,
-                   figures: Mapping[str, Mapping[str, float]], clips: int, skipped: int) -> None:
-    """Adds an evaluation's figures ({"value", "low", "high"} by name) to the card of the run that `checkpoint` is of.
+def add_evaluation(checkpoint: str, workdir: pathlib.Path, task: str, data: str, report: Report) -> None:
+    """Adds the figures of an evaluation in `workdir` to the card of the run that `checkpoint` is of.
 
-    Nothing where that run has no card, or its card cannot be written.
+    Nothing where that run has no card.
     """
     folder = find_checkpoint(checkpoint)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     card = read_card(run)
-    if card is None:
-        return
-    card["evaluations"][os.fspath(workdir)] = {
-        "task": task, "data": data, "checkpoint": folder.name, "clips": clips, "skipped": skipped,
-        "figures": dict(figures)}
-    _save(run, card)
+    if card is not None:
+        figures = {name: figure.to_json() for name, figure in report.figures.items()}
+        card["evaluations"][os.fspath(workdir)] = {"task": task, "data": data, "checkpoint": folder.name,
+                                                   "clips": report.clips, "skipped": report.skipped,
+                                                   "figures": figures}
+        _save(run, card)
 
 
 def read_card(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -101,10 +106,3 @@ def render(card: Mapping[str, Any]) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence]) -> list[str]:
     return ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads),
             *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
-
-
-def _values(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

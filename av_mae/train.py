@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import math
 import pathlib
 import tempfile
 
@@ -11,6 +12,7 @@ import jax
 from av_mae import recipes
 from av_mae.config import TrainConfig
 from av_mae.errors import UserError, run_command
+from av_mae.model_card import write_card
 from av_mae.published.unimodal import stream_arrays
 from av_mae.training.agreement import check_processes
 from av_mae.training.checkpoint import Checkpoints, load_params, note, quiet_libraries
@@ -71,6 +73,8 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
                          lambda events, say: [PictureHook(config, step, workdir, events, say)], local)
         if end.meta["step"] < last:
             raise Stopped
+        if jax.process_index() == 0:
+            write_card(workdir, config, sum(math.prod(x.shape) for x in step.shapes.params.values()))
 
 
 def main(argv: list[str]) -> None:
@@ -80,7 +84,7 @@ def main(argv: list[str]) -> None:
         epilog="example: python -m av_mae.train --config=configs/demo.py --workdir=runs/demo --config.steps=200")
     recipes.add_config_argument(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR",
-                        help="config.json, checkpoints/, metrics.jsonl, TensorBoard events and images/ go here")
+                        help="config.json, checkpoints/, metrics.jsonl, TensorBoard events, images/ and a model card go here")
     add_process_arguments(parser)
     arguments, overrides = recipes.parse_arguments(parser, argv)
     config = recipes.load_recipe(arguments.config, overrides, TrainConfig)

@@ -1,11 +1,13 @@
 """Encoders that run without this code: equal to `preprocess` and `av_mae.encode`, in an environment of JAX and NumPy."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import sysconfig
 
 import jax
 import jax.export
@@ -20,6 +22,7 @@ from av_mae.data import sound
 from av_mae.errors import UserError
 from av_mae.exporting import encoders, load_encoder, program
 from tiny_export import write_checkpoint
+from tiny_training import MODEL
 
 # JAX and NumPy, with what JAX itself cannot do without.
 ALONE = ("jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy")
@@ -152,3 +155,61 @@ def test_refusals(checkpoint, stored, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="GiB of weights, a file of this format holds less"):
         encoders.export_stablehlo(av_mae.load(checkpoint), tmp_path / "out", "tensors", "pooled")
     assert not (tmp_path / "out").exists()
+
+
+def test_onnx_without_converter_or_with_media(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    arguments = [f"--checkpoint={checkpoint}", "--format=onnx", f"--output={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="needs a converter .*pip install --no-deps jax2onnx"):
+        command.main([*arguments, "--inputs=tensors"])
+    with pytest.raises(UserError, match="--format=onnx takes --inputs=tensors only: .* refuses the DFT operator"):
+        command.main(arguments)
+
+
+ONNX = """
+import sys
+import numpy as np
+import onnxruntime
+from av_mae import export
+export.main(sys.argv[1:-2])
+session = onnxruntime.InferenceSession(f"{sys.argv[-1]}/encoder.onnx", providers=["CPUExecutionProvider"])
+inputs, results = np.load(sys.argv[-2]), {}
+for batch in (1, 3, 8):
+    found = session.run(None, {entry.name: inputs[entry.name][:batch] for entry in session.get_inputs()})
+    results |= {f"{batch}/{entry.name}": x for entry, x in zip(session.get_outputs(), found, strict=True)}
+np.savez(f"{sys.argv[-1]}/out.npz", **results)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["factorized", "dense", "token", "none"])
+def test_onnx_runtime_gives_the_same(kind, tmp_path, root, onnx_python):
+    """Every fusion kind, in an environment with the converter, which the package index gives."""
+    model = dataclasses.replace(MODEL, fusion=dataclasses.replace(MODEL.fusion, kind=kind))
+    checkpoint, random = write_checkpoint(tmp_path / "run", model), np.random.default_rng(0)
+    batch = {"image": random.standard_normal((8, 32, 48, 3), np.float32),
+             "audio": random.standard_normal((8, 32, 32), np.float32)}
+    np.savez(tmp_path / "inputs.npz", **batch)
+    subprocess.run([onnx_python, "-c", ONNX, f"--checkpoint={checkpoint}", "--format=onnx", "--inputs=tensors",
+                    f"--output={tmp_path / 'out'}", str(tmp_path / "inputs.npz"), str(tmp_path / "out")],
+                   check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"})
+    found, expected = np.load(tmp_path / "out" / "out.npz"), av_mae.encode(av_mae.load(checkpoint), batch).features
+    assert len(found) == 3 * len(expected)
+    for key, x in found.items():
+        rows, stream = key.split("/")
+        np.testing.assert_allclose(x, expected[stream][:int(rows)], rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def onnx_python(tmp_path_factory) -> str:
+    """The Python of an environment with this one's packages and the converter."""
+    folder = tmp_path_factory.mktemp("onnx")
+    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(folder)], check=True)
+    python = str(folder / "bin" / "python")
+    own = sysconfig.get_paths()["purelib"]
+    site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], check=True,
+                          capture_output=True, text=True).stdout.strip()
+    pathlib.Path(site, "own.pth").write_text(f"{own}\n")
+    for arguments in (["onnx-ir==1.1.0", "onnxruntime==1.32.0"], ["--no-deps", "jax2onnx==0.17.1"]):
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *arguments], check=True)
+    return python

@@ -19,6 +19,8 @@ from av_mae.exporting.program import Program, make_program
 from av_mae.published.store import whole_or_nothing
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+# The converter's own dependencies want an Orbax older than the one here, but it runs without them.
+ONNX_INSTALL = "pip install onnx-ir onnxruntime, then pip install --no-deps jax2onnx"
 LARGEST = 2 ** 31  # bytes: what both formats can hold in one file
 
 
@@ -45,6 +47,35 @@ def export_stablehlo(model: nnx.Module, output: pathlib.Path, inputs: str, outpu
         shutil.copytree(pathlib.Path(flatbuffers.__file__).parent, unfinished / "flatbuffers",
                         ignore=shutil.ignore_patterns("__pycache__"))
     return f"{output}: encoder.stablehlo, {len(data) / 1e6:.1f} MB, takes {takes(program)}"
+
+
+def export_onnx(model: nnx.Module, output: pathlib.Path, inputs: str, outputs: str) -> str:
+    """Writes `encoder.onnx` (any batch size) by jax2onnx, and `encoder.json`. Returns what was written, in a line.
+
+    Only tensors in: of the log-mel's Fourier transform the converter makes a DFT that ONNX Runtime refuses.
+
+    Raises:
+      UserError: media as inputs, no converter, `output` is there or cannot be written, or the encoder is too large.
+    """
+    if inputs != "tensors":
+        raise UserError("--format=onnx takes --inputs=tensors only: ONNX Runtime refuses the DFT operator that the "
+                        "converter makes of the log-mel's Fourier transform; compute inputs by preprocess.load")
+    check_size(model)
+    try:
+        import jax2onnx
+    except ImportError as error:
+        raise UserError(f"--format=onnx needs a converter ({error}): {ONNX_INSTALL}") from error
+    program = make_program(model, inputs, outputs)
+    shapes = [("B", *shape) for shape, _ in program.inputs.values()]
+    names = sorted(jax.eval_shape(program.function, *program.specs(1)))  # the order in which JAX flattens a dict
+    data = jax2onnx.to_onnx(program.function, shapes, model_name="encoder", input_names=list(program.inputs),
+                            output_names=names).SerializeToString()
+    about = describe(model, program, outputs, data)
+    with whole_or_nothing(output) as (unfinished, _):
+        unfinished.mkdir()
+        (unfinished / "encoder.onnx").write_bytes(data)
+        (unfinished / "encoder.json").write_text(json.dumps(about, indent=2) + "\n")
+    return f"{output}: encoder.onnx, {len(data) / 1e6:.1f} MB, takes {takes(program)}"
 
 
 def export_safetensors(checkpoint: str, output: pathlib.Path) -> str:
