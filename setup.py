@@ -23,6 +23,8 @@ REQUIRES = [
     "safetensors>=0.5,<0.9",  # published weights; 0.x without a promise of stability
     "tensorboardX>=2.6.4,<3",  # event files without TensorFlow; 2.6.4 accepts protobuf 6 and later
     "tqdm>=4.66,<5",  # progress bars
+    "pyarrow>=20,<28",  # embeddings and lists as Parquet; float16 columns and metadata added to an open file
+    "flatbuffers>=25,<26",  # jax.export writes with it and does not bring it
     "mir_eval>=0.8,<0.9",  # BSS Eval as published; 0.9 is to drop its module of separation
     "matplotlib>=3.10,<4",  # figures through Figure and FigureCanvasAgg
     "pillow>=11,<14",  # PNG files
@@ -33,7 +35,8 @@ EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # CUDA 13 libraries as wheels; the driver is the machine's
     "prepare": ["apache-beam>=2.70,<3",  # preparing large sets on Beam runners; one machine needs none
                 "gcsfs>=2025.3", "s3fs>=2025.3"],  # gs:// and s3://; calendar versions, those of fsspec
-    "test": ["pytest>=8.4,<10",  # 8.4 is the first that fails on tests that return values
+    "test": ["duckdb>=1.2,<3", "pandas>=2.3,<4",  # read exported embeddings as users do
+             "pytest>=8.4,<10",  # 8.4 is the first that fails on tests that return values
              "pytest-xdist>=3.6,<4",  # two test files at a time: compilation uses one core
              "PyYAML>=6,<7",  # reads the JobSet that a launcher writes; ml_collections brings it
              "scikit-learn>=1.6,<2",  # an independent reference for metrics; 1.6 is the first tested with numpy 2

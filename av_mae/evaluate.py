@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
         report = importlib.import_module(TASKS[config.task]).run(config, workdir)
         if jax.process_index() == 0:
             report.save(workdir / "results.json")
-            add_evaluation(config.init, workdir, config.task, config.data.path, report)
+            if not isinstance(config, CompareConfig):  # a comparison is of several runs
+                add_evaluation(config.init, workdir, config.task, config.data.path, report)
             print(report.table)
 
 

@@ -1,4 +1,4 @@
-"""`python -m av_mae.export`: embeddings of clips as Parquet, or the encoder as a program that runs without this code."""
+"""`python -m av_mae.export`: embeddings of clips as Parquet, or the encoder as a file that runs without this code."""
 
 import argparse
 import json
@@ -41,7 +41,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="new folder")
     parser.add_argument("--format", choices=FORMATS, default="parquet",
                         help="parquet: embeddings of the data; stablehlo: the encoder with its weights, for cpu, cuda "
-                             "and tpu; onnx: the same for ONNX Runtime; safetensors: the model under its published names (%(default)s)")
+                             "and tpu; onnx: the same for ONNX Runtime; safetensors: the model under its published names "
+                             "(%(default)s)")
     encoder = parser.add_argument_group("stablehlo and onnx")
     encoder.add_argument("--inputs", choices=INPUTS, default="media",
                          help="media: uint8 frames of the model's size and waveforms; tensors: normalised images and "

@@ -18,6 +18,7 @@ from av_mae.training.checkpoint import find_checkpoint, note
 
 CARD, README = "card.json", "README.md"
 MARK = "<!-- Written by av_mae from card.json; remove this line to keep your own text. -->"
+BOUNDS = ("value", "low", "high")  # of a figure
 TRAINING = ("loss", "image_loss", "audio_loss", "clips_per_second", "skipped")
 
 
@@ -95,8 +96,8 @@ def render(card: Mapping[str, Any]) -> str:
         lines += ["", f"## {found['task'].capitalize()} on `{found['data']}`", "",
                   f"Checkpoint {found['checkpoint']}, {found['clips']} clips ({found['skipped']} skipped), "
                   f"95 % intervals; from `{place}`.", "",
-                  *_table(("figure", "value", "low", "high"), [
-                      (name, *("–" if figure[key] is None else f"{figure[key]:.4g}" for key in ("value", "low", "high")))
+                  *_table(("figure", *BOUNDS), [
+                      (name, *("–" if figure[key] is None else f"{figure[key]:.4g}" for key in BOUNDS))
                       for name, figure in found["figures"].items()])]
     lines += ["", "## Registry entry", "", "```toml", "[name]", 'path = "…"', f'sha256 = "{card["sha256"]}"',
               f'licence = "{card["licence"]}"', "```"]

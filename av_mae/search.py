@@ -87,8 +87,12 @@ def lines(index: Index, hits: Hits) -> list[str]:
     """The hits as text: rank, cosine, id, start and label."""
     found = [index.describe(int(row)) for row in hits.row[0]]
     width = max(len(row["id"]) for row in found)
-    return [f"{number:>4}  {similarity:.4f}  {row['id']:<{width}}  {row['start']:8.2f} s  {row.get('label') or ''}".rstrip()
+    return [f"{number:>4}  {similarity:.4f}  {row['id']:<{width}}  {row['start']:8.2f} s  {_label(row)}".rstrip()
             for number, (row, similarity) in enumerate(zip(found, hits.similarity[0]), 1)]
+
+
+def _label(row: dict) -> str:
+    return "" if row.get("label") is None else str(row["label"])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -122,7 +122,8 @@ def test_layers_tokens_and_float16(checkpoint, clips, tmp_path):
     assert found["image"].dtype == np.float16
     for stream in STREAMS:
         np.testing.assert_allclose(found[f"{stream}_tokens"][3], getattr(tokens, stream)[0], atol=2e-3)
-        np.testing.assert_allclose(found[f"{stream}_layer0"][3], getattr(tokens.layers[0], stream)[0].mean(0), atol=2e-3)
+        layer = getattr(tokens.layers[0], stream)[0].mean(0)
+        np.testing.assert_allclose(found[f"{stream}_layer0"][3], layer, atol=2e-3)
         np.testing.assert_allclose(found[f"{stream}_tokens"][3].astype(np.float32).mean(0), found[stream][3], atol=2e-3)
     with pytest.raises(UserError, match="--layers=1: the encoder has layers 0 to 0"):
         export(checkpoint, f"{clips}:test", tmp_path / "wrong", layers=(1,))
@@ -147,7 +148,7 @@ def test_windows_of_stored_clips(checkpoint, clips, tmp_path):
 
 
 def test_media_folder_windows_and_lists(checkpoint, media, tmp_path):
-    """Files in the order of their names; a window is what `preprocess.load` makes at its start; lists say which part."""
+    """Files in the order of their names; windows are what `preprocess.load` makes; lists say which part."""
     model = av_mae.load(checkpoint)
     export(checkpoint, media, tmp_path / "folder", stride=0.75)
     found = read(tmp_path / "folder")

@@ -1,4 +1,4 @@
-"""Encoders that run without this code: equal to `preprocess` and `av_mae.encode`, in an environment of JAX and NumPy."""
+"""Encoders that run without this code: equal to `preprocess` and `av_mae.encode`, where only JAX and NumPy are."""
 
 import dataclasses
 import importlib.util
@@ -115,8 +115,8 @@ def stored(checkpoint, tmp_path_factory) -> pathlib.Path:
 
 @pytest.mark.parametrize("change,message", [
     ({"format": 0}, "has format 0, this loader reads 1: take the load_encoder.py .* or export .* --format=stablehlo"),
-    ({"calling_convention": 3, "jax": "0.4.1"}, "written by JAX 0.4.1 with calling convention 3, JAX .* runs .*: install"),
-    ({"calling_convention": 99, "jax": "9.9.9"}, "JAX 9.9.9 with calling convention 99.* install a JAX nearer to 9.9.9"),
+    ({"calling_convention": 3, "jax": "0.4.1"}, "by JAX 0.4.1 with calling convention 3, JAX .* runs .*: install"),
+    ({"calling_convention": 99, "jax": "9.9.9"}, "JAX 9.9.9 with calling convention 99.* a JAX nearer to 9.9.9"),
     ({"sha256": "0" * 64}, "encoder.stablehlo is damaged or not the one of encoder.json"),
 ])
 def test_loader_checks_versions(stored, tmp_path, change, message):

@@ -130,6 +130,8 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
             convert.main(["--source=runs/small", "--to=safetensors", "--output=checkpoint_latest.pth"])
         _run(command)
     for path in ("runs/small/metrics.jsonl", "runs/small_evaluation/results.json", "runs/published/config.json",
-                 "published.safetensors", "runs/segmentation/results.json", "fusion.png"):
+                 "published.safetensors", "runs/segmentation/results.json", "fusion.png", "runs/demo/card.json",
+                 "runs/embeddings/failures.parquet", "runs/encoder/load_encoder.py", "runs/weights/model.safetensors",
+                 "hits.png", "fusion.npy"):
         assert (tmp_path / path).is_file(), path
     assert (tmp_path / "checkpoint_latest.pth").read_bytes() == (tmp_path / "published.safetensors").read_bytes()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_checksums(run, home, tmp_path):
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(UserError, match="copy: .* is not the model that was registered: its sha256 is (?!%s)" % checksum):
+    with pytest.raises(UserError, match=f"copy: .* is not the model that was registered: its sha256 is (?!{checksum})"):
         av_mae.load("copy")
 
 
@@ -94,7 +95,8 @@ def test_card_of_a_run_and_its_evaluations(tmp_path, home):
     assert card["training"] == {"loss": 0.5} and card["config"]["model"]["fusion"]["tokens"] == [2, 1, 1]
     assert card["sha256"] == registry.checksum(workdir) and card["checkpoint"] == "checkpoints/0"
     (workdir / "card.json").write_text(json.dumps(card | {"licence": "MIT"}))
-    report = Report({"iou": Figure(0.5, 0.25, 0.75), "auc": Figure(float("nan"), float("nan"), float("nan"))}, 30, 2, "")
+    undefined = Figure(math.nan, math.nan, math.nan)
+    report = Report({"iou": Figure(0.5, 0.25, 0.75), "auc": undefined}, 30, 2, "")
     model_card.add_evaluation(str(workdir / "checkpoints"), tmp_path / "seg", "segmentation", "data/scene", report)
     model_card.write_card(workdir, recipe(), 12_345_678)
     text = (workdir / "README.md").read_text()

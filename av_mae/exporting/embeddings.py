@@ -126,7 +126,7 @@ def write_shards(embedder: Embedder, clips: Input, shards: list[int], layout: ta
 
 
 class Background:
-    """Runs calls one after the other in a thread, at most one behind the caller; what they raise comes with the next."""
+    """Runs calls one after the other in a thread, one behind the caller at most; errors come with the next."""
 
     def __init__(self):
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "tables")

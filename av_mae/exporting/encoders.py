@@ -26,7 +26,8 @@ LARGEST = 2 ** 31  # bytes: what both formats can hold in one file
 
 def export_stablehlo(model: nnx.Module, output: pathlib.Path, inputs: str, outputs: str) -> str:
     """Writes `encoder.stablehlo` (jax.export, any batch size, for cpu, cuda and tpu), `encoder.json`, which says what
-    it takes and is, and `load_encoder.py`, which runs it, with the library that jax.export reads with. Returns what was written, in a line.
+    it takes and is, and `load_encoder.py`, which runs it, with the library that jax.export reads with. Returns what
+    was written, in a line.
 
     Raises:
       UserError: `output` is there already or cannot be written, or the encoder is too large.

@@ -33,8 +33,8 @@ def list_folder(folder: str) -> list[Entry]:
              for place, _, names in os.walk(folder, followlinks=True) for name in names
              if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES]
     if not found:
-        raise UserError(f"--data={folder} holds no media: no file below it ends in {' '.join(sorted(SUFFIXES))}; a list "
-                        "of files (csv or parquet) takes any name")
+        raise UserError(f"--data={folder} holds no media: no file below it ends in {' '.join(sorted(SUFFIXES))}; a "
+                        "list of files (csv or parquet) takes any name")
     return [Entry(os.path.join(folder, name), name) for name in sorted(found)]
 
 
@@ -61,7 +61,8 @@ def read_list(path: str) -> tuple[list[Entry], str | None]:
         start, end = (_seconds(path, row, column, cells[column][row]) for column in ("start", "end"))
         start = 0.0 if start is None and end is not None else start
         if end is not None and end <= start:
-            raise UserError(f"--data={path}: row {row + 1} ends at {end:g} s, but must end after its start, {start:g} s")
+            raise UserError(f"--data={path}: row {row + 1} ends at {end:g} s, but must end after its start, "
+                            f"{start:g} s")
         unique = f"{name}#{start:g}" if times[name] > 1 and start is not None else str(name)
         known = cells["id"][row]
         entries.append(Entry(os.path.join(folder, str(name)), unique if known is None else str(known), start, end,
