@@ -72,7 +72,7 @@ def test_killed_twice(folder):
         np.testing.assert_allclose(found[stream], wanted[stream], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("data,workers", [("set:test", 0), ("set:test", 2), ("media", 0), ("media", 1)])
+@pytest.mark.parametrize("data,workers", [("set:test", 2), ("media", 0)])
 def test_two_processes_and_workers(folder, data, workers):
     """Each process writes its shards; together they are those of one process without workers."""
     one, two = f"one-{data[:3]}-{workers}", f"two-{data[:3]}-{workers}"
