@@ -28,8 +28,8 @@ def write_card(workdir: pathlib.Path, config: TrainConfig, parameters: int) -> N
     parameters: how many values the model has. A licence and evaluations that the card has already stay.
     """
     folder, known = find_checkpoint(os.fspath(workdir)), read_card(workdir) or {}
-    metrics = read_metrics(workdir / "metrics.jsonl")
-    last = metrics[-1] if metrics else {}
+    metrics = workdir / "metrics.jsonl"
+    last = next(reversed(read_metrics(metrics)), {}) if metrics.is_file() else {}  # a full disk may have kept it out
     _save(workdir, {"av_mae": av_mae.__version__, "checkpoint": str(folder.relative_to(workdir.absolute())),
                     "sha256": registry.checksum(folder), "parameters": parameters,
                     "licence": known.get("licence", ""),

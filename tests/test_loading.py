@@ -60,7 +60,7 @@ def test_encode_against_the_encoder(run):
 def test_encode_compiles_once(run, monkeypatch):
     """Models of one structure share the compiled function, whatever their weights."""
     traces, forward = [], models.Encoder.__call__
-    monkeypatch.setattr(models.Encoder, "__call__", lambda *args: traces.append(1) or forward(*args))
+    monkeypatch.setattr(models.Encoder, "__call__", lambda *args, **named: traces.append(1) or forward(*args, **named))
     batch = batches(recipe(batch_size=5), 1)[0]
     means = [av_mae.encode(av_mae.load(run[0] / "checkpoints" / step), batch).features["image"] for step in "25"]
     assert len(traces) == 1 and not np.allclose(*means)
