@@ -106,6 +106,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="where the query's window begins (the middle of the file)")
     parser.add_argument("--modality", default="fusion", metavar="NAME",
                         help="audio, image or fusion: which embeddings are compared (%(default)s)")
+    parser.add_argument("--whiten", action="store_true",
+                        help="cosines in units of the index's own spread: what all clips share counts less")
     parser.add_argument("--top", type=int, default=10, help="hits (%(default)s)")
     parser.add_argument("--checkpoint", metavar="DIR", help="the encoder, if it is not where it was then")
     parser.add_argument("--sheet", type=pathlib.Path, default=pathlib.Path("hits.png"), metavar="FILE",
@@ -138,7 +140,7 @@ def find(index: Index, arguments: argparse.Namespace) -> None:
     """Prints the hits and draws their contact sheet."""
     embedder = open_model(index, arguments.checkpoint)
     vector, clip = embed_query(embedder, arguments.query, arguments.start, arguments.modality)
-    hits = index.search(vector, arguments.modality, arguments.top)
+    hits = index.search(vector, arguments.modality, arguments.top, arguments.whiten)
     print("\n".join(lines(index, hits)))
     sheet = contact_sheet(index, embedder, clip, hits)
     if sheet is not None:

@@ -65,6 +65,24 @@ def test_search_is_exact(tmp_path, monkeypatch, shard_clips, block, dtype):
     assert found.search(queries, "audio", 100).row.shape == (7, 37) and len(found) == 37
 
 
+def test_whitened_search(tmp_path):
+    """Two kinds that differ in a direction of small spread, under one of large spread: only whitening tells them apart."""
+    random = np.random.default_rng(0)
+    kind = np.arange(200) % 2
+    vectors = random.standard_normal((200, 6)) * [0.02, 3, 3, 0.02, 0.02, 0.02] + [0, 0, 0, 9, 0, 0]
+    vectors[:, 0] += 0.3 * kind
+    found = made_index(tmp_path / "index", vectors.astype(np.float32), 150)
+    queries = vectors[:40].astype(np.float32)
+    same = {whiten: np.mean(kind[found.search(queries, "audio", 20, whiten).row] == kind[:40, None])
+            for whiten in (False, True)}
+    assert same[False] < 0.65 and same[True] > 0.75
+    rows = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    white = (rows - rows.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(rows.T, bias=True))).T  # another root
+    white /= np.linalg.norm(white, axis=1, keepdims=True)
+    hits = found.search(queries, "audio", 5, whiten=True)
+    np.testing.assert_allclose(hits.similarity, -np.sort(-(white[:40] @ white.T), axis=1)[:, :5], atol=1e-3)
+
+
 def test_vectors_for_faiss(tmp_path):
     vectors = np.random.default_rng(1).standard_normal((9, 4)).astype(np.float32)
     found = made_index(tmp_path / "index", vectors, 5)

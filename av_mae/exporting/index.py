@@ -1,7 +1,7 @@
 """Exact search by cosine over exported embeddings, file by file: no more than a block of rows is in memory."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from av_mae.evaluation.metrics.checks import require_finite
 from av_mae.exporting import tables
 
 BLOCK = 16384  # rows
+LEAST_SPREAD = 1e-4  # of the largest: what spreads less is noise
 ROW_COLUMNS = ("id", "path", "place", "start", "label")
 SUFFIXES = (".npy", ".fvecs")
 
@@ -67,17 +68,34 @@ class Index:
                 values = batch.column(0)
                 yield unit(values.flatten().to_numpy().reshape(len(values), values.type.list_size))
 
-    def search(self, queries: np.ndarray, column: str, top: int) -> Hits:
-        """The `top` rows closest to each query [queries, D]; of equally close ones the first."""
-        queries = unit(queries)
+    def search(self, queries: np.ndarray, column: str, top: int, whiten: bool = False) -> Hits:
+        """The `top` rows closest to each query [queries, D]; of equally close ones the first.
+
+        whiten: cosines are taken in units of the index's own spread, see `whitening`.
+        """
+        change = self.whitening(column) if whiten else unit
+        queries = change(queries)
         best = Hits(np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64))
         first = 0
         for block in self.blocks(column):
+            block = change(block) if whiten else block
             rows = np.broadcast_to(np.arange(first, first + len(block)), (len(queries), len(block)))
             best = closest(Hits(np.concatenate([best.similarity, queries @ block.T], axis=1),
                                 np.concatenate([best.row, rows], axis=1)), top)
             first += len(block)
         return best
+
+    def whitening(self, column: str) -> Callable[[np.ndarray], np.ndarray]:
+        """A function of rows [n, D] after which the index's rows have mean 0 and about the same spread in all
+        directions, and length 1: what all clips share no longer outweighs how they differ."""
+        total, products = 0.0, 0.0
+        for block in self.blocks(column):
+            block = block.astype(np.float64)
+            total, products = total + block.sum(0), products + block.T @ block
+        mean = total / len(self)
+        spread, directions = np.linalg.eigh(products / len(self) - np.outer(mean, mean))
+        matrix = directions / np.sqrt(np.maximum(spread, LEAST_SPREAD * spread.max()))
+        return lambda rows: unit((unit(rows) - mean) @ matrix)
 
     def describe(self, row: int) -> dict[str, Any]:
         """id, path, place, start and label (its name where that is known) of a row."""

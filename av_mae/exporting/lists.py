@@ -6,11 +6,9 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+from av_mae.datasets.media_files import MEDIA, ending
 from av_mae.errors import UserError
 
-SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .flv .ts .mts .mpg .mpeg .wmv .3gp .ogv .wav .mp3 .flac .ogg .oga .opus .m4a .aac "
-    ".wma .aif .aiff .ac3".split())
 COLUMNS = ("path", "start", "end", "label", "id")
 
 
@@ -31,9 +29,9 @@ def list_folder(folder: str) -> list[Entry]:
     """
     found = [os.path.relpath(os.path.join(place, name), folder)
              for place, _, names in os.walk(folder, followlinks=True) for name in names
-             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES]
+             if not name.startswith(".") and ending(name) in MEDIA]
     if not found:
-        raise UserError(f"--data={folder} holds no media: no file below it ends in {' '.join(sorted(SUFFIXES))}; a "
+        raise UserError(f"--data={folder} holds no media: no file below it ends in {', '.join(sorted(MEDIA))}; a "
                         "list of files (csv or parquet) takes any name")
     return [Entry(os.path.join(folder, name), name) for name in sorted(found)]
 
