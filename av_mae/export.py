@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 
+import jax
+
 from av_mae.errors import UserError, run_command
 from av_mae.exporting.embeddings import Options, export_embeddings
 from av_mae.exporting.encoders import export_onnx, export_safetensors, export_stablehlo
@@ -13,7 +15,7 @@ from av_mae.loading import load
 from av_mae.progress import format_figures
 from av_mae.registry import resolve
 from av_mae.training.checkpoint import quiet_libraries
-from av_mae.training.mesh import add_process_arguments, initialize_processes
+from av_mae.training.hosts import add_process_arguments, joined
 
 EXAMPLE = """examples:
   python -m av_mae.export --checkpoint=runs/demo --data=runs/demo/data/toy_band:test --output=embeddings
@@ -65,7 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     how.add_argument("--workers", type=int, default=min(16, (os.cpu_count() or 1) // 4),
                      help="processes that read clips; 0: a thread of this one (%(default)s)")
     how.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write counts and rates there, too")
-    add_process_arguments(how)
+    add_process_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -90,16 +92,17 @@ def embed(arguments: argparse.Namespace) -> None:
     """Embeddings as Parquet."""
     options = Options(arguments.stride, arguments.missing, arguments.dtype, arguments.tokens, arguments.layers,
                       arguments.shard_clips, arguments.batch_size, arguments.workers)
-    initialize_processes(arguments.coordinator, arguments.process_id, arguments.process_count)
-    try:
-        result = export_embeddings(load(arguments.checkpoint), arguments.checkpoint, arguments.data, arguments.output,
-                                   options)
-    except OSError as error:
-        raise UserError(f"cannot write --output={arguments.output}: {error.strerror or error}; make room or name "
-                        "another folder, the same command goes on from the last finished shard") from error
-    print(summary(arguments.output, result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    with joined(arguments):
+        try:
+            result = export_embeddings(load(arguments.checkpoint), arguments.checkpoint, arguments.data,
+                                       arguments.output, options)
+            if jax.process_index() == 0:
+                print(summary(arguments.output, result))
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write --output={arguments.output}: {error.strerror or error}; make room or name "
+                            "another folder, the same command goes on from the last finished shard") from error
 
 
 def summary(output: pathlib.Path, result: dict) -> str:
