@@ -121,7 +121,7 @@ def _prepare_set(options: argparse.Namespace, beam_options: list[str]) -> str:
         report = run.prepare(job, beam.writer(chosen["beam_runner"], beam_options))
     else:
         report = run.prepare(job)
-    return _summary(options.output, report)
+    return _summary(options.output, report, record.skip)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -146,12 +146,14 @@ def _check(chosen: dict[str, Any], dataset: str) -> None:
         check_name("cause in --skip", name, SKIPPABLE)
 
 
-def _summary(output: str, report: dict[str, Any]) -> str:
+def _summary(output: str, report: dict[str, Any], skipped: tuple[str, ...]) -> str:
     """What was prepared, in a few lines."""
     splits = ", ".join(f"{split['stored']} of {split['clips']} clips in {name}"
                        for name, split in report["splits"].items())
     found = "".join(f"\n  {count} × {cause}: {CAUSES[cause]}" for cause, count in report["causes"].items() if count)
-    return f"{output}: {splits}{found}\n  each is named in {output}/report.html"
+    incomplete = any(report["causes"][cause] for cause in {"no_sound", "no_picture"} - set(skipped))
+    hint = "\n  --skip=no_sound,no_picture leaves out what has only one of both" if incomplete else ""
+    return f"{output}: {splits}{found}{hint}\n  each is named in {output}/report.html"
 
 
 def main(argv: list[str]) -> None:

@@ -36,6 +36,7 @@ class Folder:
             found = [os.path.relpath(os.path.join(folder, name), self.url).replace(os.sep, "/")
                      for folder, files in _walk(root) for name in files]
         else:
+            self._system.invalidate_cache()  # others write here too
             start = self._stripped(self.path(below) if below else self.url)
             root = self._stripped(self.url)
             found = [name.removeprefix(root).lstrip("/") for name in self._system.find(start)]
@@ -44,6 +45,7 @@ class Folder:
     def exists(self, name: str) -> bool:
         if self.is_local:
             return os.path.exists(self.path(name))
+        self._system.invalidate_cache()
         return self._system.exists(self._stripped(self.path(name)))
 
     def read(self, name: str) -> bytes:

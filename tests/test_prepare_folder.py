@@ -21,6 +21,7 @@ from av_mae import prepare, preprocess
 from av_mae.config import DataConfig
 from av_mae.data import media, pipeline, records
 from av_mae.errors import UserError
+from av_mae.preparation.workers import Limits
 from real_media import BLACK, ROBUST, probed
 
 
@@ -198,6 +199,16 @@ def test_what_is_odd_can_be_left_out(tmp_path):
     assert set(clip_trees.stored(tmp_path / "set")) == {"good", "still", "dark", "blind"}
 
 
+def test_a_clip_that_takes_too_long_fails_alone(tmp_path):
+    source = clip_trees.put(tmp_path / "in", {"a.mp4": clip_trees.clip(1, 40.0), "b.mp4": clip_trees.clip(2)})
+    report = clip_trees.prepare("folder", source, tmp_path / "set", limits=Limits(seconds=1e-4))
+    messages = {finding["clip"]: (finding["stage"], finding["message"]) for finding in report["findings"]}
+    assert messages == {name: ("decode", "stopped after time_limit=0.0001 s") for name in "ab"}
+    assert report["splits"]["train"] == {"clips": 2, "stored": 0, "bytes": 0, "seconds": 0.0}
+    with pytest.raises(UserError, match="split 'train' of .* holds no clips"):
+        records.open_source(tmp_path / "set", "train")
+
+
 def test_tfds_reads_the_set_without_tensorflow(tmp_path, root):
     source = clip_trees.put(tmp_path / "in", {f"{name}.mp4": clip_trees.clip(ord(name)) for name in "abcde"})
     clip_trees.put(source, {"bad.mp4": b"x"})
@@ -213,7 +224,7 @@ def test_tfds_reads_the_set_without_tensorflow(tmp_path, root):
 
 
 def test_a_prepared_set_is_read_as_the_file_is(tmp_path):
-    """The batch of evaluation has the frame and the sound in the middle of the clip; a clip without sound fails alone."""
+    """The batch of evaluation has what is in the middle of the clip; a clip without sound fails alone."""
     frames = [made_media.numbered_frame(number) for number in range(50)]
     clips = {"a.mp4": clip_trees.clip(7, 6.0), "mute.mp4": made_media.encoded(frames)}
     clip_trees.prepare("folder", clip_trees.put(tmp_path / "in", clips), tmp_path / "set")
@@ -232,22 +243,23 @@ def test_a_prepared_set_is_read_as_the_file_is(tmp_path):
 
 
 def test_the_command_tells_what_it_made(tmp_path, root):
-    source = clip_trees.put(tmp_path / "in", {"a/a.mp4": clip_trees.clip(1), "b/b.mp4": b"x"})
+    mute = made_media.encoded([made_media.numbered_frame(number) for number in range(9)])
+    source = clip_trees.put(tmp_path / "in", {"a/a.mp4": clip_trees.clip(1), "b/b.mp4": b"x", "b/c.mp4": mute})
     command = [sys.executable, "-m", "av_mae.prepare", "--dataset=folder", f"--source={source}",
                f"--output={tmp_path / 'set'}"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "1 of 2 clips in train" in done.stdout and "1 × undecodable" in done.stdout
-    assert "2/2 clips" in done.stderr
+    assert "2 of 3 clips in train" in done.stdout and "1 × undecodable" in done.stdout
+    assert "--skip=no_sound,no_picture leaves out" in done.stdout and "3/3 clips" in done.stderr
     names = clip_trees.files_below(tmp_path / "set")
     assert names == ["README.md", "dataset_info.json", "features.json", "folder-train.array_record-00000-of-00001",
                      "label.labels.txt", "labels-train.npz", "prepare.json", "report.html", "report.json"]
     card = (tmp_path / "set" / "README.md").read_text()
-    assert "| train | 2 | 1 | 0.00 |" in card and "## Licence" in card and "1 × undecodable" in card
+    assert "| train | 3 | 2 | 0.00 |" in card and "## Licence" in card and "1 × undecodable" in card
     assert json.loads((tmp_path / "set" / "prepare.json").read_text())["frame_rate"] == 1.0
     before = {name: (tmp_path / "set" / name).stat().st_mtime_ns for name in names}
     again = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert again.returncode == 0 and "1 of 2 clips in train" in again.stdout
+    assert again.returncode == 0 and "2 of 3 clips in train" in again.stdout
     assert before == {name: (tmp_path / "set" / name).stat().st_mtime_ns for name in names}
 
 
