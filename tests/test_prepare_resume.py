@@ -187,3 +187,13 @@ def test_a_folder_of_a_store_is_the_same_as_one_of_this_machine(tmp_path):
         assert memory.cat_file(f"/prepared/set/{name}") == (tmp_path / "here" / name).read_bytes()
     clip_trees.prepare("folder", f"file://{source}", f"file://{tmp_path}/there", shard_clips=2)
     clip_trees.assert_same_files(tmp_path / "here", tmp_path / "there")
+
+
+@pytest.mark.parametrize("url, error, message", [
+    ("gs://bucket/x", ImportError("Please install gcsfs"), "gs://bucket/x: Please install gcsfs; pip install gcsfs"),
+    ("none://x", None, "none://x: Protocol not known: none; use a path or a URL that fsspec knows")])
+def test_a_store_that_cannot_be_reached_says_what_it_needs(url, error, message, monkeypatch):
+    if error:
+        monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match=f"^{message}$"):
+        Folder(url).files()
