@@ -89,10 +89,10 @@ def flat(reference: list[dict], first: int, count: int) -> list[dict]:
     return [{name: joined[name][start:start + 8] for name in FIELDS} for start in range(first, first + 8 * count, 8)]
 
 
-def assert_rows(reference: list[dict], rows: np.ndarray, workers: int):
+def assert_rows(reference: list[dict], rows: np.ndarray, workers: int, resumed: bool = True):
     """One epoch and two batches from the beginning, and three batches resumed in the middle of an epoch."""
     with training(SETS, rows=rows, workers=workers) as data:
-        for first, count in ((0, 10), (40, 3)):
+        for first, count in ((0, 10), (40, 3))[:1 + resumed]:
             got = list(itertools.islice(data.batches(first), count))
             assert_same(got, [{name: batch[name][rows] for name in FIELDS} for batch in flat(reference, first, count)])
 
@@ -108,8 +108,8 @@ def test_hosts_and_workers_do_not_change_the_global_batches(reference, hosts, wo
 @pytest.mark.parametrize("hosts", [1, 2, 8])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_every_host_with_workers(reference, hosts, workers):
-    for rows in np.arange(8).reshape(hosts, -1):
-        assert_rows(reference, rows, workers)
+    for number, rows in enumerate(np.arange(8).reshape(hosts, -1)):
+        assert_rows(reference, rows, workers, resumed=number == hosts - 1)
 
 
 @pytest.mark.parametrize("position", [3, 61, 128])
