@@ -8,11 +8,12 @@ import pytest
 import simplejpeg
 import soundfile
 
+import fake_clips
 from av_mae import benchmark
 from av_mae.benchmarks import input as reading
 from av_mae.benchmarks import input_clips
 from av_mae.config import DataConfig
-from av_mae.data import media
+from av_mae.data import media, records
 from av_mae.errors import UserError
 
 
@@ -29,6 +30,19 @@ def test_figures_of_a_made_set(tmp_path, capsys):
     assert figures["chips"]["v5e"]["clips_per_second"] == pytest.approx(0.5 * 197e12 / (3 * 36.0e9), rel=0.01)
     assert figures["chips"]["H100"]["cores"] == pytest.approx(figures["chips"]["H100"]["clips_per_second"] / rate)
     assert "| jpeg" in capsys.readouterr().out
+
+
+def test_clips_that_cannot_be_read_are_left_out(tmp_path):
+    """A set without a training split, of small clips with one frame each; of three one is damaged."""
+    clips = [fake_clips.record("c", index, size=(33, 47), seconds=1.0, frames=1) for index in range(3)]
+    clips[1]["sound"] = clips[1]["sound"][:300]
+    clips = [{name: value for name, value in clip.items() if name != "label"} for clip in clips]
+    for folder, stored in (("some", clips), ("none", clips[1:2])):
+        (tmp_path / folder).mkdir()
+        records.write_set(tmp_path / folder, "made_up", "made up", ["x"], {"valid": lambda: iter(stored)}, len(stored))
+    assert reading.measure(str(tmp_path / "some"), 64, 1)["clips"] == 2
+    with pytest.raises(UserError, match="none of the first 1 clips of .*none can be read; .*clip c-1: sound: "):
+        reading.measure(str(tmp_path / "none"), 64, 1)
 
 
 def test_made_clips_are_like_real_ones(tmp_path):
@@ -60,6 +74,7 @@ def test_waiting_grows_with_the_device(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     (["--clips=0"], "--clips=0 must be 1 or more"), (["--device_rate=-1"], "--device_rate=-1.0 must be 0 or more"),
     (["--workers=-1"], "--workers=-1 must be 0 or more"), (["--data=no/such"], "no/such does not exist"),
+    (["--data=one,other"], "--data=one,other must name one prepared set"),
     (["--rounds=0"], "--rounds=0"), (["--config.data.path=x"], "takes no --config.data.path"),
 ])
 def test_bad_options_are_named(arguments, message):

@@ -5,6 +5,7 @@ files lie in the page cache. Transforms are those of training: a random window o
 crop of the frame.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -70,7 +71,7 @@ def measure(folder: str, clips: int, rounds: int, device_rate: float = 0.0, work
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or _make_set(pathlib.Path(temporary, "set"), clips)
-        data = DataConfig(path=folder)
+        data = DataConfig(path=folder, split=_split(folder))
         source, = open_sources(data, AUDIO)
         stages = _load_stages(data, source, min(clips, len(source)))
         videos = _write_videos(stages.records[:VIDEOS], pathlib.Path(temporary))
@@ -93,7 +94,7 @@ def measure(folder: str, clips: int, rounds: int, device_rate: float = 0.0, work
 def wait_share(data: DataConfig, device_rate: float, workers: int) -> float:
     """The share of its time that a device of `device_rate` clips/s, which sleeps through its steps, waits for input."""
     step = BATCH / device_rate
-    with open_training_data(DataConfig(path=data.path, workers=workers), IMAGE, AUDIO, 0, BATCH, ROWS) as training:
+    with open_training_data(dataclasses.replace(data, workers=workers), IMAGE, AUDIO, 0, BATCH, ROWS) as training:
         batches, waited, busy = training.batches(0), 0.0, 0.0
         for _ in range(2 * max(1, workers)):  # what the workers have ready at the beginning does not count
             next(batches)
@@ -106,6 +107,14 @@ def wait_share(data: DataConfig, device_rate: float, workers: int) -> float:
                 busy += step
                 progress.update(min(progress.total, int(waited + busy)) - progress.done)
     return waited / (waited + busy)
+
+
+def _split(folder: str) -> str:
+    """The training split of a set, or its first one. Raises UserError where `folder` names several sets or none."""
+    if len(DataConfig(path=folder).paths) != 1:
+        raise UserError(f"--data={folder} must name one prepared set")
+    splits = records.describe(folder).splits
+    return next((split for split in ("train", *splits) if split in splits), "train")
 
 
 def _make_set(folder: pathlib.Path, clips: int) -> str:

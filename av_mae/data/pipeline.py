@@ -1,8 +1,8 @@
 """Prepared sets → host batches on Grain.
 
 source → shuffled anew in each epoch (or drawn by class) → repeated → mixed → decoded and augmented → this host's rows
-of each global batch → worker processes. The clip at global position p, and every random draw for it, depends on seed and
-p alone, so that any number of hosts and workers sees the same order, and resuming is a slice at a position.
+of each global batch → worker processes. The clip at global position p, and every random draw for it, depends on seed
+and p alone, so that any number of hosts and workers sees the same order, and resuming is a slice at a position.
 """
 
 import functools
