@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import Image
 
 from av_mae.data import frames
 
@@ -71,6 +72,23 @@ def test_the_box_is_what_is_shown(shape, box):
     assert np.abs(image[2:-2, 2:-2, 0] - expected_red[None, 2:-2]).max() < 4
     assert np.abs(image[2:-2, 2:-2, 1] - expected_green[2:-2, None]).max() < 4
     np.testing.assert_array_equal(flipped, image[:, ::-1])
+
+
+@pytest.mark.parametrize("shape, box, least", [
+    ((256, 340), (20, 10, 280, 250), None), ((360, 480), (50, 0, 390, 340), None),  # 1.5 × too large: decoded whole
+    ((720, 1280), (300, 10, 1000, 715), 45), ((1081, 1921), (7, 3, 1200, 1080), 45)])
+def test_decoding_to_less_costs_no_quality(shape, box, least):
+    """Against the whole frame decoded and then resized; `least` decibels of the peak over the difference."""
+    generator = np.random.default_rng(0)
+    scene = sum(weight * np.asarray(Image.fromarray(generator.standard_normal((n, n), np.float32)).resize(
+        shape[::-1], Image.Resampling.BICUBIC)) for n, weight in ((8, 40), (60, 20), (300, 8)))
+    image = np.clip(np.stack([128 + scene, 110 - scene, 140 + 0.5 * scene], -1), 0, 255).astype(np.uint8)
+    jpeg = simplejpeg.encode_jpeg(image, quality=90, colorsubsampling="420")
+    whole = Image.fromarray(simplejpeg.decode_jpeg(jpeg, "RGB"))
+    expected = np.asarray(whole.resize((224, 224), Image.Resampling.BILINEAR, box=box)).astype(float)
+    difference = np.square(frames.decode_crop(jpeg, box, (224, 224)) - expected).mean()
+    assert difference == 0 if least is None else 20 * np.log10(255) - 10 * np.log10(difference) > least
+    assert (frames.decode(jpeg, box, (224, 224))[0].shape[:2] == shape) == (least is None)
 
 
 def test_a_damaged_frame_is_refused():

@@ -233,8 +233,7 @@ def open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSour
     check_sound(data.sound)
     from av_mae.data import records  # brings in TFDS
 
-    labelled = {"label", "labels"} & set(data.truth) or data.balanced and data.weights is None
-    if labelled and len(data.paths) > 1:
+    if {"label", "labels"} & set(data.truth) and len(data.paths) > 1:
         check_classes({path: records.class_names(path) for path in data.paths})
     fields = dict.fromkeys((*FIELDS, *(field for name in data.truth for field in RECORD_FIELDS[name])))
     stored = [records.open_source(path, data.split, tuple(fields)) for path in data.paths]
@@ -243,9 +242,11 @@ def open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSour
 
 
 def _open_labels(data: DataConfig) -> list[Labels]:
-    """The labels of each set. Raises UserError where one has none."""
+    """The labels of each set. Raises UserError where one has none, or sets taken as one have different classes."""
     from av_mae.data import records
 
+    if data.weights is None and len(data.paths) > 1:
+        check_classes({path: records.class_names(path) for path in data.paths})
     labels = [records.read_labels(path, data.split) for path in data.paths]
     for path, own in zip(data.paths, labels):
         if not len(own.values):
