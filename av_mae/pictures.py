@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from av_mae.models import IMAGENET_DEVIATION, IMAGENET_MEAN, patchify, unpatchify
+from av_mae.models import IMAGENET_DEVIATION, IMAGENET_MEAN, Output, patchify, unpatchify
 from av_mae.models.config import AVMAEConfig, StreamConfig
 
 COLUMNS = ("frame", "visible", "rebuilt", "sound", "visible", "rebuilt")
@@ -44,7 +44,7 @@ def sound_panels(sound: np.ndarray, prediction: np.ndarray, mask: np.ndarray, st
     return Panels(*(panel[..., 0] for panel in _panels(spectrogram, prediction, mask, stream)))
 
 
-def reconstructions(image: np.ndarray, sound: np.ndarray, out, config: AVMAEConfig,
+def reconstructions(image: np.ndarray, sound: np.ndarray, out: Output, config: AVMAEConfig,
                     titles: list[str] | None = None) -> np.ndarray:
     """A picture with one row per clip: frame and spectrogram, each original, visible and rebuilt.
 
