@@ -30,6 +30,11 @@ REQUIRES = [
     "pillow>=11,<14",  # PNG files
     "fsspec>=2025.3",  # folders on stores (gs://, s3://); calendar versions
 ]
+DOCS = [
+    "mkdocs>=1.6.1,<2",  # the documentation; 2 is to be another program
+    "mkdocs-material>=9.6,<10",  # its theme
+    "mkdocstrings-python>=2.0,<3",  # the reference from docstrings, without importing the code
+]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],  # adds libtpu; Linux on TPU hosts only
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # CUDA 13 libraries as wheels; the driver is the machine's

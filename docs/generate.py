@@ -4,13 +4,14 @@ A part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
 
 import dataclasses
+import importlib
 import inspect
 import pathlib
 import re
 import types
 import typing
 
-from av_mae import recipes, sizes, task_config
+from av_mae import datasets, recipes, sizes, task_config
 from av_mae.config import EvaluationConfig, TrainConfig
 from av_mae.models import flops
 from av_mae.models.config import FUSION_KINDS
@@ -89,8 +90,35 @@ def size_costs() -> str:
     return table(["size", "encoder", "image decoder", "sound decoder", "forward"], rows, right=True)
 
 
-PARTS = {"training_keys": training_keys, "task_keys": task_keys, "encoder_costs": encoder_costs,
-         "size_costs": size_costs}
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def folder_layout() -> str:
+    return inspect.getdoc(datasets.reader("folder").read.func)
+
+
+def dataset_layouts() -> str:
+    """A section for each reader but that of folders: description, layout (from the module's text), splits, licence."""
+    modules: dict[str, dict[str, list[str]]] = {}
+    for name in datasets.NAMES[1:]:
+        function = datasets.reader(name).read.func
+        splits = modules.setdefault(function.__module__, {}).setdefault(_one_line(inspect.getdoc(function)), [])
+        splits.append(f"`{name}`")
+    sections = []
+    for place, readers in modules.items():
+        module = importlib.import_module(place)
+        layout = _one_line(inspect.getdoc(module).partition("\n\n")[2])
+        names = [name.strip("`") for own in readers.values() for name in own]
+        sections += [f"### {', '.join(names)}", module.DESCRIPTION, f"*Layout.* {layout}",
+                     "\n".join(f"- {', '.join(own)}: {text}" for text, own in readers.items()),
+                     f"*Licence.* {module.LICENCE}"]
+    return "\n\n".join(sections)
+
+
+PARTS = {"folder_layout": folder_layout, "dataset_layouts": dataset_layouts, "training_keys": training_keys,
+         "task_keys": task_keys, "encoder_costs": encoder_costs, "size_costs": size_costs}
+
 
 
 def filled(text: str) -> str:

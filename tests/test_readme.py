@@ -1,6 +1,5 @@
 """What the README tells to type works: commands exist, their options and recipes are known, the Python runs."""
 
-import importlib
 import pathlib
 import re
 import shlex
@@ -9,29 +8,21 @@ import subprocess
 import jax
 import pytest
 
-from av_mae import convert, evaluate, recipes
-from av_mae.config import TrainConfig
+import typed_commands
+from av_mae import convert, evaluate
 from av_mae.errors import UserError
 from av_mae.training import mesh, run
 from av_mae.viewer.server import Server
+from typed_commands import MODULES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-MODULES = sorted(path.stem for path in (ROOT / "av_mae").glob("*.py") if "run_command(main)" in path.read_text())
-KINDS = {"train": TrainConfig, "evaluate": evaluate.kind_of, "benchmark": TrainConfig}
-
-
-def _help(module: str, capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(f"av_mae.{module}").main([*arguments, "--help"])
-    assert stop.value.code in (0, None)
-    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_command_has_help_with_an_example(module, capsys):
-    text = _help(module, capsys)
+    text = typed_commands.help_of(module, capsys)
     assert "usage: python -m av_mae." + module in text
     assert re.search(rf"examples?:\s+python -m av_mae\.{module} ", text)
 
@@ -59,17 +50,7 @@ def test_launchers_print_what_they_would_run(command, tmp_path):
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "av_mae." in line])
 def test_commands_fit(command, capsys):
-    """Options are in the command's help; recipes load with the given values."""
-    python, dash_m, name, *arguments = shlex.split(command)
-    module = name.removeprefix("av_mae.")
-    assert (python, dash_m) == ("python", "-m") and module in MODULES
-    text = _help(module, capsys, *[word for word in arguments[:1] if not word.startswith("-")])
-    options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
-    for option in options:
-        assert option.startswith("--config.") or re.search(rf"{option}\b", text)
-    spec = [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
-    if spec:
-        recipes.load_recipe(spec[0], [word for word in arguments if word.startswith("--config.")], KINDS[module])
+    typed_commands.check(command, capsys)
 
 
 def test_evaluate_in_the_readme_needs_its_checkpoint(tmp_path):
@@ -90,45 +71,19 @@ def test_files_that_the_readme_names_are_there():
         assert (ROOT / path).exists(), path
 
 
-# What makes the README's commands short enough for a test, by command.
-SHORTER = {
-    "prepare": ["--clips=12", "--test_clips=9", "--workers=1"],
-    "train": ["--config.epochs=0", "--config.steps=2", "--config.batch_size=8", "--config.data.workers=0",
-              "--config.model.image.depth=1", "--config.model.audio.depth=1", "--config.model.decoder.depth=1"],
-    "evaluate": ["--config.bootstrap=100"],
-    "benchmark": ["--rounds=1"],
-    "view": ["--port=0"],
-}
-SHORTER_TASK = ["--config.steps=2", "--config.batch_size=8", "--config.head.width=8"]
-SHORTER_STEP = ["--config.model.image.depth=1", "--config.model.audio.depth=1",
-                "--config.model.decoder.depth=1"]
-
-
-def _run(command: str) -> None:
-    name, *arguments = shlex.split(command)[2:]
-    module = name.removeprefix("av_mae.")
-    more = SHORTER.get(module, [])
-    if "configs/segmentation.py:demo" in command:
-        more = more + SHORTER_TASK
-    if arguments[0] == "step":
-        more = more + SHORTER_STEP
-    arguments = [word for word in arguments if not word.startswith("--clips=")]
-    importlib.import_module(f"av_mae.{module}").main([*arguments, *more])
-
-
 @pytest.mark.slow
 def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     """All commands but the two scripts, in the README's order, on less data and for fewer steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:1]))
     monkeypatch.setattr(Server, "serve_forever", lambda server: None)
-    _run("python -m av_mae.prepare --dataset=toy_band --output=runs/demo/data/toy_band")
-    _run("python -m av_mae.train --config=configs/demo.py --workdir=runs/demo "
-         "--config.data.path=runs/demo/data/toy_band --config.data.weights=None")
+    typed_commands.run("python -m av_mae.prepare --dataset=toy_band --output=runs/demo/data/toy_band")
+    typed_commands.run("python -m av_mae.train --config=configs/demo.py --workdir=runs/demo "
+                       "--config.data.path=runs/demo/data/toy_band --config.data.weights=None")
     for command in [line for line in COMMANDS if "av_mae." in line]:
         if "checkpoint_latest.pth" in command:  # stands for a published file
             convert.main(["--source=runs/small", "--to=safetensors", "--output=checkpoint_latest.pth"])
-        _run(command)
+        typed_commands.run(command)
     for path in ("runs/small/metrics.jsonl", "runs/small_evaluation/results.json", "runs/published/config.json",
                  "published.safetensors", "runs/segmentation/results.json", "fusion.png", "runs/demo/card.json",
                  "runs/embeddings/failures.parquet", "runs/encoder/load_encoder.py", "runs/weights/model.safetensors",
