@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 import typed_commands
+from av_mae import recipes, sizes, task_config
+from av_mae.config import EvaluationConfig, TrainConfig
+from av_mae.models import flops
 from av_mae.training import mesh, run
 from av_mae.viewer.server import Server
 
@@ -58,14 +61,13 @@ def test_generated_parts_are_up_to_date(in_docs):
 
 
 def test_configuration_page_has_every_key_with_its_default():
-    from av_mae import recipes, task_config
-    from av_mae.config import EvaluationConfig, TrainConfig
-
     rows = dict(re.findall(r"^\| `([\w.]+)` \| [^|]+ \| `(.*)` \|$",
                            (ROOT / "docs/reference/config.md").read_text(), re.MULTILINE))
     for kind in (TrainConfig, EvaluationConfig, *task_config.CONFIGS.values()):
         assert set(recipes.keys(kind)) <= rows.keys()
-    assert rows["optimizer.base_lr"] == repr(TrainConfig().optimizer.base_lr)
+    config = TrainConfig(steps=1)
+    assert (rows["optimizer.base_lr"], rows["dtype"], rows["model.fusion.tokens"]) == tuple(
+        map(repr, (config.optimizer.base_lr, config.dtype, config.model.fusion.tokens)))
 
 
 def test_figures_can_be_drawn(in_docs, tmp_path):
@@ -78,11 +80,8 @@ def test_figures_can_be_drawn(in_docs, tmp_path):
         assert new == stored and len(new) > 5, f"{name}.svg: run python docs/figures.py"
 
 
-def test_unfused_reads_of_the_cost_page():
+def test_cost_of_pairs_projected_one_by_one():
     """The page's figure of all pairs projected one by one, which flops.py has no form of: from its sizes."""
-    from av_mae import sizes
-    from av_mae.models import flops
-
     config = sizes.sized_model("base", "dense")
     image, audio, tokens, width, inner = 196, 96, 32, 768, 192
     separable = 2 * (image + audio) * width * 2 * inner
