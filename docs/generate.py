@@ -4,7 +4,6 @@ A part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
 
 import dataclasses
-import importlib
 import inspect
 import pathlib
 import re
@@ -90,35 +89,18 @@ def size_costs() -> str:
     return table(["size", "encoder", "image decoder", "sound decoder", "forward"], rows, right=True)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def folder_layout() -> str:
-    return inspect.getdoc(datasets.reader("folder").read.func)
-
-
-def dataset_layouts() -> str:
-    """A section for each reader but that of folders: description, layout (from the module's text), splits, licence."""
-    modules: dict[str, dict[str, list[str]]] = {}
+def dataset_sources() -> str:
+    """What each reader reads, and under which licence."""
+    rows: dict[tuple[str, str], list[str]] = {}
     for name in datasets.NAMES[1:]:
-        function = datasets.reader(name).read.func
-        splits = modules.setdefault(function.__module__, {}).setdefault(_one_line(inspect.getdoc(function)), [])
-        splits.append(f"`{name}`")
-    sections = []
-    for place, readers in modules.items():
-        module = importlib.import_module(place)
-        layout = _one_line(inspect.getdoc(module).partition("\n\n")[2])
-        names = [name.strip("`") for own in readers.values() for name in own]
-        sections += [f"### {', '.join(names)}", module.DESCRIPTION, f"*Layout.* {layout}",
-                     "\n".join(f"- {', '.join(own)}: {text}" for text, own in readers.items()),
-                     f"*Licence.* {module.LICENCE}"]
-    return "\n\n".join(sections)
+        reader = datasets.reader(name)
+        rows.setdefault((reader.description, reader.licence), []).append(f"`{name}`")
+    return table(["`--dataset`", "data set", "licence"],
+                 [[", ".join(names), *texts] for texts, names in rows.items()])
 
 
-PARTS = {"folder_layout": folder_layout, "dataset_layouts": dataset_layouts, "training_keys": training_keys,
-         "task_keys": task_keys, "encoder_costs": encoder_costs, "size_costs": size_costs}
-
+PARTS = {"dataset_sources": dataset_sources, "training_keys": training_keys, "task_keys": task_keys,
+         "encoder_costs": encoder_costs, "size_costs": size_costs}
 
 
 def filled(text: str) -> str:
