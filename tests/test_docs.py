@@ -19,8 +19,7 @@ from av_mae.viewer.server import Server
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-BY_HAND = [page for page in PAGES if page.name not in ("benchmarks.md", "data.md", "scaling.md", "pods.md")
-           or page.parent.name == "howto"]
+BY_HAND = [page for page in PAGES if page.name not in ("benchmarks.md", "data.md", "scaling.md", "pods.md")]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 
