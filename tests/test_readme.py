@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import typed_commands
-from av_mae import convert, evaluate
+from av_mae import convert, evaluate, recipes
 from av_mae.errors import UserError
 from av_mae.training import mesh, run
 from av_mae.viewer.server import Server
