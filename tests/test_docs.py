@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 import typed_commands
@@ -118,7 +119,7 @@ def test_files_that_the_pages_name_are_there():
 
 
 @pytest.mark.slow
-def test_tutorial_from_folder_to_embeddings(tmp_path, monkeypatch, capsys):
+def test_tutorial_from_folder_to_search(tmp_path, monkeypatch, capsys):
     """Its blocks one after the other as they are typed, with less data and fewer steps appended."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:1]))
@@ -133,4 +134,8 @@ def test_tutorial_from_folder_to_embeddings(tmp_path, monkeypatch, capsys):
             else:
                 subprocess.run(shlex.split(line), check=True)
     said = capsys.readouterr().out
-    assert re.search(r"^9 clips; closest: my_clips/test/\S+ and my_clips/test/", said, re.MULTILINE)
+    assert re.search(r"^21 clips; closest: ", said, re.MULTILINE)
+    hits = re.findall(r"^ +\d  (\d\.\d+)  (\S+)", said, re.MULTILINE)
+    assert len(hits) == 5 and hits[0][1] == "test/toy_band_single_test_000003.mp4" and float(hits[0][0]) > 0.999
+    assert (tmp_path / "runs/hits.png").stat().st_size > 10_000
+    assert np.isfinite([float(similarity) for similarity, _ in hits]).all()
