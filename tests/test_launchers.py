@@ -162,6 +162,15 @@ def test_help_and_no_arguments(dry, script):
     assert status == 2 and "no arguments for av_mae.train" in message
 
 
+def test_docker_file_copies_what_is_there(root):
+    lines = (root / "launch" / "Dockerfile").read_text().splitlines()
+    copied = [path for line in lines if line.startswith("COPY ") for path in line.split()[1:-1]]
+    assert "av_mae" in copied and all((root / path).exists() for path in copied)
+    assert "ARG EXTRA=" in lines and 'ENTRYPOINT ["python", "-m", "av_mae.train"]' in lines
+    setup = (root / "setup.py").read_text()
+    assert all(f'"{extra}": [' in setup for extra in ("tpu", "cuda"))
+
+
 @pytest.mark.parametrize("statuses, verdict", [
     ("0 0 0", "done"), ("75 75", "again"), ("0 75", "again"), ("137 75", "again"), ("75 137", "again"),
     ("255 75", "again"), ("75 2", "2"), ("2 137", "2"), ("130 75", "130"), ("1 0", "1"), ("1 75", "again"),

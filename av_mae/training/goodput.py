@@ -24,7 +24,8 @@ FILE = "run.json"
 KINDS = ("productive", "start", "compilation", "input", "checkpoint", "other", "repeated", "down")
 WRITE_SECONDS = 10.0
 SLOW_SHARE = 0.05  # of its time that a host waits for input beyond the median host, from which on it is named
-_began, _began_wall = time.monotonic(), time.time()  # of the process, nearly: this module is imported first thing
+# When this process began, nearly, or ended its last run.
+_began, _began_wall = time.monotonic(), time.time()
 
 
 def open_record(workdir: pathlib.Path) -> dict:
@@ -127,7 +128,9 @@ class Goodput(Hook):
         write_record(self.workdir, record)
 
     def close(self) -> None:
+        global _began, _began_wall
         self.write()
+        _began, _began_wall = time.monotonic(), time.time()  # of the process' next run, where it has one
 
 
 def resumed(record: Mapping, first: int) -> dict[str, float]:
