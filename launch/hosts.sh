@@ -157,6 +157,7 @@ _attempts() {
     [ "$dry_run" ] && return 0
     echo "attempt $attempt: $count processes, output in $log/" >&2
     _wait_all
+    [ ${#statuses[@]} = "$count" ] || _fail "only ${#statuses[@]} of $count processes could be started"
     verdict=$(_judge "${statuses[@]}")
     echo "attempt $attempt ended with statuses ${statuses[*]}" >&2
     [ "$verdict" = done ] && return 0

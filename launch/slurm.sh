@@ -30,7 +30,7 @@ _option() {
 
 # One srun for all processes: its status is the highest of theirs. JAX finds the coordinator in Slurm's variables.
 _start() {
-  _background all srun --nodes="$nodes" --ntasks-per-node="$tasks" --kill-on-bad-exit=0 --wait="$patience" --label \
+  _background "$1" srun --nodes="$nodes" --ntasks-per-node="$tasks" --kill-on-bad-exit=0 --wait="$patience" --label \
     bash -c "cd $(_quote "$root") && AV_MAE_PID=/dev/null exec $(_train 0 1)"
 }
 
