@@ -74,9 +74,9 @@ def measure(config: TrainConfig, steps: int, rounds: int) -> dict:
     feed = Feed(itertools.repeat(host), step.rows)
     batch = next(feed)[1]
     feed.close()
-    state, _ = bare(step, step.init(), batch, 3)  # compiles
     seconds = {"bare": [], "loop": []}
     with tempfile.TemporaryDirectory() as folder, Progress(rounds, "loop and bare steps", "rounds") as progress:
+        state, _ = looped(step, step.init(), host, 3, pathlib.Path(folder) / "first")  # compiles, checkpoints too
         for number in range(rounds):
             state, plain = bare(step, state, batch, steps)
             state, loop = looped(step, state, host, steps, pathlib.Path(folder) / str(number))
