@@ -1,4 +1,5 @@
-"""`python -m av_mae.benchmark step|fusion|input`: timings, FLOPs and memory, measured as ratios within one run."""
+"""`python -m av_mae.benchmark step|fusion|input|pod`: timings, FLOPs and memory, measured as ratios within one run, or
+predicted for a TPU slice that is not there."""
 
 import argparse
 import json
@@ -14,6 +15,8 @@ EXAMPLE = """example:
       --config.dtype=float32 --plain --json=step.json
   python -m av_mae.benchmark fusion --plot=fusion.png
   python -m av_mae.benchmark input --data=DIR --device_rate=600 --workers=8
+  python -m av_mae.benchmark pod --topology=v5e:16x16 --config=configs/pretrain.py:large \\
+      --config.batch_size=8192 --json=large.json
 """
 
 
@@ -80,6 +83,23 @@ def run_input(arguments: argparse.Namespace, overrides: list[str]) -> dict:
     return figures
 
 
+def run_pod(arguments: argparse.Namespace, overrides: list[str]) -> dict:
+    from av_mae.benchmarks import pod, roofline, timing
+
+    config = recipes.load_recipe(arguments.config, overrides)
+    figures = {"config": arguments.config} | pod.measure(config, arguments.topology, arguments.slices)
+    if "refusal" in figures:
+        return figures
+    if arguments.clips:
+        figures |= pod.recipe_hours(figures, config, arguments.clips)
+    for rows in pod.tables(figures):
+        print(timing.table(rows) + "\n")
+    figures["curve"] = pod.curve(figures, arguments.topology)
+    if arguments.plot:
+        roofline.plot({f"{arguments.config} on {arguments.topology}": figures["curve"]}, arguments.plot)
+    return figures
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m av_mae.benchmark", description=__doc__, epilog=EXAMPLE,
@@ -92,6 +112,12 @@ def main(argv: list[str]) -> None:
     fusion.add_argument("--size", default="base", choices=sorted(SIZES), help="width and heads (default: base)")
     fusion.add_argument("--batch", type=int, default=8, help="clips (default: 8)")
     fusion.add_argument("--plot", metavar="FILE", help="write a PNG of time and memory over tokens")
+    pod = commands.add_parser("pod", help="a training step of a recipe, compiled for TPUs that need not be there")
+    recipes.add_config_argument(pod)
+    pod.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="e.g. v5e:16x16, v5p:4x4x4 or v6e:16x16")
+    pod.add_argument("--slices", type=int, default=1, metavar="N", help="as many slices of this shape (default: 1)")
+    pod.add_argument("--clips", type=int, default=0, metavar="N", help="clips per epoch: predicts hours of the recipe")
+    pod.add_argument("--plot", metavar="FILE", help="write a PNG of predicted efficiency over chips")
     reading = commands.add_parser("input", help="clips per second and core, by stage, beside the same clips as mp4")
     reading.add_argument("--data", default="", metavar="DIR", help="a prepared set (default: one is made)")
     reading.add_argument("--clips", type=int, default=64, help="clips at most (default: 64)")
@@ -101,13 +127,17 @@ def main(argv: list[str]) -> None:
                          help="processes that serve --device_rate (default: %(default)s)")
     for command, rounds in ((step, 5), (fusion, 9), (reading, 5)):
         command.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds (default: {rounds})")
+    for command in (step, fusion, reading, pod):
         command.add_argument("--json", metavar="FILE", help="write the figures to this file")
     arguments, overrides = recipes.parse_arguments(parser, argv)
-    if arguments.rounds < 1:
+    if getattr(arguments, "rounds", 1) < 1:
         raise UserError(f"--rounds={arguments.rounds} must be at least 1")
-    figures = {"step": run_step, "fusion": run_fusion, "input": run_input}[arguments.command](arguments, overrides)
+    run = {"step": run_step, "fusion": run_fusion, "input": run_input, "pod": run_pod}[arguments.command]
+    figures = run(arguments, overrides)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")
+    if "refusal" in figures:
+        raise UserError(figures["refusal"])
 
 
 if __name__ == "__main__":

@@ -95,14 +95,22 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per axis; -1 takes what is left."""
+    """Devices per axis; -1 takes what is left.
+
+    `data`: copies of the model, each with rows of the batch of its own. `fsdp`: devices that share one copy's
+    parameters and optimizer state, and split its rows (0: as few as the state needs to fit into memory). `tensor`:
+    devices that split heads and MLPs, for the same rows. `slices`: parts between which the network is slow, one after
+    the other along `data` (0: as the devices tell).
+    """
 
     data: int = -1
-    fsdp: int = 1
+    fsdp: int = 0
     tensor: int = 1
+    slices: int = 0
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp or 1, self.tensor)
+        require(self.slices >= 0, f"mesh.slices={self.slices} must be 0 (as the devices tell) or more")
         require(all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
                 f"mesh axes data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} must be positive, "
                 "at most one of them -1 (what is left)")

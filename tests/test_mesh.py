@@ -1,17 +1,15 @@
 """The mesh, the rows of a process, and where parameters lie."""
 
-import math
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
-from tiny_training import first_parameters, make_step, on_mesh, recipe, unfused
+from tiny_training import first_parameters, make_step, recipe
 
 from av_mae.config import MeshConfig
 from av_mae.errors import UserError
-from av_mae.training import mesh
+from av_mae.training import mesh, step
 
 
 @pytest.mark.parametrize("config, devices, expected", [
@@ -20,6 +18,8 @@ from av_mae.training import mesh
     (MeshConfig(2, -1), 8, (2, 4, 1)),
     (MeshConfig(1, 1), 1, (1, 1, 1)),
     (MeshConfig(3, 2, -1), 6, (3, 2, 1)),
+    (MeshConfig(-1, 1, 2), 8, (4, 1, 2)),
+    (MeshConfig(2, 1, -1), 12, (2, 1, 6)),
 ])
 def test_shape(config, devices, expected):
     assert mesh.mesh_shape(config, devices) == expected
@@ -28,12 +28,54 @@ def test_shape(config, devices, expected):
 @pytest.mark.parametrize("config, devices, message", [
     (MeshConfig(2, 2), 8, r"mesh.data=2, mesh.fsdp=2, mesh.tensor=1 makes 4, there are 8 devices"),
     (MeshConfig(-1, 3), 8, r"must divide the 8 devices, got .*mesh.fsdp=3"),
-    (MeshConfig(-1, 1, 2), 8, r"mesh.tensor=2 is not supported yet"),
-    (MeshConfig(4, 1, -1), 8, r"mesh.tensor=2 is not supported yet"),
+    (MeshConfig(4, 1, 3), 8, r"mesh.data=4, mesh.fsdp=1, mesh.tensor=3 makes 12"),
 ])
 def test_shape_refused(config, devices, message):
     with pytest.raises(UserError, match=message):
         mesh.mesh_shape(config, devices)
+
+
+@pytest.mark.parametrize("slices, per_slice, shape", [((0, 0, 1, 1), 2, (2, 2, 1)), ((0, 0, 1, 1, 2, 2), 2, (6, 1, 1))])
+def test_slices_lie_along_data(slices, per_slice, shape):
+    """Neighbours along fsdp are of one slice; along data, one slice comes after the other."""
+    devices = [SimpleNamespace(slice_index=number, platform="cpu", device_kind="cpu", id=i, process_index=0)
+               for i, number in enumerate(slices)]
+    made = mesh.slices_of(MeshConfig(), devices[::-1])
+    assert [{device.slice_index for device in part} for part in made] == [{n} for n in sorted({*slices})[::-1]]
+    assert {len(part) for part in made} == {per_slice}
+    assert mesh.mesh_shape(MeshConfig(-1, shape[1]), len(devices), len(made)) == shape
+
+
+def test_slices_told_by_the_configuration():
+    made = mesh.make_mesh(MeshConfig(4, 2, 1, slices=2))
+    assert [device.id for device in made.devices[:2].flat] == [device.id for device in jax.devices()[:4]]
+    with pytest.raises(UserError, match="mesh.data=1 must be a multiple of the 2 slices"):
+        mesh.make_mesh(MeshConfig(1, 8, 1, slices=2))
+    with pytest.raises(UserError, match="mesh.slices=3 does not fit 8 devices on 1 slices"):
+        mesh.make_mesh(MeshConfig(slices=3))
+
+
+@pytest.mark.parametrize("parameters, tensor, expected", [(100, 1, 1), (10 ** 6, 1, 1), (2 * 10 ** 6, 1, 1),
+                                                          (3 * 10 ** 6, 1, 2), (9 * 10 ** 6, 1, 8),
+                                                          (9 * 10 ** 6, 2, 4)])
+def test_mesh_that_fits_the_model(parameters, tensor, expected):
+    """18 bytes a parameter in 40 % of 100 MB: 2.2 million on each device."""
+    config = MeshConfig(-1, 0, tensor)
+    assert mesh.fitted(config, jax.devices(), parameters, 100 * 10 ** 6) == MeshConfig(-1, expected, tensor)
+    assert mesh.fitted(MeshConfig(-1, 2), jax.devices(), parameters, 1) == MeshConfig(-1, 2)
+
+
+def test_model_that_no_mesh_fits():
+    with pytest.raises(UserError, match=r"18 million parameters need 0.3 GB .* the 8 devices .* 40% of the 0.1 GB"):
+        mesh.fitted(MeshConfig(), jax.devices(), 18 * 10 ** 6, 100 * 10 ** 6)
+
+
+def test_recipe_is_fitted_to_this_machine(monkeypatch):
+    assert mesh.memory_limit() == 0 and step.fitted_mesh(recipe()) == recipe().mesh  # CPUs tell no limit
+    parameters = sum(x.size for x in first_parameters(recipe().model).values())
+    for devices in (1, 2, 8):  # a tenth more than 18 bytes a parameter over so many devices, in 40 % of the memory
+        monkeypatch.setattr(step, "memory_limit", lambda devices=devices: int(1.1 * 18 * parameters / 0.4 / devices))
+        assert step.fitted_mesh(recipe()) == MeshConfig(-1, devices)
 
 
 @pytest.mark.parametrize("batch_size, accumulation", [(12, 1), (16, 4), (4, 1)])
@@ -56,53 +98,3 @@ def test_rows_of_a_process_with_some_devices():
     mine = {device: full[device] for device in list(made.devices.flat)[4:]}
     sharding = SimpleNamespace(addressable_devices_indices_map=lambda shape: mine)
     np.testing.assert_array_equal(mesh.local_rows(sharding, 24), np.arange(12, 24))
-
-
-@pytest.mark.parametrize("shape, expected", [
-    ((768, 3072), PartitionSpec("fsdp", None)),
-    ((770, 3072), PartitionSpec(None, "fsdp")),  # 4 does not divide the inputs: the outputs are cut
-    ((768,), PartitionSpec()),  # small
-    ((32768,), PartitionSpec("fsdp")),
-    ((1, 196, 512), PartitionSpec(None, "fsdp", None)),
-    ((1, 97, 512), PartitionSpec(None, None, "fsdp")),
-    ((3, 3, 64, 128), PartitionSpec(None, None, "fsdp", None)),
-    ((99, 99), PartitionSpec()),  # nothing divides, but it is not large
-])
-def test_parameter_spec(shape, expected):
-    assert mesh.parameter_spec("name", shape, mesh.make_mesh(MeshConfig(2, 4))) == expected
-
-
-def test_large_parameter_left_whole_is_refused():
-    made = mesh.make_mesh(MeshConfig(2, 4))
-    with pytest.raises(UserError, match=r"mesh.fsdp=4 divides no dimension of parameter encoder.x \(333, 333\)"):
-        mesh.parameter_spec("encoder.x", (333, 333), made)
-    whole = mesh.make_mesh(MeshConfig(8, 1))
-    assert mesh.parameter_spec("encoder.x", (333, 333), whole) == PartitionSpec()
-
-
-def test_state_is_born_in_shards(monkeypatch):
-    """No device ever gets a whole large parameter or moment: the init's own outputs are cut."""
-    monkeypatch.setattr(mesh, "SMALL", 64)
-    step = on_mesh(recipe(unfused()), 2, 4)
-    state = step.init()
-    moments = state.opt_state[1]
-    for arrays in (state.params, moments.mu, moments.nu):
-        for name, x in arrays.items():
-            expected = x.size // 4 if x.ndim > 1 and x.size >= 64 else x.size
-            if x.ndim > 1:
-                assert {math.prod(shard.data.shape) for shard in x.addressable_shards} == {expected}, name
-    for name, x in first_parameters(unfused()).items():  # and the mesh does not change a value
-        np.testing.assert_array_equal(jax.device_get(state.params[name]), x, err_msg=name)
-
-
-def test_gathered_weights_are_not_kept_for_the_backward_pass(monkeypatch):
-    """The gradient gathers every cut weight a second time instead of keeping it whole in between."""
-    monkeypatch.setattr(mesh, "SMALL", 64)
-    step = on_mesh(recipe(), 2, 4)
-    cut = sum(not sharding.is_fully_replicated for sharding in step.shardings.params.values())
-    batch = {"image": jax.ShapeDtypeStruct((16, 32, 48, 3), np.uint8),
-             "audio": jax.ShapeDtypeStruct((16, 32, 32), np.float32), "valid": jax.ShapeDtypeStruct((16,), bool)}
-    text = step.step.lower(step.abstract_state(), batch).as_text()
-    constraints = text.count("sdy.sharding_constraint")
-    # gather, gather once more, sum and cut of the gradient
-    assert cut > 20 and constraints > 3.6 * cut

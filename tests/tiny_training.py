@@ -52,9 +52,9 @@ def make_step(config: TrainConfig, devices: int = 1, clips: int = 1000) -> step.
                           optimizer.run_length(config, clips))
 
 
-def on_mesh(config: TrainConfig, data: int, fsdp: int) -> step.TrainStep:
-    """The step on data × fsdp devices."""
-    return make_step(dataclasses.replace(config, mesh=MeshConfig(data, fsdp)), data * fsdp)
+def on_mesh(config: TrainConfig, data: int, fsdp: int, tensor: int = 1) -> step.TrainStep:
+    """The step on data × fsdp × tensor devices."""
+    return make_step(dataclasses.replace(config, mesh=MeshConfig(data, fsdp, tensor)), data * fsdp * tensor)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ import numpy as np
 
 from av_mae import models, sizes
 from av_mae.benchmarks import input_clips, timing
+from av_mae.benchmarks.chips import PEAK_FLOPS
 from av_mae.config import DataConfig
 from av_mae.data import frames, media, records, sound
 from av_mae.data.loading import ClipLoader, ClipSource, HostBatches, batch_fields
@@ -32,7 +33,7 @@ ROWS = np.arange(BATCH)
 VIDEOS = 16  # clips at most that are also read from mp4 files
 LARGE = 1_000_000  # clips
 WAIT_SECONDS = 10.0  # of training over which the share of waiting is measured
-# Accelerators by their kind in timing.PEAK_FLOPS, and the share of that peak that a training step is taken to reach.
+# Accelerators by their kind in chips.PEAK_FLOPS, and the share of that peak that a training step is taken to reach.
 CHIPS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "H100": "NVIDIA H100 80GB HBM3"}
 MFU = 0.5
 
@@ -205,7 +206,7 @@ def _figures(seconds: dict[str, np.ndarray]) -> dict[str, Any]:
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     stages = {name: value for name, value in median.items() if name not in ("whole", "video")}
     flops = 3 * models.closed_form_flops(sizes.sized_model("base"))
-    rates = {name: MFU * timing.PEAK_FLOPS[kind] / flops for name, kind in CHIPS.items()}
+    rates = {name: MFU * PEAK_FLOPS[kind] / flops for name, kind in CHIPS.items()}
     return {
         "clips_per_second_per_core": 1 / median["whole"],
         "video_clips_per_second_per_core": 1 / median["video"],

@@ -9,11 +9,12 @@ import optax
 
 from av_mae import models
 from av_mae.benchmarks import timing
+from av_mae.benchmarks.chips import PEAK_FLOPS
 from av_mae.benchmarks.plain import Plain, fuse
 from av_mae.config import TrainConfig
 from av_mae.training.mesh import make_mesh
 from av_mae.training.optimizer import Length
-from av_mae.training.step import DTYPES, TrainStep
+from av_mae.training.step import DTYPES, TrainStep, fitted_mesh
 
 
 def random_batch(config: TrainConfig) -> dict[str, jax.Array]:
@@ -70,8 +71,8 @@ def forward_flops(config: TrainConfig, train_step: TrainStep) -> float:
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
     forward = lambda params, *args: definition.merge(params).losses(*args)
     image, audio = config.model.image, config.model.audio
-    lowered = jax.jit(forward).lower(train_step.shapes.params, shape(b, *image.size, 3), shape(b, *audio.size), shape(b, image.tokens),
-                                     shape(b, audio.tokens))
+    lowered = jax.jit(forward).lower(train_step.shapes.params, shape(b, *image.size, 3), shape(b, *audio.size),
+                                     shape(b, image.tokens), shape(b, audio.tokens))
     return lowered.compile().cost_analysis()["flops"] / b
 
 
@@ -80,7 +81,7 @@ def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict:
 
     Rates and shares are medians over rounds of ratios taken within a round, since machines drift.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(fitted_mesh(config))
     train_step = TrainStep(config, mesh, Length(1000, 10, 1000))
     batch = jax.device_put(random_batch(config), train_step.rows)
     ours = Runner(train_step.step, train_step.init(), batch)
@@ -105,7 +106,7 @@ def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict:
         "peak_bytes": timing.memory_bytes(ours.compiled),
         "compile_seconds": ours.compile_seconds,
     }
-    peak = timing.PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     if peak and config.dtype == "bfloat16":
         figures["mfu"] = step_flops / step_seconds / (peak * jax.device_count())
     if with_plain:

@@ -9,11 +9,6 @@ import numpy as np
 
 from av_mae.progress import Progress
 
-# Dense bfloat16 peak FLOP/s per chip by `device_kind`, from the vendors' public specifications.
-PEAK_FLOPS = {
-    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
-}
 MATMUL_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 
 

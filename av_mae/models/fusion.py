@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from av_mae.models.config import FusionConfig
-from av_mae.models.layers import (MLP, Attention, LayerNorm, Linear, attend, attention_weights, merge_heads,
-                                  split_heads)
+from av_mae.models.layers import (FROM_HEADS, MLP, TO_HEADS, Attention, LayerNorm, Linear, attend, attention_weights,
+                                  merge_heads, split_heads)
 from av_mae.models.pair_attention import IMPLEMENTATIONS, KeysValues
 
 
@@ -19,10 +19,10 @@ class TokenAttention(nnx.Module):
 
     def __init__(self, width: int, image_width: int, audio_width: int, config: FusionConfig, *, rngs: nnx.Rngs):
         inner = config.inner_width(width)
-        self.query = Linear(width, inner, rngs=rngs)
-        self.key = Linear(image_width, inner, fan_out=2 * inner, rngs=rngs)
-        self.value = Linear(image_width, inner, fan_out=2 * inner, rngs=rngs)
-        self.out = Linear(inner, width, rngs=rngs)
+        self.query = Linear(width, inner, axes=TO_HEADS, rngs=rngs)
+        self.key = Linear(image_width, inner, fan_out=2 * inner, axes=TO_HEADS, rngs=rngs)
+        self.value = Linear(image_width, inner, fan_out=2 * inner, axes=TO_HEADS, rngs=rngs)
+        self.out = Linear(inner, width, axes=FROM_HEADS, rngs=rngs)
         self.heads = config.heads
         self.scale = (inner / config.heads) ** -0.5
 
@@ -50,13 +50,14 @@ class PairRead(nnx.Module):
         inner = config.inner_width(width)
         self.pair = "product" if config.kind == "bilinear" else "sum"
         both = self.pair == "product"
-        self.query = Linear(width, inner, rngs=rngs)
+        self.query = Linear(width, inner, axes=TO_HEADS, rngs=rngs)
         # The published weight leads from the concatenated pair, so its fan-in counts both widths.
-        self.key_image = Linear(image_width, inner, fan_out=inner + audio_width, rngs=rngs)
-        self.key_audio = Linear(audio_width, inner, fan_out=inner + image_width, bias=both, rngs=rngs)
-        self.value_image = Linear(image_width, value_width, fan_out=value_width + audio_width, rngs=rngs)
-        self.value_audio = Linear(audio_width, value_width, fan_out=value_width + image_width, bias=both, rngs=rngs)
-        self.out = Linear(value_width, width, rngs=rngs)
+        image, audio = dict(axes=TO_HEADS, rngs=rngs), dict(axes=TO_HEADS, bias=both, rngs=rngs)
+        self.key_image = Linear(image_width, inner, fan_out=inner + audio_width, **image)
+        self.key_audio = Linear(audio_width, inner, fan_out=inner + image_width, **audio)
+        self.value_image = Linear(image_width, value_width, fan_out=value_width + audio_width, **image)
+        self.value_audio = Linear(audio_width, value_width, fan_out=value_width + image_width, **audio)
+        self.out = Linear(value_width, width, axes=FROM_HEADS, rngs=rngs)
         self.heads = config.heads
         self.scale = (width / config.heads) ** -0.5
         self.implementation = config.pair_attention

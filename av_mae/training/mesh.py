@@ -1,14 +1,13 @@
-"""Devices as a mesh with the axes 'data', 'fsdp' and 'tensor', and where rows and parameters lie on it."""
+"""Devices as a mesh with the axes 'data', 'fsdp' and 'tensor', and where the rows of a batch lie on it."""
 
-import functools
+import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from av_mae.config import MeshConfig
@@ -16,34 +15,40 @@ from av_mae.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))
-
-# What the dimensions of a parameter are called, by their number (kernels are [inputs, outputs], convolutions
-# [rows, columns, inputs, outputs], tokens and decoder positions [1, tokens, width]).
-LOGICAL_NAMES = {
-    0: (),
-    1: ("width",),
-    2: ("inputs", "outputs"),
-    3: ("one", "tokens", "width"),
-    4: ("rows", "columns", "inputs", "outputs"),
-}
-# Which logical dimension is cut over which mesh axis, in order of preference: the first that the axis divides wins.
-SHARDING_RULES = (("inputs", "fsdp"), ("outputs", "fsdp"), ("tokens", "fsdp"), ("width", "fsdp"))
-# A parameter with fewer values than this may stay whole on every device: cutting a bias costs more than it saves.
-SMALL = 2 ** 12
-# A parameter with more values than this must be cut when there is an axis to cut it over.
-LARGE = 2 ** 16
+# A trained parameter in memory: value, gradient and two moments in float32, and a copy in bfloat16.
+BYTES_PER_PARAMETER = 18
+# How much of a device's memory these may take where mesh.fsdp is chosen to fit; the rest is for activations.
+STATE_SHARE = 0.4
 
 
-def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """Sizes of the axes (data, fsdp, tensor) over the given number of devices; -1 takes what is left.
+def slices_of(config: MeshConfig, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """Devices that share a fast network, together: as many equal parts as the devices tell, or `config.slices`.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or the tensor axis is used.
+      UserError: config.slices contradicts the devices, or does not divide them.
     """
-    sizes = [config.data, config.fsdp, config.tensor]
+    parts = {}
+    for device in devices:
+        parts.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    if config.slices in (0, len(parts)):
+        return list(parts.values())
+    if len(parts) > 1 or len(devices) % config.slices:
+        raise UserError(f"mesh.slices={config.slices} does not fit {len(devices)} devices on {len(parts)} slices: "
+                        "leave it at 0 to take what the devices tell")
+    size = len(devices) // config.slices
+    return [list(devices[start:start + size]) for start in range(0, len(devices), size)]
+
+
+def mesh_shape(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, int, int]:
+    """Sizes of the axes (data, fsdp, tensor) over the given number of devices; -1 takes what is left.
+
+    fsdp=0 that no `fitted` has replaced is 1.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or fsdp or tensor would reach over slices.
+    """
+    sizes = [config.data, config.fsdp or 1, config.tensor]
     shown = f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor}"
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh axes must be at least 1, and at most one of them -1 (what is left), got {shown}")
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
         if devices % rest:
@@ -52,20 +57,51 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     if math.prod(sizes) != devices:
         raise UserError(f"the mesh axes must multiply to the number of devices: {shown} makes "
                         f"{math.prod(sizes)}, there are {devices} devices; set one axis to -1 to take what is left")
-    if sizes[2] > 1:
-        raise UserError(f"mesh.tensor={sizes[2]} is not supported yet, only 1 is: use mesh.fsdp to cut parameters")
+    if sizes[0] % slices:
+        raise UserError(f"mesh.data={sizes[0]} must be a multiple of the {slices} slices, between which only gradients "
+                        f"travel, got {shown}: mesh.fsdp × mesh.tensor must divide the {devices // slices} devices "
+                        "of one")
     return tuple(sizes)
+
+
+def memory_limit() -> int:
+    """Bytes that a device of this process has for arrays; 0 where it tells nothing (CPUs)."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+
+
+def fitted(config: MeshConfig, devices: Sequence[jax.Device], parameters: int, memory: int) -> MeshConfig:
+    """`config` with its fsdp=0 replaced: as few devices as hold the parameters, beside activations, in `memory` bytes.
+
+    Raises:
+      UserError: not even all devices of a slice hold them.
+    """
+    if config.fsdp:
+        return config
+    slices = slices_of(config, devices)
+    tensor = config.tensor if config.tensor > 0 else 1
+    choices = [n for n in range(1, len(slices[0]) + 1) if len(slices[0]) % (n * tensor) == 0]
+    needed = BYTES_PER_PARAMETER * parameters / (STATE_SHARE * memory * tensor)
+    fitting = [n for n in choices if n >= needed]
+    if not fitting:
+        size = BYTES_PER_PARAMETER * parameters / 1e9
+        raise UserError(f"{parameters / 1e6:.0f} million parameters need {size:.1f} GB for themselves, gradients and "
+                        f"moments; cut over the {len(slices[0])} devices of a slice that is more than {STATE_SHARE:.0%} "
+                        f"of the {memory / 1e9:.1f} GB of each: use more devices, or set mesh.fsdp yourself")
+    return dataclasses.replace(config, fsdp=fitting[0])
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over the given devices (None: all devices of all processes).
 
+    Slices lie one after the other along 'data', so that fsdp and tensor stay on the fast network inside each.
+
     Raises:
-      UserError: see `mesh_shape`.
+      UserError: see `mesh_shape` and `slices_of`.
     """
-    devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    slices = slices_of(config, jax.devices() if devices is None else devices)
+    data, fsdp, tensor = mesh_shape(config, sum(map(len, slices)), len(slices))
+    inside = [mesh_utils.create_device_mesh((data // len(slices), fsdp, tensor), part) for part in slices]
+    return Mesh(np.concatenate(inside), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -109,69 +145,3 @@ def gather_texts(texts: Sequence[str]) -> list[str]:
     padded[:len(own)] = own
     parts = multihost_utils.process_allgather(padded)
     return [text for part, size in zip(parts, sizes, strict=True) for text in json.loads(part[:int(size)].tobytes())]
-
-
-def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How one parameter is cut by SHARDING_RULES.
-
-    A dimension that the axis does not divide is passed over for the next one in the rules. A parameter that no rule
-    fits stays whole on every device if it is not large.
-
-    Raises:
-      UserError: a large parameter would stay whole on every device.
-    """
-    if len(shape) not in LOGICAL_NAMES:
-        raise ValueError(f"parameter {name} has {len(shape)} dimensions {shape}; the sharding rules know up to 4")
-    names, values = LOGICAL_NAMES[len(shape)], math.prod(shape)
-    for logical, axis in SHARDING_RULES:
-        if values < SMALL or mesh.shape[axis] == 1 or logical not in names:
-            continue
-        dimension = names.index(logical)
-        if shape[dimension] % mesh.shape[axis] == 0:
-            return PartitionSpec(*(axis if i == dimension else None for i in range(len(shape))))
-    if values > LARGE and mesh.shape["fsdp"] > 1:
-        raise UserError(f"mesh.fsdp={mesh.shape['fsdp']} divides no dimension of parameter {name} {shape}, which is "
-                        "too large to stay whole on every device: choose an fsdp that divides the model's widths")
-    return PartitionSpec()
-
-
-def parameter_shardings(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Sharding of each parameter by name."""
-    return {name: NamedSharding(mesh, parameter_spec(name, shape, mesh)) for name, shape in shapes.items()}
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather_one(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, replicated(sharding.mesh))
-
-
-def _gather_one_forward(x: jax.Array, sharding: NamedSharding):
-    return _gather_one(x, sharding), None
-
-
-def _gather_one_backward(sharding: NamedSharding, _, gradient: jax.Array):
-    # First the sum over devices, then the cut (together a reduce-scatter): asked for the cut alone, the compiler
-    # moves activations to where the cut is.
-    whole = jax.lax.with_sharding_constraint(gradient, replicated(sharding.mesh))
-    return (jax.lax.with_sharding_constraint(whole, sharding),)
-
-
-_gather_one.defvjp(_gather_one_forward, _gather_one_backward)
-
-
-def gather(params: Mapping[str, jax.Array], shardings: Mapping[str, NamedSharding],
-           dtype: jnp.dtype) -> dict[str, jax.Array]:
-    """Parameters in the dtype of the computation, whole where they are read; their gradients are cut again.
-
-    Said explicitly because the compiler, left alone, moves activations between devices instead of weights.
-    """
-    cast = {name: x.astype(dtype) for name, x in params.items()}
-    return {name: x if shardings[name].is_fully_replicated else _gather_one(x, shardings[name])
-            for name, x in cast.items()}
-
-
-def keep_all_but_gathered(primitive, *_, **parameters) -> bool:
-    """Policy of jax.checkpoint: gathered weights are gathered again in the backward pass, not kept until then."""
-    jaxpr = parameters.get("call_jaxpr")
-    inside = [equation.primitive.name for equation in jaxpr.eqns] if jaxpr is not None else []
-    return "sharding_constraint" not in (primitive.name, *inside)

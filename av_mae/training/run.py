@@ -21,7 +21,7 @@ from av_mae.training.loop import Hook, stop_on_sigterm, train
 from av_mae.training.mesh import batch_sharding, check_batch, local_rows, make_mesh
 from av_mae.training.objective import Objective
 from av_mae.training.optimizer import run_length
-from av_mae.training.step import Params, TrainStep
+from av_mae.training.step import Params, TrainStep, fitted_mesh
 from av_mae.training.watchdog import Watchdog
 
 # Further hooks of a run, made from its TensorBoard events (None: not the first process) and how to tell the user.
@@ -35,7 +35,7 @@ def open_run(config: TrainConfig, objective: Objective | None = None) -> Iterato
     Raises:
       UserError: the recipe does not fit the devices or the data.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(fitted_mesh(config, objective))
     check_batch(mesh, config.batch_size, config.grad_accumulation)
     rows = local_rows(batch_sharding(mesh), config.batch_size)
     sizes = config.model.image.size, config.model.audio.size

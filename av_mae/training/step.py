@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable
 
@@ -11,12 +12,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from av_mae.config import TrainConfig
+from av_mae.config import MeshConfig, TrainConfig
+from av_mae.models.axes import cut_over
 from av_mae.models.layers import Initial
-from av_mae.training.mesh import (ROWS, batch_sharding, check_batch, gather, keep_all_but_gathered,
-                                  parameter_shardings, replicated, row_shards)
+from av_mae.training.mesh import ROWS, batch_sharding, check_batch, fitted, memory_limit, replicated, row_shards
 from av_mae.training.objective import Objective, Pretraining
 from av_mae.training.optimizer import Length, learning_rate, make_optimizer
+from av_mae.training.sharding import RULES, check_heads, gather, keep_all_but_gathered, place_all
 
 Params = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -80,6 +82,23 @@ def define_model(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[ModelDefiniti
     return definition, flat_values(model), flat_values(model, nnx.BatchStat)
 
 
+def count_parameters(objective: Objective) -> int:
+    """Values of all parameters of an objective's model."""
+    return sum(math.prod(x.shape) for x in define_model(objective.build)[1].values())
+
+
+def fitted_mesh(config: TrainConfig, objective: Objective | None = None) -> MeshConfig:
+    """The recipe's mesh, its fsdp=0 replaced by what the model needs on this machine's devices.
+
+    Raises:
+      UserError: the model does not fit.
+    """
+    memory = memory_limit()
+    if config.mesh.fsdp or not memory:
+        return config.mesh
+    return fitted(config.mesh, jax.devices(), count_parameters(objective or Pretraining(config.model)), memory)
+
+
 def draw_values(initials: dict[str, Initial], shardings: dict[str, NamedSharding], key: jax.Array) -> Params:
     """Initial values under the names of `shardings`, each drawn from a key of its name straight into its shards.
 
@@ -132,11 +151,12 @@ class TrainStep:
     `objective` None: masked reconstruction with `config.model`.
 
     Raises:
-      UserError: the batch does not divide over the mesh.
+      UserError: the batch, the heads or a parameter do not divide over the mesh.
     """
 
     def __init__(self, config: TrainConfig, mesh: Mesh, length: Length, objective: Objective | None = None):
         check_batch(mesh, config.batch_size, config.grad_accumulation)
+        check_heads(config.model, mesh)
         self.config, self.mesh = config, mesh
         self.objective = objective or Pretraining(config.model, config.pretrained)
         self.definition, shapes, statistics = define_model(self.objective.build)
@@ -144,6 +164,7 @@ class TrainStep:
         self.schedule = learning_rate(config, length)
         self.optimizer = make_optimizer(config.optimizer, self.schedule, self.objective.multipliers(shapes, length))
         self.rows = batch_sharding(mesh)
+        self.placements = place_all({name: self.definition.initials[name] for name in shapes}, mesh)
         self.shardings = self._state_shardings()
         whole = replicated(mesh)
         self.step = jax.jit(self.train_step, in_shardings=(self.shardings, self.rows),
@@ -157,7 +178,8 @@ class TrainStep:
         def run(state: TrainState, batch: Batch):
             if drawn:
                 batch |= draw_rows(self.objective, self.config.seed, state.step, self.config.batch_size, self.rows)
-            return function(self._model(state.params, state.statistics), batch)
+            with cut_over(self.mesh, RULES):
+                return function(self._model(state.params, state.statistics), batch)
 
         return jax.jit(run, in_shardings=(self.shardings, self.rows), out_shardings=replicated(self.mesh))
 
@@ -182,7 +204,7 @@ class TrainStep:
 
     def _state_shardings(self) -> TrainState:
         """Optimizer moments lie as their parameters do, scalars and statistics on every device."""
-        params = parameter_shardings({name: x.shape for name, x in self.shapes.params.items()}, self.mesh)
+        params = {name: placement.stored for name, placement in self.placements.items()}
         whole = replicated(self.mesh)
 
         def of(path, _) -> NamedSharding:
@@ -201,7 +223,7 @@ class TrainStep:
 
     def _model(self, params: Params, statistics: Params) -> nnx.Module:
         """The model in the dtype of the computation; statistics keep theirs."""
-        values = gather(params, self.shardings.params, DTYPES[self.config.dtype]) | statistics
+        values = gather(params, self.placements, DTYPES[self.config.dtype]) | statistics
         model = self.definition.merge(values)
         if REMAT[self.config.remat] is not None:
             self.objective.rematerialize(model, functools.partial(jax.checkpoint, policy=REMAT[self.config.remat]))
@@ -211,7 +233,8 @@ class TrainStep:
                       rows: Batch) -> tuple[jax.Array, tuple[Metrics, Params]]:
         """Σ weight · loss over the given rows; the same sums of the metrics; the statistics after them."""
         model = self._model(trained | frozen, statistics)
-        loss, metrics = self.objective.losses(model, rows)
+        with cut_over(self.mesh, RULES):
+            loss, metrics = self.objective.losses(model, rows)
         metrics = {name: jnp.sum(rows["weight"] * x.astype(jnp.float32)) for name, x in metrics.items()}
         loss = jnp.sum(rows["weight"] * loss.astype(jnp.float32))
         return loss, (metrics, flat_values(model, nnx.BatchStat))
@@ -226,7 +249,7 @@ class TrainStep:
         trained = self._trained(state.params)
         frozen = {name: x for name, x in state.params.items() if name not in trained}
         loss = functools.partial(self.weighted_loss, state.statistics, frozen)
-        if self.mesh.shape["fsdp"] > 1:
+        if any(placement.gathered for placement in self.placements.values()):
             loss = jax.checkpoint(loss, policy=keep_all_but_gathered)
         (loss, (metrics, statistics)), gradients = accumulate(
             jax.value_and_grad(loss, has_aux=True), trained, rows, parts, self.mesh)

@@ -1,0 +1,202 @@
+"""What compiled training steps show: collectives, how long gathered weights live, memory, FLOPs, precision."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_training import compile_step, make_step, on_mesh, recipe
+
+from av_mae.benchmarks import compiled, pod
+from av_mae.config import DataConfig, MeshConfig, SoundConfig
+from av_mae.models import closed_form_flops, layers
+from av_mae.models.config import AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig
+from av_mae.training import sharding, step
+
+PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=16
+
+%all-reduce-scatter (input: bf16[768,768]) -> bf16[192,768] {
+  %input = bf16[768,768]{1,0} parameter(0)
+  %all-reduce.2 = bf16[768,768]{1,0:T(8,128)(2,1)} all-reduce(%input), replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %dynamic-slice.5 = bf16[192,768]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%all-reduce.2, %a), sizes={192,768}
+}
+
+ENTRY %main (param: f32[192,768]) -> f32[192,768] {
+  %w = bf16[192,768]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %all-gather.6 = bf16[768,768]{1,0:T(8,128)(2,1)S(1)} all-gather(%w), replica_groups=mesh['a'=4,'b'=4] {'b'}
+  %copy.1 = bf16[768,768]{0,1} copy(%all-gather.6)
+  %all-gather-start = (bf16[192,768]{1,0}, bf16[768,768]{1,0}) all-gather-start(%w), replica_groups=[4,4]<=[16]
+  %all-gather-done = bf16[768,768]{1,0} all-gather-done(%all-gather-start)
+  %fusion.1 = bf16[32,768]{1,0} fusion(%copy.1, %x), kind=kOutput, calls=%f, "estimated_cycles":"120"
+  %fusion.2 = bf16[192,768]{1,0} fusion(%all-gather-done), calls=%all-reduce-scatter, "estimated_cycles":"30"
+  %all-reduce.1 = f32[]{} all-reduce(%fusion.1), replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}
+  ROOT %add = f32[192,768]{1,0} add(%fusion.2, %all-reduce.1)
+}
+"""
+WHOLE = 768 * 768 * 2
+
+
+def test_reads_collectives():
+    found = [(c.kind, c.bytes, c.group, c.hidden) for c in compiled.collectives(PROGRAM)]
+    assert found == [("reduce-scatter", WHOLE, 4, False), ("all-gather", WHOLE, 4, False),
+                     ("all-gather", WHOLE, 4, True), ("all-reduce", 4, 16, False)]
+    assert compiled.cycles(PROGRAM) == 150
+
+
+def test_reads_how_long_values_live():
+    gathers = lambda instruction: instruction.op in ("all-gather", "all-gather-done")
+    assert compiled.most_alive(PROGRAM, gathers) == 2 * WHOLE
+    sooner = PROGRAM.replace("  %fusion.1 =", "  %late =").replace(
+        "  %all-gather-start =", "  %fusion.1 = bf16[32,768]{1,0} fusion(%copy.1, %x), calls=%f\n  %all-gather-start =")
+    sooner = sooner.replace("%late = bf16[32,768]{1,0} fusion(%copy.1, %x)", "%late = bf16[32,768]{1,0} fusion(%x, %x)")
+    assert compiled.most_alive(sooner, gathers) == WHOLE
+
+
+def test_counts_matrix_products():
+    def f(a, b, x):
+        def body(carry, row):
+            return carry + row @ b, None
+        return jax.lax.scan(body, jnp.einsum("gnk,gmk->gnm", a, a)[0, 0, :5], x)[0]
+
+    jaxpr = jax.make_jaxpr(f)(jnp.zeros((3, 49, 64)), jnp.zeros((7, 5)), jnp.zeros((11, 7))).jaxpr
+    sizes = sorted(compiled.products(jaxpr))
+    assert sizes == [(1, 1, 7, 5)] * 11 + [(3, 49, 64, 49)]
+    assert compiled.matmul_flops(sizes) == 2 * (11 * 35 + 3 * 49 * 64 * 49)
+    assert compiled.matmul_flops(sizes, 128) == 2 * (11 * 8 * 128 * 128 + 3 * 56 * 128 * 128)
+
+
+ENCODER = dict(width=64, depth=4, heads=4)
+MODEL = AVMAEConfig(
+    image=StreamConfig(size=(48, 80), patch=16, mask_ratio=0.5, **ENCODER),
+    audio=StreamConfig(size=(48, 48), channels=1, patch=16, mask_ratio=0.5, **ENCODER),
+    fusion=FusionConfig(kind="token", tokens=(2, 1, 1), heads=4), decoder=DecoderConfig(width=64, depth=2, heads=4))
+
+
+@functools.cache
+def program(shape: tuple[int, int, int], policy: str = "") -> tuple[step.TrainStep, str]:
+    """The step on a mesh, compiled for eight CPU devices; `policy` of jax.checkpoint in the place of our own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "SMALL", 64)
+        if policy:
+            patch.setattr(step, "keep_all_but_gathered", getattr(jax.checkpoint_policies, policy))
+        train_step = on_mesh(recipe(MODEL, batch_size=48), *shape)
+        return train_step, compile_step(train_step).as_text()
+
+
+def read_shapes(train_step) -> set[tuple[int, ...]]:
+    """Shapes of the parameters as layers read them, dimensions in any order."""
+    return {tuple(sorted(placement.read.shard_shape(train_step.shapes.params[name].shape)))
+            for name, placement in train_step.placements.items() if placement.gathered}
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1), pytest.param((1, 2, 4), marks=pytest.mark.slow)])
+def test_only_weights_are_gathered(shape):
+    """No all-gather of activations: what is gathered has the shape of a parameter, what is summed over 'tensor' is what
+    ends an attention or an MLP, and nothing is exchanged otherwise."""
+    train_step, text = program(shape)
+    weights = read_shapes(train_step)
+    for one in compiled.collectives(text):
+        assert one.kind in ("all-gather", "all-reduce", "reduce-scatter") or one.bytes < 4096, one
+        if one.kind == "all-gather":
+            assert tuple(sorted(n for n in one.shape)) in weights or one.bytes < 4096, one
+
+
+@pytest.mark.parametrize("policy, kept", [("", False), ("everything_saveable", True)])
+def test_weights_stay_no_longer_than_their_layer(policy, kept):
+    """Gathered weights in memory at once: those of one layer or so, not of the model, unless they were kept."""
+    train_step, text = program((2, 4, 1), policy)
+    every = {name: math.prod(x.shape) * 4 for name, x in train_step.shapes.params.items()}
+    whole = sum(n for name, n in every.items() if train_step.placements[name].gathered)
+    layer = sum(n for name, n in every.items() if ".1." in name and name.startswith("encoder."))
+    alive = compiled.most_alive(text, lambda instruction: instruction.op == "all-gather")
+    assert layer < whole / 4
+    assert (alive > 0.5 * whole) if kept else (0 < alive <= 1.25 * layer)
+
+
+def memory_of(**changes):
+    return compile_step(make_step(recipe(MODEL, **changes))).memory_analysis()
+
+
+def test_memory_of_rematerialisation_and_accumulation():
+    """Layers kept whole, their matrix products, nothing; a part of the clips at a time; the state in its own place."""
+    temporary = {remat: memory_of(batch_size=64, remat=remat).temp_size_in_bytes for remat in ("none", "dots", "full")}
+    assert temporary["full"] < 0.8 * temporary["dots"] and temporary["dots"] < 0.95 * temporary["none"]
+    parts = memory_of(batch_size=64, grad_accumulation=8)
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(make_step(recipe(MODEL)).abstract_state()))
+    parameters = state / 3
+    # beside an eighth of the activations: the sum of the gradients and those of the part
+    assert parts.temp_size_in_bytes < temporary["none"] / 8 + 2.5 * parameters
+    assert parts.alias_size_in_bytes == pytest.approx(state, rel=0.01)
+
+
+def test_precision():
+    """bfloat16 matrix products, float32 softmax, norms and losses."""
+    train_step = make_step(recipe(MODEL, dtype="bfloat16"))
+    rows = {"image": jnp.zeros((2, 48, 80, 3), jnp.uint8), "audio": jnp.zeros((2, 48, 48)), "weight": jnp.ones(2),
+            "image_noise": jnp.zeros((2, 15)), "audio_noise": jnp.zeros((2, 9))}
+    loss = functools.partial(train_step.weighted_loss, {}, {})
+    jaxpr = jax.make_jaxpr(loss)(train_step.abstract_state().params, rows).jaxpr
+    seen = {"dot_general": set(), "exp": set(), "rsqrt": set(), "reduce_sum": set()}
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in seen:
+                seen[equation.primitive.name] |= {str(operand.aval.dtype) for operand in equation.invars}
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    walk(inner)
+
+    walk(jaxpr)
+    assert seen["dot_general"] == {"bfloat16"}
+    assert seen["exp"] == seen["rsqrt"] == {"float32"} and "bfloat16" not in seen["reduce_sum"]
+    assert {x.aval.dtype for x in jaxpr.outvars} == {jnp.dtype("float32")}
+
+
+def test_logits_are_summed_in_float32():
+    """Attention of bfloat16 queries and keys keeps more than bfloat16 would of logits that nearly cancel."""
+    q = jnp.asarray([[[[16.0, 16.0]], [[16.0, 1.0]]]], jnp.bfloat16)
+    k = jnp.asarray([[[[16.0, 1.0]], [[16.0, 1.0625]]]], jnp.bfloat16)
+    weights = layers.attention_weights(q, k, 1.0)
+    np.testing.assert_allclose(weights[0, 0, 0], 1 / (1 + np.exp([1.0, -1.0])), rtol=1e-5)
+
+
+def test_products_of_the_step_match_the_closed_form():
+    """Three times the forward count of the closed form; the embedding's input needs no gradient."""
+    train_step = make_step(recipe(MODEL, batch_size=4))
+    batch = pod.abstract_batch(train_step.config, train_step)
+    found = compiled.matmul_flops(compiled.products(jax.make_jaxpr(train_step.train_step)(
+        train_step.abstract_state(), batch).jaxpr))
+    embedded = sum(2 * stream.keep * stream.patch_values * stream.width for stream in (MODEL.image, MODEL.audio))
+    assert found == 4 * (3 * closed_form_flops(MODEL) - embedded)
+
+
+def test_projections_take_clips_and_tokens_as_rows():
+    """A kernel meets all clips' tokens in one product without batch dimension, whatever their odd numbers."""
+    linear = layers.Linear(24, 40, rngs=step.nnx.Rngs(0))
+    graph, state = step.nnx.split(linear)
+    jaxpr = jax.make_jaxpr(lambda x: step.nnx.merge(graph, state)(x))(jnp.zeros((6, 49, 24)))
+    assert list(compiled.products(jaxpr.jaxpr)) == [(1, 6 * 49, 24, 40)]
+
+
+@pytest.mark.parametrize("shape, dtype, bias, fused", [
+    ((2, 49, 3, 64), jnp.bfloat16, False, True), ((2, 49, 3, 64), jnp.float32, False, False),
+    ((2, 49, 3, 12), jnp.bfloat16, False, False), ((2, 49, 3, 64), jnp.bfloat16, True, False)])
+def test_fused_attention_on_gpus(monkeypatch, shape, dtype, bias, fused):
+    """What cuDNN takes goes to it (its XLA counterpart stands in here), and comes out as from the plain path."""
+    q, k, v = (jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 3))
+    bias = jnp.ones((1, 3, 49, 49), dtype) if bias else None
+    expected, asked = layers.attend(q, k, v, 0.125, bias), []
+
+    def stand_in(q, k, v, *, scale, implementation, attention=jax.nn.dot_product_attention):
+        asked.append(implementation)
+        return attention(q, k, v, scale=scale, implementation="xla")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    ours = layers.attend(q, k, v, 0.125, bias)
+    assert asked == ["cudnn"] * fused
+    np.testing.assert_allclose(ours.astype(jnp.float32), expected.astype(jnp.float32), atol=0.02 if fused else 0)
