@@ -2,6 +2,7 @@
 predicted for a TPU slice that is not there."""
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -39,7 +40,9 @@ def run_step(arguments: argparse.Namespace, overrides: list[str]) -> dict:
     from av_mae.benchmarks import step, timing
 
     config = recipes.load_recipe(arguments.config, overrides)
-    figures = {"config": arguments.config} | step.measure(config, arguments.rounds, arguments.plain)
+    measure = step.measure_encoder if arguments.encoder else functools.partial(
+        step.measure, with_plain=arguments.plain)
+    figures = {"config": arguments.config} | measure(config, arguments.rounds)
     print(timing.table(human(figures)))
     return figures
 
@@ -108,6 +111,8 @@ def main(argv: list[str]) -> None:
     step = commands.add_parser("step", help="a training step of a recipe on random clips")
     recipes.add_config_argument(step)
     step.add_argument("--plain", action="store_true", help="also run the plain formulation, in turn")
+    step.add_argument("--encoder", action="store_true",
+                      help="instead: the encoder's forward pass over all patches, pairs separated against materialized")
     fusion = commands.add_parser("fusion", help="fusion kinds × implementations over token counts")
     fusion.add_argument("--size", default="base", choices=sorted(SIZES), help="width and heads (default: base)")
     fusion.add_argument("--batch", type=int, default=8, help="clips (default: 8)")

@@ -14,8 +14,8 @@ Variants:
                 tiny, small, base, large, huge with factorized (default), dense, token, bilinear or none (two
                 encoders that do not meet: the unimodal baseline); otherwise as vggsound. For example `small_dense`.
 
-Hardware: made for a TPU slice or a GPU host; the mesh takes every device as data parallel, and
-`--config.mesh.fsdp=N` shards the parameters over N devices (large and huge want this).
+Hardware: made for a TPU slice or a GPU host; the mesh takes every device, and cuts parameters and optimizer state over
+as few of them as their memory asks for (`--config.mesh.fsdp=N`: over N). Predicted hours are in docs/scaling.md.
 Expected time and figures here: not measured yet; nobody has run these recipes to the end with this code.
 """
 

@@ -27,6 +27,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=16
 ENTRY %main (param: f32[192,768]) -> f32[192,768] {
   %w = bf16[192,768]{1,0:T(8,128)(2,1)S(1)} parameter(0)
   %all-gather.6 = bf16[768,768]{1,0:T(8,128)(2,1)S(1)} all-gather(%w), replica_groups=mesh['a'=4,'b'=4] {'b'}
+  %gather.9 = f32[64]{0} all-gather(%v), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={0}
   %copy.1 = bf16[768,768]{0,1} copy(%all-gather.6)
   %all-gather-start = (bf16[192,768]{1,0}, bf16[768,768]{1,0}) all-gather-start(%w), replica_groups=[4,4]<=[16]
   %all-gather-done = bf16[768,768]{1,0} all-gather-done(%all-gather-start)
@@ -41,18 +42,17 @@ WHOLE = 768 * 768 * 2
 
 def test_reads_collectives():
     found = [(c.kind, c.bytes, c.group, c.hidden) for c in compiled.collectives(PROGRAM)]
-    assert found == [("reduce-scatter", WHOLE, 4, False), ("all-gather", WHOLE, 4, False),
+    assert found == [("reduce-scatter", WHOLE, 4, False), ("all-gather", WHOLE, 4, False), ("all-gather", 256, 4, False),
                      ("all-gather", WHOLE, 4, True), ("all-reduce", 4, 16, False)]
     assert compiled.cycles(PROGRAM) == 150
 
 
 def test_reads_how_long_values_live():
-    gathers = lambda instruction: instruction.op in ("all-gather", "all-gather-done")
-    assert compiled.most_alive(PROGRAM, gathers) == 2 * WHOLE
+    assert compiled.most_alive(PROGRAM, compiled.gathers) == 2 * WHOLE
     sooner = PROGRAM.replace("  %fusion.1 =", "  %late =").replace(
         "  %all-gather-start =", "  %fusion.1 = bf16[32,768]{1,0} fusion(%copy.1, %x), calls=%f\n  %all-gather-start =")
     sooner = sooner.replace("%late = bf16[32,768]{1,0} fusion(%copy.1, %x)", "%late = bf16[32,768]{1,0} fusion(%x, %x)")
-    assert compiled.most_alive(sooner, gathers) == WHOLE
+    assert compiled.most_alive(sooner, compiled.gathers) == WHOLE
 
 
 def test_counts_matrix_products():
@@ -111,7 +111,7 @@ def test_weights_stay_no_longer_than_their_layer(policy, kept):
     every = {name: math.prod(x.shape) * 4 for name, x in train_step.shapes.params.items()}
     whole = sum(n for name, n in every.items() if train_step.placements[name].gathered)
     layer = sum(n for name, n in every.items() if ".1." in name and name.startswith("encoder."))
-    alive = compiled.most_alive(text, lambda instruction: instruction.op == "all-gather")
+    alive = compiled.most_alive(text, compiled.gathers)
     assert layer < whole / 4
     assert (alive > 0.5 * whole) if kept else (0 < alive <= 1.25 * layer)
 
@@ -200,3 +200,15 @@ def test_fused_attention_on_gpus(monkeypatch, shape, dtype, bias, fused):
     ours = layers.attend(q, k, v, 0.125, bias)
     assert asked == ["cudnn"] * fused
     np.testing.assert_allclose(ours.astype(jnp.float32), expected.astype(jnp.float32), atol=0.02 if fused else 0)
+
+
+def test_gelu():
+    """x Φ(x) and its slope, against the error function of the standard library."""
+    x = np.array([-6.0, -2.5, -1.0, -0.1, 0.0, 0.3, 1.7, 5.0], np.float32)
+    phi = np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()])
+    slope = phi + x * np.exp(-x.astype(float) ** 2 / 2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(layers.gelu(x), x * phi, rtol=1e-6, atol=4e-7)
+    np.testing.assert_allclose(jax.vjp(layers.gelu, jnp.asarray(x))[1](jnp.ones(8))[0], slope, rtol=1e-6, atol=4e-7)
+    half = layers.gelu(jnp.asarray(x, jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half, jnp.asarray(x * phi, jnp.bfloat16).at[0].set(half[0]))

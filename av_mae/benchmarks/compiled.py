@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
+from jax.extend.core import Jaxpr
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
          "s64": 8, "u64": 8}
@@ -99,7 +100,7 @@ def group_size(rest: str) -> int:
     match = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
     if match:
         return int(match.group(1))
-    match = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    match = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", rest)
     if match:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match.group(2)))
@@ -124,6 +125,11 @@ def collectives(program: str) -> list[Collective]:
                 kind = "reduce-scatter"
             found.append(Collective(kind, size, group, hidden, shape, instruction.name))
     return found
+
+
+def gathers(instruction: Instruction) -> bool:
+    """Whether the result is a whole array gathered from its parts on other devices."""
+    return instruction.op in ("all-gather", "all-gather-done")
 
 
 def most_alive(program: str, begins: Callable[[Instruction], bool]) -> int:
@@ -154,7 +160,7 @@ def cycles(program: str) -> int:
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry)))
 
 
-def products(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple[int, int, int, int]]:
+def products(jaxpr: Jaxpr) -> Iterator[tuple[int, int, int, int]]:
     """(batch, rows, contracted, columns) of each matrix product in a jaxpr, those of inner ones included.
 
     The second operand's free dimensions are the columns: a kernel's outputs, or keys.

@@ -87,7 +87,7 @@ def advice(config: TrainConfig, state: int, over: int, memory: int, devices: int
     return "--config.remat=full would keep only what enters each layer"
 
 
-def does_not_fit(error: Exception, config: TrainConfig, train_step: TrainStep, chip: Chip, name: str) -> dict:
+def does_not_fit(error: Exception, config: TrainConfig, train_step: TrainStep, name: str) -> dict:
     """Figures of a step that the compiler refused for want of memory; other errors are raised again."""
     match = re.search(r"Used ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or not match:
@@ -100,13 +100,6 @@ def does_not_fit(error: Exception, config: TrainConfig, train_step: TrainStep, c
             "flops": None, "collectives": {}, "predicted_step_seconds": None, "predicted_mfu": None,
             "refusal": f"{config.batch_size} clips on {mesh.size} chips need {used / 1e9:.1f} GB each, "
                        f"{(used - memory) / 1e9:.1f} GB more than the {memory / 1e9:.1f} GB there are: {setting}"}
-
-
-def padded_flops(train_step: TrainStep, batch: dict, chip: Chip) -> tuple[int, int]:
-    """FLOPs of all matrix products of a step over all chips, as they are and rounded up to the chip's tiles."""
-    jaxpr = jax.make_jaxpr(train_step.train_step)(train_step.abstract_state(), batch).jaxpr
-    sizes = list(programs.products(jaxpr))
-    return programs.matmul_flops(sizes), programs.matmul_flops(sizes, chip.tile)
 
 
 def prepare(config: TrainConfig, name: str, slices: int) -> tuple[TrainStep, Chip, tuple[int, ...]]:
@@ -124,19 +117,19 @@ def prepare(config: TrainConfig, name: str, slices: int) -> tuple[TrainStep, Chi
 
 def measure(config: TrainConfig, name: str, slices: int = 1) -> dict:
     """The figures of `benchmark pod`; bytes, FLOPs and seconds are those of one chip."""
-    with Progress(3, f"compiling for {name}", "stages") as progress:
-        train_step, chip, shape = prepare(config, name, slices)
-        batch = abstract_batch(config, train_step)
-        progress.update(stage="lowering")
-        lowered = train_step.step.lower(train_step.abstract_state(), batch)
-        progress.update(stage="compiling")
+    train_step, chip, shape = prepare(config, name, slices)
+    with Progress(2, f"compiling for {name}", "stages") as progress:
+        traced = train_step.step.trace(train_step.abstract_state(), abstract_batch(config, train_step))
+        lowered = traced.lower()
+        progress.update(stage="lowered")
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return does_not_fit(error, config, train_step, chip, name)
-        progress.update(stage="reading")
+            return does_not_fit(error, config, train_step, name)
+        progress.update(stage="compiled")
     chips, memory, cost = train_step.mesh.size, compiled.memory_analysis(), compiled.cost_analysis()
-    program, (flops, padded) = compiled.as_text(), padded_flops(train_step, batch, chip)
+    program, products = compiled.as_text(), list(programs.products(traced.jaxpr.jaxpr))
+    flops, padded = programs.matmul_flops(products), programs.matmul_flops(products, chip.tile)
     sizes = train_step.mesh.shape
     across = (sizes["data"], sizes["data"] * sizes["fsdp"], chips)
     kinds = roofline.exchanges(programs.collectives(program), chip, shape, slices, across)
@@ -160,6 +153,7 @@ def measure(config: TrainConfig, name: str, slices: int = 1) -> dict:
             "collectives": kinds, "seconds": parts, "predicted_step_seconds": seconds,
             "predicted_mfu": closed / seconds / chip.flops,
             "compiler_cycle_seconds": programs.cycles(program) / chip.clock,
+            "gathered_bytes": programs.most_alive(program, programs.gathers),
             "parameters": sum(int(np.prod(x.shape)) for x in train_step.shapes.params.values())}
 
 
@@ -167,7 +161,8 @@ def recipe_hours(figures: dict, config: TrainConfig, clips: int) -> dict:
     """Predicted hours of a whole recipe over `clips` clips per epoch, and the host cores that its input needs."""
     rate = config.batch_size / figures["predicted_step_seconds"]
     total = config.epochs * clips or config.steps * config.batch_size
-    return {"predicted_hours": total / rate / 3600, "clips_per_second": rate, "input_cores": rate / CLIPS_PER_CORE}
+    return {"recipe_clips": total, "predicted_hours": total / rate / 3600, "clips_per_second": rate,
+            "input_cores": rate / CLIPS_PER_CORE}
 
 
 def curve(figures: dict, name: str) -> list[dict]:
@@ -184,6 +179,7 @@ def tables(figures: dict) -> list[list[tuple[str, ...]]]:
     plan = [("plan", "value"), ("chips", str(figures["chips"])), ("mesh", mesh),
             ("clips per step", str(figures["batch_size"])), ("largest batch that fits", str(figures["largest_batch"]))]
     memory = [("memory of a chip", "bytes")] + [(kind, gigabytes(n)) for kind, n in figures["bytes_per_chip"].items()]
+    memory.append(("gathered weights at once", gigabytes(figures["gathered_bytes"])))
     flops = [("work of a chip", "value")] + [
         (name, f"{figures[name] / 1e12:.3f} TFLOP") for name in (
             "flops", "closed_form_flops", "matmul_flops", "padded_flops")]

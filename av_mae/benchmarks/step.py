@@ -1,11 +1,13 @@
 """`benchmark step`: one training step of a recipe on random clips, beside a large matmul and the plain formulation."""
 
+import dataclasses
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from av_mae import models
 from av_mae.benchmarks import timing
@@ -115,3 +117,24 @@ def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict:
                     "plain_peak_bytes": timing.memory_bytes(plain.compiled),
                     "times_plain": float(np.median(seconds["plain"] / seconds["step"]))}
     return figures
+
+
+def encoder_forward(config: TrainConfig, pair_attention: str):
+    """The encoder of all patches of a batch of noise as a compiled function without arguments, pairs read as named."""
+    fusion = dataclasses.replace(config.model.fusion, pair_attention=pair_attention)
+    model = dataclasses.replace(config.model, fusion=fusion)
+    graph, state = nnx.split(models.Encoder(model, rngs=nnx.Rngs(0)))
+    state = jax.tree.map(lambda x: x.astype(DTYPES[config.dtype]), state)
+    batch = random_batch(config)
+    image = models.normalize_image(batch["image"])
+    run = jax.jit(lambda state, image, audio: nnx.merge(graph, state)(image, audio)[:3])
+    return lambda: run(state, image, batch["audio"])
+
+
+def measure_encoder(config: TrainConfig, rounds: int) -> dict:
+    """Forward passes of the unmasked encoder whose pairs are separated and materialized, in turn."""
+    seconds = timing.in_turn({how: encoder_forward(config, how) for how in ("separable", "materialized")}, rounds)
+    ratios = seconds["materialized"] / seconds["separable"]
+    return {"encoder_seconds": float(np.median(seconds["separable"])),
+            "materialized_encoder_seconds": float(np.median(seconds["materialized"])),
+            "times_materialized": float(np.median(ratios))}
