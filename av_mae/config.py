@@ -100,7 +100,7 @@ class MeshConfig:
     `data`: copies of the model, each with rows of the batch of its own. `fsdp`: devices that share one copy's
     parameters and optimizer state, and split its rows (0: as few as the state needs to fit into memory). `tensor`:
     devices that split heads and MLPs, for the same rows. `slices`: parts between which the network is slow, one after
-    the other along `data` (0: as the devices tell).
+    the other along `data` (0: as TPUs tell).
     """
 
     data: int = -1

@@ -1,6 +1,5 @@
 """What compiled training steps show: collectives, how long gathered weights live, memory, FLOPs, precision."""
 
-import dataclasses
 import functools
 import math
 
@@ -8,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_training import compile_step, make_step, on_mesh, recipe
+from tiny_training import FAST_COMPILE, compile_step, make_step, on_mesh, recipe
 
 from av_mae.benchmarks import compiled, pod
-from av_mae.config import DataConfig, MeshConfig, SoundConfig
 from av_mae.models import closed_form_flops, layers
 from av_mae.models.config import AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig
 from av_mae.training import sharding, step
@@ -77,11 +75,15 @@ MODEL = AVMAEConfig(
 
 @functools.cache
 def program(shape: tuple[int, int, int], policy: str = "") -> tuple[step.TrainStep, str]:
-    """The step on a mesh, compiled for eight CPU devices; `policy` of jax.checkpoint in the place of our own."""
+    """The step on a mesh, compiled for eight CPU devices; `policy` of jax.checkpoint in the place of our own.
+
+    In the order that needs least memory: by default, CPUs run what can run, so all gathers come first.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "SMALL", 64)
         if policy:
             patch.setattr(step, "keep_all_but_gathered", getattr(jax.checkpoint_policies, policy))
+        patch.setitem(FAST_COMPILE, "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
         train_step = on_mesh(recipe(MODEL, batch_size=48), *shape)
         return train_step, compile_step(train_step).as_text()
 
@@ -106,20 +108,21 @@ def test_only_weights_are_gathered(shape):
 
 @pytest.mark.parametrize("policy, kept", [("", False), ("everything_saveable", True)])
 def test_weights_stay_no_longer_than_their_layer(policy, kept):
-    """Gathered weights in memory at once: those of one layer or so, not of the model, unless they were kept."""
+    """Gathered weights in memory at once: at most those of a layer, not of the model, unless they were kept."""
     train_step, text = program((2, 4, 1), policy)
     every = {name: math.prod(x.shape) * 4 for name, x in train_step.shapes.params.items()}
     whole = sum(n for name, n in every.items() if train_step.placements[name].gathered)
     layer = sum(n for name, n in every.items() if ".1." in name and name.startswith("encoder."))
     alive = compiled.most_alive(text, compiled.gathers)
     assert layer < whole / 4
-    assert (alive > 0.5 * whole) if kept else (0 < alive <= 1.25 * layer)
+    assert (alive > 0.5 * whole) if kept else (0 < alive <= layer)
 
 
 def memory_of(**changes):
     return compile_step(make_step(recipe(MODEL, **changes))).memory_analysis()
 
 
+@pytest.mark.slow
 def test_memory_of_rematerialisation_and_accumulation():
     """Layers kept whole, their matrix products, nothing; a part of the clips at a time; the state in its own place."""
     temporary = {remat: memory_of(batch_size=64, remat=remat).temp_size_in_bytes for remat in ("none", "dots", "full")}

@@ -38,12 +38,13 @@ def test_shape_refused(config, devices, message):
 @pytest.mark.parametrize("slices, per_slice, shape", [((0, 0, 1, 1), 2, (2, 2, 1)), ((0, 0, 1, 1, 2, 2), 2, (6, 1, 1))])
 def test_slices_lie_along_data(slices, per_slice, shape):
     """Neighbours along fsdp are of one slice; along data, one slice comes after the other."""
-    devices = [SimpleNamespace(slice_index=number, platform="cpu", device_kind="cpu", id=i, process_index=0)
-               for i, number in enumerate(slices)]
+    devices = [SimpleNamespace(slice_index=number, platform="tpu") for number in slices]
     made = mesh.slices_of(MeshConfig(), devices[::-1])
     assert [{device.slice_index for device in part} for part in made] == [{n} for n in sorted({*slices})[::-1]]
     assert {len(part) for part in made} == {per_slice}
     assert mesh.mesh_shape(MeshConfig(-1, shape[1]), len(devices), len(made)) == shape
+    hosts = [SimpleNamespace(slice_index=number, platform="gpu") for number in slices]  # of GPUs: no border for fsdp
+    assert mesh.slices_of(MeshConfig(), hosts) == [hosts]
 
 
 def test_slices_told_by_the_configuration():

@@ -122,7 +122,7 @@ def test_compiles_for_a_slice_that_is_not_there(tmp_path, capsys):
     assert figures["flops"] == pytest.approx(figures["closed_form_flops"], rel=0.15)  # narrow: more elementwise work
     gathered = figures["collectives"]["all-gather"]["bytes"]
     whole = 2 * figures["parameters"]  # bfloat16
-    assert 0.9 * 2 * whole < gathered < 1.1 * 2 * whole  # forward and backward
+    assert 1.5 * whole < gathered <= 2 * whole  # forward, and backward but for the embeddings, whose input has no gradient
     assert figures["gathered_bytes"] < 0.5 * whole
     assert figures["predicted_step_seconds"] > 0 and 0 < figures["predicted_mfu"] < 1
     assert (tmp_path / "pod.png").stat().st_size > 1000 and "largest batch that fits" in capsys.readouterr().out

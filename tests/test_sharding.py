@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny_training import batches, compile_step, first_parameters, make_step, on_mesh, recipe, run_steps, unfused
+from tiny_training import batches, first_parameters, make_step, on_mesh, recipe, run_steps, unfused
 
 from av_mae import sizes
 from av_mae.config import MeshConfig
@@ -18,7 +18,7 @@ from av_mae.training import mesh, sharding, step
 
 # Every factorisation of 8 into data × fsdp × tensor.
 MESHES = [(data, fsdp, 8 // (data * fsdp)) for data in (8, 4, 2, 1) for fsdp in (1, 2, 4, 8) if data * fsdp <= 8]
-DEFAULT_MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
+DEFAULT_MESHES = [(2, 2, 2), (1, 1, 8)]
 ENCODER = dict(width=32, depth=1, heads=8)
 # As the tiny model, with as many heads as there are devices.
 HEADS_8 = AVMAEConfig(
@@ -53,8 +53,11 @@ def test_same_losses_on_every_mesh(monkeypatch, reference, shape):
 
 @pytest.fixture(scope="module")
 def base_definition():
-    """Initial values' shapes and names of ViT-B, factorized."""
+    """Initial values' shapes and names of two layers of ViT-B, factorized, and of decoders."""
     model = sizes.sized_model("base")
+    model = dataclasses.replace(model, image=dataclasses.replace(model.image, depth=2),
+                                audio=dataclasses.replace(model.audio, depth=2),
+                                decoder=dataclasses.replace(model.decoder, depth=2))
     return step.define_model(step.Pretraining(model).build)[0].initials
 
 
@@ -65,11 +68,11 @@ def test_memory_of_base_is_divided(base_definition, shape):
     total = sum(math.prod(initial.shape) for initial in base_definition.values())
     own = sum(math.prod(placements[name].stored.shard_shape(initial.shape))
               for name, initial in base_definition.items())
-    assert total > 3e8
+    assert total > 5e7
     assert own == pytest.approx(total / (shape[1] * shape[2]), rel=0.05)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 1), (1, 2, 4)])
+@pytest.mark.parametrize("shape", [pytest.param((2, 4, 1), marks=pytest.mark.slow), (1, 2, 4)])
 def test_state_is_born_in_shards(monkeypatch, shape):
     """No device ever gets a whole large parameter or moment: the init's own outputs are cut."""
     monkeypatch.setattr(sharding, "SMALL", 64)
@@ -127,17 +130,3 @@ def test_heads_cut_in_two_are_refused():
         on_mesh(recipe(model), 2, 1, 4)
     with pytest.raises(UserError, match="mesh.tensor=8 must divide model.image.heads=12"):
         sharding.check_heads(sizes.sized_model("base"), of_mesh((1, 1, 8)))
-
-
-def test_gathered_weights_are_not_kept_for_the_backward_pass(monkeypatch):
-    """The gradient gathers every cut weight a second time instead of keeping it whole in between."""
-    monkeypatch.setattr(sharding, "SMALL", 64)
-    train_step = on_mesh(recipe(), 2, 4)
-    cut = sum(placement.gathered for placement in train_step.placements.values())
-    counts = {}
-    for keep in (sharding.keep_all_but_gathered, jax.checkpoint_policies.everything_saveable):
-        monkeypatch.setattr(step, "keep_all_but_gathered", keep)
-        text = compile_step(on_mesh(recipe(), 2, 4)).as_text()
-        counts[keep] = text.count(" all-gather(")
-    once = counts[jax.checkpoint_policies.everything_saveable]
-    assert cut > 20 and once >= cut and counts[sharding.keep_all_but_gathered] > once + 0.6 * cut

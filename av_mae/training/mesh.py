@@ -22,14 +22,15 @@ STATE_SHARE = 0.4
 
 
 def slices_of(config: MeshConfig, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
-    """Devices that share a fast network, together: as many equal parts as the devices tell, or `config.slices`.
+    """Devices that share a fast network, together: as many equal parts as TPUs tell, or `config.slices`.
 
     Raises:
       UserError: config.slices contradicts the devices, or does not divide them.
     """
     parts = {}
     for device in devices:
-        parts.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+        number = getattr(device, "slice_index", None) if device.platform == "tpu" else None
+        parts.setdefault(number or 0, []).append(device)
     if config.slices in (0, len(parts)):
         return list(parts.values())
     if len(parts) > 1 or len(devices) % config.slices:
