@@ -99,7 +99,7 @@ def run_pod(arguments: argparse.Namespace, overrides: list[str]) -> dict:
         print(timing.table(rows) + "\n")
     figures["curve"] = pod.curve(figures, arguments.topology)
     if arguments.plot:
-        roofline.plot({f"{arguments.config} on {arguments.topology}": figures["curve"]}, arguments.plot)
+        roofline.plot({arguments.topology.split(":")[0]: {arguments.config: figures["curve"]}}, arguments.plot)
     return figures
 
 

@@ -4,8 +4,8 @@ Run by hand with a Python that has torch and this package's dependencies:
 
     python tests/compare_step_with_torch.py configs/pretrain.py:base --batch=8 --rounds=5
 
-The PyTorch model is written as one would write it there: queries, keys and values in one layer, fusion tokens as tokens of
-the blocks, keys and values of all pairs, both decoders complete, scaled_dot_product_attention, AdamW. float32 on CPUs.
+The PyTorch model is written as one would write it there: queries, keys and values in one layer, fusion tokens as tokens
+of the blocks, keys and values of all pairs, both decoders complete, scaled_dot_product_attention, AdamW; float32.
 """
 
 import argparse

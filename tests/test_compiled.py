@@ -25,7 +25,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=16
 ENTRY %main (param: f32[192,768]) -> f32[192,768] {
   %w = bf16[192,768]{1,0:T(8,128)(2,1)S(1)} parameter(0)
   %all-gather.6 = bf16[768,768]{1,0:T(8,128)(2,1)S(1)} all-gather(%w), replica_groups=mesh['a'=4,'b'=4] {'b'}
-  %gather.9 = f32[64]{0} all-gather(%v), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={0}
+  %gather.9 = f32[64]{0} all-gather(%v), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}
   %copy.1 = bf16[768,768]{0,1} copy(%all-gather.6)
   %all-gather-start = (bf16[192,768]{1,0}, bf16[768,768]{1,0}) all-gather-start(%w), replica_groups=[4,4]<=[16]
   %all-gather-done = bf16[768,768]{1,0} all-gather-done(%all-gather-start)
@@ -40,8 +40,8 @@ WHOLE = 768 * 768 * 2
 
 def test_reads_collectives():
     found = [(c.kind, c.bytes, c.group, c.hidden) for c in compiled.collectives(PROGRAM)]
-    assert found == [("reduce-scatter", WHOLE, 4, False), ("all-gather", WHOLE, 4, False), ("all-gather", 256, 4, False),
-                     ("all-gather", WHOLE, 4, True), ("all-reduce", 4, 16, False)]
+    assert found == [("reduce-scatter", WHOLE, 4, False), ("all-gather", WHOLE, 4, False),
+                     ("all-gather", 256, 4, False), ("all-gather", WHOLE, 4, True), ("all-reduce", 4, 16, False)]
     assert compiled.cycles(PROGRAM) == 150
 
 

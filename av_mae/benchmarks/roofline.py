@@ -100,18 +100,20 @@ def curve(chip: Chip, local: float, fsdp: int, parameters: int, counts: Sequence
     return rows
 
 
-def plot(curves: dict[str, list[dict]], path) -> None:
-    """Predicted efficiency over chips, one line each, as PNG."""
+def plot(curves: dict[str, dict[str, list[dict]]], path) -> None:
+    """Predicted efficiency over chips as PNG: a panel for each kind of chip, a line for each of its steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(1.5 + 4 * len(curves), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for name, rows in curves.items():
-        line = [row["chips"] for row in rows], [row["efficiency"] for row in rows]
-        axes.semilogx(*line, marker="o", base=2, label=name)
-    axes.set(xlabel="chips", ylabel="predicted efficiency (exchanges not hidden)", ylim=(0, 1.05))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for axes, (chip, lines) in zip(panels, curves.items(), strict=True):
+        for name, rows in lines.items():
+            line = [row["chips"] for row in rows], [row["efficiency"] for row in rows]
+            axes.semilogx(*line, marker="o", base=2, label=name)
+        axes.set(title=chip, xlabel="chips", ylim=(0, 1.05))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("predicted efficiency (exchanges not hidden)")
+    panels[-1].legend(fontsize=8)
     figure.savefig(path, dpi=120)

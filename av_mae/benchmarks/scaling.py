@@ -1,16 +1,31 @@
-"""`python -m av_mae.benchmarks.scaling FILE...`: tables of docs/scaling.md from what `benchmark pod --json` wrote.
+"""`python -m av_mae.benchmarks.scaling [FILE...]`: the tables and the curve of docs/scaling.md.
 
-A row of each compiled step, and rows derived from it for other numbers of the same chips: the step without exchanges
-takes as long at the same clips per chip (and in proportion to them where a recipe's batch is kept), the exchanges are
-those of data and fully sharded parallelism by the roofline.
+From what `benchmark pod --json=FILE` wrote: a row of each compiled step, and rows derived from it for other numbers of
+the same chips. The step without exchanges takes as long at the same clips per chip (and in proportion to them where a
+recipe's batch is kept); the exchanges are those of data and fully sharded parallelism by the roofline. With --share,
+the same rows for base, large and huge without a compilation: the step without exchanges is taken to run at that share
+of the chip's peak.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import pathlib
 
 from av_mae.benchmarks import pod, roofline, timing
 from av_mae.errors import UserError, run_command
+from av_mae.models import AVMAEConfig, closed_form_flops
+from av_mae.recipes import load_recipe
+from av_mae.sizes import sized_model
+from av_mae.training.mesh import BYTES_PER_PARAMETER, STATE_SHARE
+from av_mae.training.objective import PASSES, Pretraining
+from av_mae.training.step import count_parameters
+
+CLIPS, CHIPS_EACH = 32, 16  # clips per chip, and chips, where a step is assumed
+RECIPES = {"vggsound": 180_000, "audioset": 2_000_000}  # clips of an epoch
+ASSUMED = [(size, kind) for size in ("base", "large", "huge") for kind in ("factorized", "dense")]
+TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")
 
 
 def load(path: str) -> dict:
@@ -22,6 +37,40 @@ def load(path: str) -> dict:
     if "topology" not in figures:
         raise UserError(f"{path} holds no figures of benchmark pod: write them with its --json={path}")
     return figures
+
+
+def assumed(label: str, model: AVMAEConfig, name: str, share: float, chips: int, batch: int) -> dict:
+    """Figures of a step that was not compiled, at `share` of the chips' peak; fsdp as its memory asks."""
+    chip = pod.known_topologies()[name][0]
+    parameters = count_layers(model)
+    needed = BYTES_PER_PARAMETER * parameters / (STATE_SHARE * chip.memory)
+    fsdp = next(n for n in range(1, chips + 1) if chips % n == 0 and n >= needed)
+    flops = PASSES * closed_form_flops(model) * batch / chips
+    return {"config": label, "topology": name, "chips": chips, "batch_size": batch, "fits": True,
+            "mesh": {"fsdp": fsdp}, "parameters": parameters, "closed_form_flops": flops,
+            "seconds": {"compute": flops / (share * chip.flops), "memory": 0.0}}
+
+
+def assumed_steps(share: float) -> list[dict]:
+    """The sizes and kinds with CLIPS clips per chip, and the published recipes, on each kind of chip."""
+    steps = [assumed(f"{size}_{kind}", sized_model(size, kind), name, share, CHIPS_EACH, CLIPS * CHIPS_EACH)
+             for name in TOPOLOGIES for size, kind in ASSUMED]
+    for variant, clips in RECIPES.items():
+        config = load_recipe(f"configs/pretrain.py:{variant}")
+        steps += [assumed(variant, config.model, name, share, CHIPS_EACH, config.batch_size) | {
+            "recipe_clips": config.epochs * clips} for name in TOPOLOGIES]
+    return steps
+
+
+@functools.cache
+def count_layers(model: AVMAEConfig) -> int:
+    """Parameters of a model whose streams are equally deep: counted with one and with two encoder layers."""
+    def count(depth: int) -> int:
+        streams = {name: dataclasses.replace(getattr(model, name), depth=depth) for name in ("image", "audio")}
+        return count_parameters(Pretraining(dataclasses.replace(model, **streams)))
+
+    one, two = count(1), count(2)
+    return one + (model.layers - 1) * (two - one)
 
 
 def local_seconds(figures: dict) -> float:
@@ -42,16 +91,11 @@ def compiled_row(figures: dict) -> tuple[str, ...]:
             max(kinds, key=kinds.get, default="none"))
 
 
-def derived_rows(figures: dict) -> list[tuple[str, ...]]:
-    """Other numbers of chips at the same clips per chip."""
-    peak = pod.known_topologies()[figures["topology"]][0].flops
-    rows = []
-    for row in pod.curve(figures, figures["topology"]):
-        seconds = local_seconds(figures) + row["exchange_seconds"]
-        rows.append((figures["config"], f"{figures['topology'].split(':')[0]}:{row['shape']}", str(row["slices"]),
-                     str(row["chips"]), f"{1e3 * seconds:.1f}", f"{figures['closed_form_flops'] / seconds / peak:.2f}",
-                     f"{row['efficiency']:.3f}", row["limit"]))
-    return rows
+def derived_row(figures: dict) -> tuple[str, ...]:
+    """The step on other numbers of chips at the same clips per chip: efficiency, and what limits it on most chips."""
+    rows = pod.curve(figures, figures["topology"])
+    return (figures["config"], figures["topology"].split(":")[0], str(figures["mesh"]["fsdp"]),
+            f"{1e3 * local_seconds(figures):.1f}", *(f"{row['efficiency']:.2f}" for row in rows), rows[-1]["limit"])
 
 
 def recipe_rows(figures: dict) -> list[tuple[str, ...]]:
@@ -70,20 +114,29 @@ def recipe_rows(figures: dict) -> list[tuple[str, ...]]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m av_mae.benchmarks.scaling", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="what `benchmark pod --json=FILE` wrote")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="what `benchmark pod --json=FILE` wrote")
+    parser.add_argument("--share", type=float, default=0.0, metavar="S",
+                        help="also steps that were not compiled, at this share of the peak, e.g. 0.4")
     parser.add_argument("--plot", metavar="FILE", help="write a PNG of predicted efficiency over chips")
     arguments = parser.parse_args(argv)
-    every = [load(path) for path in arguments.files]
-    fitting = [figures for figures in every if figures["fits"]]
-    print(timing.table([("compiled", "topology", "clips per chip", "GB per chip", "TFLOP per chip", "beside closed form",
-                         "step ms", "MFU", "largest exchange"), *map(compiled_row, every)]) + "\n")
-    print(timing.table([("derived", "slice", "slices", "chips", "step ms", "MFU", "efficiency", "limit"),
-                        *(row for figures in fitting for row in derived_rows(figures))]) + "\n")
+    if not 0 <= arguments.share <= 1 or not (arguments.files or arguments.share):
+        raise UserError(f"--share={arguments.share} must be between 0 and 1, and above 0 where no FILE is given")
+    compiled = [load(path) for path in arguments.files]
+    derived = [figures for figures in compiled if figures["fits"]]
+    derived += assumed_steps(arguments.share) if arguments.share else []
+    print(timing.table([("compiled", "topology", "clips per chip", "GB per chip", "TFLOP per chip",
+                         "beside closed form", "step ms", "MFU", "largest exchange"),
+                        *map(compiled_row, compiled)]) + "\n")
+    print(timing.table([("efficiency", "chip", "fsdp", "step ms", *map(str, pod.COUNTS), "limit"),
+                        *map(derived_row, derived)]) + "\n")
     print(timing.table([("recipe", "chip", "chips", "clips per chip", "clips/s", "hours", "host cores"),
-                        *(row for figures in fitting if "recipe_clips" in figures for row in recipe_rows(figures))]))
+                        *(row for figures in derived if "recipe_clips" in figures for row in recipe_rows(figures))]))
     if arguments.plot:
-        roofline.plot({f"{figures['config']} on {figures['topology'].split(':')[0]}":
-                       pod.curve(figures, figures["topology"]) for figures in fitting}, arguments.plot)
+        curves = {}
+        for figures in derived:
+            panel = curves.setdefault(figures["topology"].split(":")[0], {})
+            panel[figures["config"]] = pod.curve(figures, figures["topology"])
+        roofline.plot(curves, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def fitted(config: MeshConfig, devices: Sequence[jax.Device], parameters: int, m
     if not fitting:
         size = BYTES_PER_PARAMETER * parameters / 1e9
         raise UserError(f"{parameters / 1e6:.0f} million parameters need {size:.1f} GB for themselves, gradients and "
-                        f"moments; cut over the {len(slices[0])} devices of a slice that is more than {STATE_SHARE:.0%} "
+                        f"moments; cut over the {len(slices[0])} devices of a slice that is above {STATE_SHARE:.0%} "
                         f"of the {memory / 1e9:.1f} GB of each: use more devices, or set mesh.fsdp yourself")
     return dataclasses.replace(config, fsdp=fitting[0])
 
