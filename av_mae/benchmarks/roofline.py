@@ -115,5 +115,5 @@ def plot(curves: dict[str, dict[str, list[dict]]], path) -> None:
         axes.set(title=chip, xlabel="chips", ylim=(0, 1.05))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("predicted efficiency (exchanges not hidden)")
-    panels[-1].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)

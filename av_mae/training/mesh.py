@@ -49,7 +49,7 @@ def mesh_shape(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, 
       UserError: the sizes do not multiply to the number of devices, or fsdp or tensor would reach over slices.
     """
     sizes = [config.data, config.fsdp or 1, config.tensor]
-    shown = f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor}"
+    shown = "mesh.data={}, mesh.fsdp={}, mesh.tensor={}".format(*sizes)
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
         if devices % rest:
