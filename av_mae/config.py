@@ -209,14 +209,24 @@ class RunConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """One pretraining run. It starts from the checkpoint `init`, or its streams from the unimodal encoders `init_image`
-    (MAE) and `init_audio` (AudioMAE): published files, or what av_mae.convert made of them."""
+    (MAE) and `init_audio` (AudioMAE): published files, or what av_mae.convert made of them.
+
+    `neighbours_every` steps (0: never) nearest neighbours are searched among the first `neighbours_clips` clips of each
+    set's `neighbours_split`.
+    """
 
     model: AVMAEConfig = AVMAEConfig()
     init_image: str = ""
     init_audio: str = ""
+    neighbours_every: int = 0
+    neighbours_clips: int = 256
+    neighbours_split: str = "test"
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.neighbours_every >= 0, f"neighbours_every={self.neighbours_every} must be 0 (never) or more")
+        require(self.neighbours_clips > 1, f"neighbours_clips={self.neighbours_clips} must be at least 2")
+        require(bool(self.neighbours_split), "neighbours_split must name a split of the prepared sets, e.g. test")
         require(not (self.init and self.pretrained), f"init={self.init!r} is a checkpoint of both streams: set either "
                                                      "init, or init_image and init_audio")
         image, audio = self.model.image, self.model.audio

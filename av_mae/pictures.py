@@ -143,12 +143,12 @@ def bars(panels: Mapping[str, Mapping[str, list[tuple[float, float] | None]]], n
     return _render(figure)
 
 
-def curves(metrics: list[dict]) -> np.ndarray:
-    """Curves of the lines of `metrics.jsonl` over steps: losses, learning rate, gradient norm, speed.
+def curves(metrics: list[dict], names: Sequence[str] = CURVES) -> np.ndarray:
+    """Curves of the lines of `metrics.jsonl` over steps: losses, learning rate, gradient norm, speed, or other `names`.
 
     Returns a uint8 picture [height, width, 3]. A key that no line has leaves its place empty, saying so.
     """
-    return _render(curve_figure(metrics, CURVES))
+    return _render(curve_figure(metrics, names))
 
 
 def curve_figure(metrics: list[dict], names: Sequence[str]) -> Figure:

@@ -106,6 +106,19 @@ class LocalizationConfig(TaskConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class NeighboursConfig(TaskConfig):
+    """Nearest neighbours and retrieval among the held-out clips; nothing is trained."""
+
+    task: str = "neighbours"
+    steps: int = 1
+
+    def run_config(self, pretrained: TrainConfig, truth: tuple[str, ...]) -> TrainConfig:
+        """As of the other tasks, but only the split that is measured needs to be there."""
+        config = super().run_config(pretrained, truth)
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, split=self.test_split))
+
+
+@dataclasses.dataclass(frozen=True)
 class ComparedRow:
     """A pretraining to compare: `checkpoint` in the folder of runs, or the sizes of it with `random_weights`.
 
@@ -155,4 +168,5 @@ class CompareConfig:
 
 
 CONFIGS: dict[str, Any] = {"classification": ClassificationConfig, "localization": LocalizationConfig,
-                           "segmentation": SegmentationConfig, "separation": SeparationConfig}
+                           "segmentation": SegmentationConfig, "separation": SeparationConfig,
+                           "neighbours": NeighboursConfig}

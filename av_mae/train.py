@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import errno
+import functools
 import math
 import pathlib
 import tempfile
+from collections.abc import Callable
 
 import jax
 
@@ -16,8 +18,10 @@ from av_mae.model_card import write_card
 from av_mae.published.unimodal import stream_arrays
 from av_mae.training.agreement import check_processes
 from av_mae.training.checkpoint import Checkpoints, load_params, note, quiet_libraries
-from av_mae.training.hooks import PictureHook
+from av_mae.training.events import Events
+from av_mae.training.hooks import MetricsHook, PictureHook
 from av_mae.training.hosts import Stopped, add_process_arguments, joined
+from av_mae.training.loop import Hook
 from av_mae.training.run import first_state, open_local, open_run, train_from
 from av_mae.training.step import Params, TrainStep
 
@@ -51,6 +55,17 @@ def first_weights(step: TrainStep, config: TrainConfig) -> Params | None:
     return weights or None
 
 
+def periodic(config: TrainConfig, step: TrainStep, workdir: pathlib.Path, events: Events | None, metrics: MetricsHook,
+             say: Callable[[str], None]) -> list[Hook]:
+    """What pretraining does besides training now and then."""
+    hooks = [PictureHook(config, step, workdir, events, say)]
+    if config.neighbours_every:
+        from av_mae.evaluation.neighbours import NeighboursHook
+
+        hooks.append(NeighboursHook(config, step, workdir, metrics, say))
+    return hooks
+
+
 def run(config: TrainConfig, workdir: pathlib.Path) -> None:
     """One pretraining run in this process (one of several, when they were joined before).
 
@@ -70,7 +85,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
             note(f"this run is finished: it has done {begin.meta['step']} of {last} steps")
             return
         end = train_from(config, workdir, step, begin, data, last, checkpoints, "pretraining",
-                         lambda events, say: [PictureHook(config, step, workdir, events, say)], local)
+                         functools.partial(periodic, config, step, workdir), local)
         if end.meta["step"] < last:
             raise Stopped
         if jax.process_index() == 0:

@@ -36,6 +36,14 @@ def get_config():
 '''
 
 
+def run_environment(folder: pathlib.Path, devices: int = 1) -> dict[str, str]:
+    """Of a command in a process of its own; compiled programs are shared by all those of a folder."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"}
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -53,11 +61,7 @@ class Training:
         self.config.write_text(RECIPE.format(path=str(folder / "toy")))
 
     def environment(self, devices: int = 1) -> dict[str, str]:
-        """Of a run; compiled programs are shared between runs."""
-        return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-                "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"}
+        return run_environment(self.folder, devices)
 
     def start(self, workdir: str, *arguments: str, devices: int = 1,
               program: tuple[str, ...] = ("-m", "av_mae.train")) -> subprocess.Popen:

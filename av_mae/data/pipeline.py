@@ -174,6 +174,10 @@ class EvaluationData(_Batches):
     def __iter__(self) -> BatchIterator:
         return self._iterate(0, self.clips)
 
+    def clip(self, place: int) -> dict:
+        """The fields of one clip, by its place in the stored order; of one that fails `id` and `error` alone."""
+        return self._dataset[place]
+
 
 def partners(clips: int, seed: int) -> np.ndarray:
     """For each clip another one, to be mixed or swapped with: int64 [clips]; each serves once, none itself.

@@ -27,7 +27,10 @@ class Classification(Task):
     def __init__(self, config: ClassificationConfig, stored: Stored):
         super().__init__(config, stored)
         self.windows = config.windows
-        self.classes = common_classes(config.data.paths, config.head.classes)
+        self.classes = common_classes(config.data.paths)
+        if len(self.classes) != config.head.classes:
+            raise UserError(f"head.classes={config.head.classes} does not match the labels: {config.data.paths[0]} has "
+                            f"{len(self.classes)} classes")
         counted = config.settings.balanced or config.settings.log_odds
         self.objective = training.Classification(
             stored.config.model, config.head, config.settings,
@@ -71,15 +74,15 @@ class Classification(Task):
         pictures.save_png(folder / "confusion.png", pictures.confusion(counts, self.classes))
 
 
-def common_classes(paths: tuple[str, ...], classes: int) -> list[str]:
-    """The class names of the prepared sets. Raises UserError where they differ, or are not `classes` many."""
+def common_classes(paths: tuple[str, ...]) -> list[str]:
+    """The class names of the prepared sets. Raises UserError where they differ, or there is no set."""
+    if not paths:
+        raise UserError("no data: set --config.data.path=DIR[,DIR] to prepared sets")
     names = [records.class_names(path) for path in paths]
     for path, own in zip(paths, names, strict=True):
         if own != names[0]:
             raise UserError(f"{path} has other classes than {paths[0]}: sets that are classified together must have "
                             "the same class list")
-    if len(names[0]) != classes:
-        raise UserError(f"head.classes={classes} does not match the labels: {paths[0]} has {len(names[0])} classes")
     return names[0]
 
 

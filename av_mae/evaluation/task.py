@@ -35,6 +35,7 @@ Clip = dict[str, np.ndarray]
 CONDITIONS = ("", "swapped/", "blank/")
 TASKS = {"classification": ("av_mae.evaluation.classification", "Classification"),
          "localization": ("av_mae.evaluation.localization", "Localization"),
+         "neighbours": ("av_mae.evaluation.neighbours", "Neighbours"),
          "segmentation": ("av_mae.evaluation.segmentation", "Segmentation"),
          "separation": ("av_mae.evaluation.separation", "Separation")}
 
@@ -45,11 +46,12 @@ class Task(abc.ABC):
     kind: the model's name in models.kinds. truth: what batches carry beside frame and sound. other: the stream
     ('image' or 'audio') that is exchanged for another clip's under `swapped/`, and for nothing under `blank/`.
     trains: whether there is a head to train; else the checkpoint's own model is measured. windows: places of each
-    sound at which it is measured, spread over its length.
+    sound at which it is measured, spread over its length. conditions: which of CONDITIONS are measured.
     """
 
     kind: str
     trains: bool = True
+    conditions: tuple[str, ...] = CONDITIONS
     windows: int = 1
     truth: tuple[str, ...] = ()
     other: str = "audio"
@@ -121,7 +123,7 @@ def run(config: TaskConfig, workdir: pathlib.Path) -> Report:
     stored = open_checkpoint(config.init)
     task = make_task(config, stored)
     step, state = train_head(task, config.run_config(stored.config, task.truth), workdir)
-    measured = {prefix: measure_windows(task, step, state, prefix) for prefix in CONDITIONS}
+    measured = {prefix: measure_windows(task, step, state, prefix) for prefix in task.conditions}
     whole = measured[""]
     figures = task.figures({prefix: part.scores for prefix, part in measured.items()},
                            Bootstrap(len(whole.scores), config.seed, config.bootstrap))
@@ -143,7 +145,7 @@ def train_head(task: Task, config: TrainConfig, workdir: pathlib.Path) -> tuple[
     with contextlib.ExitStack() as stack:
         step, data, last = stack.enter_context(open_run(config, task.objective))
         if not task.trains:
-            return step, step.init(load_params(str(task.stored.folder), step.abstract_state().model))
+            return step, step.init(first_weights(task, step))
         labels = {"kind": task.kind, "head": recipes.to_dict(task.config.head), "init": str(task.stored.folder),
                   "random_weights": task.config.random_weights}
         checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last, config.keep_every, labels=labels)
@@ -159,12 +161,13 @@ def train_head(task: Task, config: TrainConfig, workdir: pathlib.Path) -> tuple[
 
 
 def first_weights(task: Task, step: TrainStep) -> Params | None:
-    """The encoder of `init`; the head, and all where the recipe says so, begins at random."""
+    """The encoder of `init`, or all where nothing is trained; what else there is, and all where the recipe says so,
+    begins at random."""
     if task.config.random_weights:
         return None
     abstract = step.abstract_state().model
-    encoder = {name: x for name, x in abstract.items() if name.startswith("encoder.")}
-    return load_params(str(task.stored.folder), encoder, partly=True)
+    wanted = {name: x for name, x in abstract.items() if not task.trains or name.startswith("encoder.")}
+    return load_params(str(task.stored.folder), wanted, partly=True)
 
 
 def blank(batch: Batch, stream: str, sound: SoundConfig) -> Batch:

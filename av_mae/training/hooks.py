@@ -101,7 +101,7 @@ class MetricsHook(Hook):
             line["goodput"] = self.goodput()
         shown = {name: line[name] for name in SHOWN if name in line}
         self.progress.update(1, **shown)
-        self._write(line)
+        self.write(line)
 
     def _rates(self, step: int) -> dict[str, float]:
         """Clips and FLOPs per second and the share of time spent waiting for input since the last line."""
@@ -114,7 +114,8 @@ class MetricsHook(Hook):
         rates = {"clips_per_second": clips, "input_wait": (waited - before[2]) / seconds}
         return rates | {"flops_per_second": clips * self.flops} if self.flops else rates
 
-    def _write(self, line: Mapping[str, float]) -> None:
+    def write(self, line: Mapping[str, float]) -> None:
+        """Adds figures of a step, `step` among them, by name. A full disk is warned of once."""
         if self._file is None:
             return
         try:

@@ -24,8 +24,9 @@ from av_mae.training.optimizer import run_length
 from av_mae.training.step import Params, TrainStep, fitted_mesh
 from av_mae.training.watchdog import Watchdog
 
-# Further hooks of a run, made from its TensorBoard events (None: not the first process) and how to tell the user.
-MakeHooks = Callable[[Events | None, Callable[[str], None]], Sequence[Hook]]
+# Further hooks of a run, made from its TensorBoard events (None: not the first process), its metrics and how to tell
+# the user.
+MakeHooks = Callable[[Events | None, hooks.MetricsHook, Callable[[str], None]], Sequence[Hook]]
 
 
 @contextlib.contextmanager
@@ -97,7 +98,7 @@ def train_from(config: TrainConfig, workdir: pathlib.Path, step: TrainStep, begi
         running = [Watchdog(config.hang_seconds, config.hang_factor),
                    hooks.FailureHook(FailureCount(config.data.max_failure_share), progress.write),
                    hooks.UpdateHook(config, say), metrics,
-                   *more_hooks(events, say),
+                   *more_hooks(events, metrics, say),
                    hooks.ProfileHook(config.profile_at, workdir, say), saving,
                    Stragglers(config.checkpoint_every, feed, say), goodput]
         goodput.count(running, saving)
