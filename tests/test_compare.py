@@ -95,6 +95,8 @@ def test_results_of_another_recipe_are_no_results_of_this_one(runs, measured, tm
     reason, = report.details["failed"].values()
     assert "holds the results of another evaluation: config.steps is 9 in it and 2 now" in reason
     assert "seed 3 alone." in report.table and "| early fusion | – | – | 0.300 |" in report.table
+    table = compare.run(config(runs), tmp_path).table
+    assert "| random | – | – | 1.500 (1 of 2 seeds) |" in table and "| early fusion | – | – | 0.400 ± 0.141 |" in table
 
 
 def test_what_cannot_work_is_refused_before_anything_is_measured(runs, measured, tmp_path):

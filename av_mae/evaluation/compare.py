@@ -156,12 +156,20 @@ def make_report(config: CompareConfig, table: Table, results: Results, failed: d
     return Report(figures, clips, skipped, markdown(config, table, details), details)
 
 
+def shown(entry: Entry | None, seeds: int) -> str:
+    """An entry, and how many of the seeds gave it where it is not all of them."""
+    if entry is None:
+        return "–"
+    done = len(entry.values)
+    return str(entry) + ("" if done == seeds else f" ({done} of {seeds} seeds)")
+
+
 def markdown(config: CompareConfig, table: Table, details: dict) -> str:
     """The table, the rows' checkpoints, and what failed."""
     lines = ["| pretraining | " + " | ".join(f"{task}: {name}" for task, name in columns(config)) + " |",
              "|---|" + "--:|" * len(columns(config))]
     for row in config.rows:
-        entries = [str(table.get((row.name, *column), "–")) for column in columns(config)]
+        entries = [shown(table.get((row.name, *column)), len(config.seeds)) for column in columns(config)]
         lines.append(f"| {row.name} | " + " | ".join(entries) + " |")
     lines += ["", "Mean ± standard deviation over " + (f"seeds {', '.join(map(str, config.seeds))}."
                                                       if len(config.seeds) > 1 else f"seed {config.seeds[0]} alone.")]
