@@ -129,6 +129,12 @@ def test_benchmark_beside_scikit_learn(tmp_path, capsys):
         benchmark.main(["--clips=60", "--part=70"])
 
 
+def test_streams_of_different_widths_cannot_be_compared():
+    found = neighbours.retrieval(embeddings(3, 5), embeddings(3, 7), block=2)
+    assert len(found) == 6 and found["image_to_audio/recall5"] == [
+        "sounds of width 5 and images of width 7 have no cosine"] * 3
+
+
 def test_embeddings_that_are_not_finite_are_refused():
     values = embeddings(10)
     values[7, 3] = np.nan

@@ -63,7 +63,8 @@ def plain_features(folder) -> tuple[dict[str, np.ndarray], np.ndarray]:
     image = models.normalize_image(batch["image"])
     tokens, alone = (model.encoder(image, batch["audio"], fused=fused) for fused in (True, False))
     features = {name: np.asarray(getattr(tokens, name)).mean(1) for name in STREAMS}
-    return features | {f"alone/{name}": np.asarray(getattr(alone, name)).mean(1) for name in STREAMS[:2]}, batch["label"]
+    features |= {f"alone/{name}": np.asarray(getattr(alone, name)).mean(1) for name in STREAMS[:2]}
+    return features, batch["label"]
 
 
 def cosines(left, right):

@@ -7,6 +7,7 @@ import numpy as np
 
 from av_mae import models, pictures
 from av_mae.data import records
+from av_mae.data.balance import check_classes
 from av_mae.errors import UserError
 from av_mae.evaluation import classification_objective as training
 from av_mae.evaluation.figures import Bootstrap, Figure
@@ -78,12 +79,9 @@ def common_classes(paths: tuple[str, ...]) -> list[str]:
     """The class names of the prepared sets. Raises UserError where they differ, or there is no set."""
     if not paths:
         raise UserError("no data: set --config.data.path=DIR[,DIR] to prepared sets")
-    names = [records.class_names(path) for path in paths]
-    for path, own in zip(paths, names, strict=True):
-        if own != names[0]:
-            raise UserError(f"{path} has other classes than {paths[0]}: sets that are classified together must have "
-                            "the same class list")
-    return names[0]
+    names = {path: records.class_names(path) for path in paths}
+    check_classes(names)
+    return names[paths[0]]
 
 
 def frequencies(paths: tuple[str, ...], split: str, classes: int) -> np.ndarray:

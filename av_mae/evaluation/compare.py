@@ -32,8 +32,8 @@ class Cell(NamedTuple):
 
     def config(self, runs: pathlib.Path) -> TaskConfig:
         """The recipe of this evaluation."""
-        values = (*self.task.overrides, *self.row.overrides, f"init={runs / self.row.checkpoint}",
-                  f"data.path={runs / self.task.data}", f"seed={self.seed}", f"random_weights={self.row.random_weights}")
+        values = (*self.task.overrides, *self.row.overrides, f"init={runs / self.row.checkpoint}", f"seed={self.seed}",
+                  f"data.path={runs / self.task.data}", f"random_weights={self.row.random_weights}")
         return recipes.load_recipe(self.task.recipe, [f"{recipes.PREFIX}{value}" for value in values],
                                    lambda recipe: CONFIGS[recipe["task"]])
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from av_mae import models, pictures
 from av_mae.config import TrainConfig
-from av_mae.data.pipeline import EvaluationData, open_evaluation_data
+from av_mae.data.pipeline import open_evaluation_data
 from av_mae.errors import UserError
 from av_mae.evaluation.classification import common_classes
 from av_mae.evaluation.clips import set_names

@@ -19,6 +19,7 @@ from av_mae.training.mesh import batch_sharding, replicated
 BLOCK = 4096
 ALL = "all"  # the sum of the streams' similarities
 RECALLS = (1, 5, 10)
+DIRECTIONS = ("audio_to_image", "image_to_audio")
 
 
 class Neighbours(NamedTuple):
@@ -90,11 +91,15 @@ def retrieval(audio: np.ndarray, image: np.ndarray, block: int = BLOCK,
     Returns:
       `audio_to_image/recall1`, `…5`, `…10` and `image_to_audio/…`: per clip 1 where fewer than k others are closer
       than its own, else 0; where others are just as close, the share of their orders that puts it among the first k.
+      Nothing but the reason where sounds and images have different widths.
 
     Raises:
       UserError: embeddings that are not finite.
     """
-    clips = len(audio)
+    clips, widths = len(audio), (audio.shape[1], image.shape[1])
+    if widths[0] != widths[1]:
+        reason = f"sounds of width {widths[0]} and images of width {widths[1]} have no cosine"
+        return {f"{name}/recall{k}": [reason] * clips for name in DIRECTIONS for k in RECALLS}
     own = np.zeros(-(-clips // block) * block, np.float32)
     own_similarity, count_closer = _compiled(_own_similarity, mesh), _compiled(_count_closer, mesh)
     cut, whole = _placements(mesh)
@@ -108,7 +113,7 @@ def retrieval(audio: np.ndarray, image: np.ndarray, block: int = BLOCK,
             counts[0, :, left:left + block] += across
             counts[1, :, right:right + block] += down
     return {f"{name}/recall{k}": recalls(*counts[number, :, :clips], k)
-            for number, name in enumerate(("audio_to_image", "image_to_audio")) for k in RECALLS}
+            for number, name in enumerate(DIRECTIONS) for k in RECALLS}
 
 
 def recalls(closer: np.ndarray, equal: np.ndarray, k: int) -> Values:
