@@ -130,6 +130,7 @@ def lines(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_hook_gives_the_figures_of_the_task(folder, on_devices, tmp_path, monkeypatch):
     """At every step those of the checkpoint of the step; the same after a stop; the step is compiled once."""
     steps, made = [], train.periodic
