@@ -116,9 +116,11 @@ def measured(cell: Cell, config: TaskConfig, folder: pathlib.Path) -> dict:
 
 
 def checked(results: dict, config: TaskConfig, folder: pathlib.Path) -> dict:
-    """The results, unless they are of another recipe or checkpoint (UserError)."""
+    """The results, unless they are of another recipe or checkpoint (UserError). Keys that recipes did not have when
+    they were measured count as their defaults."""
     now = {"config": recipes.to_dict(config), "checkpoint": tasks.identity(find_checkpoint(config.init))}
-    difference = first_difference(now, {name: results[name] for name in now})
+    measured_config = recipes.to_dict(recipes.from_dict(results["config"], type(config)))
+    difference = first_difference(now, {"config": measured_config, "checkpoint": results["checkpoint"]})
     if difference is not None:
         name, here, there = difference
         raise UserError(f"{folder} holds the results of another evaluation: {name} is {there} in it and {here} now; "
