@@ -5,7 +5,6 @@ import json
 import pathlib
 import shutil
 
-import flatbuffers
 import jax
 import jax.export
 from flax import nnx
@@ -32,6 +31,8 @@ def export_stablehlo(model: nnx.Module, output: pathlib.Path, inputs: str, outpu
     Raises:
       UserError: `output` is there already or cannot be written, or the encoder is too large.
     """
+    import flatbuffers
+
     program = make_program(model, inputs, outputs)
     check_size(model)
     (batch,) = jax.export.symbolic_shape("batch")
@@ -53,6 +54,8 @@ def export_stablehlo(model: nnx.Module, output: pathlib.Path, inputs: str, outpu
 def export_onnx(model: nnx.Module, output: pathlib.Path, inputs: str, outputs: str) -> str:
     """Writes `encoder.onnx` (any batch size) by jax2onnx, and `encoder.json`. Returns what was written, in a line.
 
+    What comes out is called `image_pooled`, `audio_tokens` and so on.
+
     Only tensors in: of the log-mel's Fourier transform the converter makes a DFT that ONNX Runtime refuses.
 
     Raises:
@@ -68,7 +71,8 @@ def export_onnx(model: nnx.Module, output: pathlib.Path, inputs: str, outputs: s
         raise UserError(f"--format=onnx needs a converter ({error}): {ONNX_INSTALL}") from error
     program = make_program(model, inputs, outputs)
     shapes = [("B", *shape) for shape, _ in program.inputs.values()]
-    names = sorted(jax.eval_shape(program.function, *program.specs(1)))  # the order in which JAX flattens a dict
+    # Sorted is the order in which JAX flattens a dict.
+    names = [f"{name}_{outputs}" for name in sorted(jax.eval_shape(program.function, *program.specs(1)))]
     data = jax2onnx.to_onnx(program.function, shapes, model_name="encoder", input_names=list(program.inputs),
                             output_names=names).SerializeToString()
     about = describe(model, program, outputs, data)
