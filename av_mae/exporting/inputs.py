@@ -149,7 +149,10 @@ class PreparedInput(Input):
         if self.shape.stride is None:
             return [0.5]
         with stage("sound"):
-            spare = soundfile.info(io.BytesIO(sound)).duration - self.shape.seconds
+            try:
+                spare = soundfile.info(io.BytesIO(sound)).duration - self.shape.seconds
+            except soundfile.LibsndfileError as error:  # its own text holds an address
+                raise ValueError(error.error_string) from error
         starts = self.shape.starts(0.0, spare + self.shape.seconds)
         return [start / spare if spare > 0 else 0.0 for start in starts]
 
