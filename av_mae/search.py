@@ -79,7 +79,7 @@ def contact_sheet(index: Index, embedder: Embedder, query: dict[str, np.ndarray]
             note(f"{known['id']} cannot be shown: {failure}")
             image, audio = (np.zeros_like(query[name][0]) for name in ("image", "audio"))
         rows.append([image, audio])
-        titles.append(f"{number}   {similarity:.3f}   {known['id'][-28:]}")
+        titles.append(f"{number}   {similarity:.3f}   {_label(known)}   {known['id'][-24:]}")
     return gallery(rows, ("frame", "sound"), titles)
 
 

@@ -10,7 +10,6 @@ import json
 import pathlib
 import sys
 
-import jax
 import jax.export
 import numpy as np
 
@@ -22,14 +21,12 @@ def load(folder=pathlib.Path(__file__).parent):
     about, program = json.loads((folder / "encoder.json").read_text()), (folder / "encoder.stablehlo").read_bytes()
     again = "export the encoder again with python -m av_mae.export --format=stablehlo"
     if about["format"] != FORMAT:
-        raise RuntimeError(f"{folder} has format {about['format']}, this loader reads {FORMAT}: "
-                           f"take the load_encoder.py that was written with it, or {again}")
+        raise RuntimeError(f"{folder} has format {about['format']}, not {FORMAT}: take its own loader, or {again}")
     oldest, newest = (getattr(jax.export, f"{bound}_supported_calling_convention_version")
                       for bound in ("minimum", "maximum"))
     if not oldest <= about["calling_convention"] <= newest:
-        raise RuntimeError(f"{folder} was written by JAX {about['jax']} with calling convention "
-                           f"{about['calling_convention']}, JAX {jax.__version__} runs {oldest} to {newest}: "
-                           f"install a JAX nearer to {about['jax']}, or {again}")
+        raise RuntimeError(f"{folder} has calling convention {about['calling_convention']} of JAX {about['jax']}, but "
+                           f"JAX {jax.__version__} runs {oldest} to {newest}: install one nearer to it, or {again}")
     if hashlib.sha256(program).hexdigest() != about["sha256"]:
         raise RuntimeError(f"{folder}: encoder.stablehlo is damaged or not the one of encoder.json: {again}")
     sys.path.append(str(folder))  # jax.export reads with flatbuffers, which JAX does not bring: a copy lies there
