@@ -236,7 +236,7 @@ for ((i = 0; i < SLURM_NTASKS; i++)); do
   SLURM_PROCID=$i SLURM_LOCALID=$((i % tasks)) "$@" &
   pids+=($!)
 done
-echo "${pids[@]}" >> "$HOSTS/srun"
+echo "${pids[@]}" >> "$HOSTS/pids"
 for pid in "${pids[@]}"; do
   wait "$pid"
   status=$?
@@ -251,7 +251,7 @@ exit $worst
 def launch(training, tmp_path):
     """launch(script, *options, workdir=…): starts a launcher with stand-ins for Python, ssh, scp, srun and scontrol."""
     for name, text in {"python": PYTHON.format(python=sys.executable), "ssh": SSH, "scp": SCP, "srun": SRUN,
-                       "scontrol": '#!/bin/bash\necho "$@" >> "$HOSTS/scontrol"\n'}.items():
+                       "scontrol": '#!/bin/bash\necho "$@" >> "$HOSTS/asked"\n'}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
@@ -297,15 +297,15 @@ def test_slurm_launcher_restarts_and_requeues(training, whole, launch, tmp_path)
     job = {"SLURM_JOB_ID": str(random.randrange(4096))}
     process = launch("slurm.sh", "--nodes=2", workdir="slurm", **job)
     training.wait_for_step("slurm", 21, process)
-    os.kill(int((tmp_path / "srun").read_text().split()[1]), signal.SIGKILL)
+    os.kill(int((tmp_path / "pids").read_text().split()[1]), signal.SIGKILL)
     until = time.monotonic() + 200
-    while len((tmp_path / "srun").read_text().splitlines()) < 2 and time.monotonic() < until:
+    while len((tmp_path / "pids").read_text().splitlines()) < 2 and time.monotonic() < until:
         time.sleep(0.1)
     training.wait_for_step("slurm", 27, process)
     process.terminate()
     (status,), (message,) = ended([process])
     assert status == RESTART and "attempt 0 ended with statuses 137" in message, message
-    assert (tmp_path / "scontrol").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
+    assert (tmp_path / "asked").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
     (status,), (message,) = ended([launch("slurm.sh", "--nodes=2", workdir="slurm", **job)])  # queued again
     assert status == 0, message
     assert training.metrics("slurm") == whole[0]
