@@ -3,8 +3,11 @@
 All maps are [B, H, W] in at least float32, higher where it sounds, bilinear from the patch grid to the image.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from av_mae.models.config import AVMAEConfig, StreamConfig, require
@@ -52,6 +55,23 @@ def on_sphere(x: jax.Array) -> jax.Array:
 def upsample(values: jax.Array, stream: StreamConfig) -> jax.Array:
     """Values [B, N] of patches → [B, H, W], bilinear with half-pixel centres."""
     return jax.image.resize(values.reshape(-1, *stream.grid), (len(values), *stream.size), "bilinear")
+
+
+def finer(heat: Callable[[jax.Array], jax.Array], image: jax.Array, patch: tuple[int, int], shifts: int) -> jax.Array:
+    """The mean of the maps `heat(image)` [B, H, W] of an image moved by shifts × shifts parts of a patch, each moved back.
+
+    One map has the resolution of the patch grid; the mean knows where in a patch something begins. shifts 1: one map.
+    """
+    middle = (np.arange(shifts) + 0.5) / shifts - 0.5
+    moves = np.stack(np.meshgrid(*(np.round(middle * size).astype(int) for size in patch), indexing="ij"), axis=-1)
+    return jax.lax.map(lambda by: moved(heat(moved(image, by, patch)), -by, patch), moves.reshape(-1, 2)).mean(0)
+
+
+def moved(x: jax.Array, by: jax.Array, most: tuple[int, int]) -> jax.Array:
+    """x [B, H, W, …] moved up and left by `by` [2] pixels, at most `most`; edges are repeated."""
+    rows, columns = most
+    padded = jnp.pad(x, ((0, 0), (rows, rows), (columns, columns), *((0, 0) for _ in x.shape[3:])), mode="edge")
+    return jax.lax.dynamic_slice(padded, (0, rows + by[0], columns + by[1], *(0 for _ in x.shape[3:])), x.shape)
 
 
 def require_fusion(config: AVMAEConfig, what: str) -> None:
