@@ -138,7 +138,7 @@ def test_values_are_checked(override, message):
 
 
 @pytest.mark.parametrize("spec,message", [
-    ("configs/demos.py", "no recipe 'configs/demos.py'; the recipes here are configs/classification.py, configs/demo.py"),
+    ("configs/demos.py", "no recipe 'configs/demos.py'; the recipes here are configs/classification.py, configs/compare.py"),
     ("configs/pretrain.py:vgsound", "no variant 'vgsound'; did you mean 'vggsound'?; variants: vggsound"),
     ("configs/demo.py:big", "has no variant 'big'"),
 ])
