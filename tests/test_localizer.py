@@ -19,7 +19,7 @@ from av_mae.errors import UserError
 from av_mae.evaluation.localization_objective import Localization
 from av_mae.models import kinds, objectives
 from av_mae.published.names import names_of
-from av_mae.training import feed, mesh, optimizer, step
+from av_mae.training import feed, mesh, optimizer, sharding, step
 
 HEAD = models.LocalizerConfig(width=10, temperature=0.2)
 UNFUSED = models.FusionConfig(kind="none")
@@ -169,7 +169,7 @@ def steps(made, compiled, host):
 
 
 def test_same_loss_on_eight_devices_as_clip_by_clip(monkeypatch):
-    monkeypatch.setattr(mesh, "SMALL", 64)
+    monkeypatch.setattr(sharding, "SMALL", 64)
     made, compiled = one_device()
     host = batches(made.config, 2)
     _, expected = steps(made, compiled, host)
