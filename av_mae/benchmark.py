@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
     recipes.add_config_argument(step)
     step.add_argument("--plain", action="store_true", help="also run the plain formulation, in turn")
     step.add_argument("--encoder", action="store_true",
-                      help="instead: the encoder's forward pass over all patches, pairs separated against materialized")
+                      help="instead: the encoder's forward pass over all patches, beside that of materialized pairs")
     fusion = commands.add_parser("fusion", help="fusion kinds × implementations over token counts")
     fusion.add_argument("--size", default="base", choices=sorted(SIZES), help="width and heads (default: base)")
     fusion.add_argument("--batch", type=int, default=8, help="clips (default: 8)")

@@ -2,13 +2,15 @@
 
 Run by hand with a Python that has torch and this package's dependencies:
 
-    python tests/compare_step_with_torch.py configs/pretrain.py:base --batch=8 --rounds=5
+    python tests/compare_step_with_torch.py --config=configs/pretrain.py:base --config.batch_size=8 \\
+        --config.dtype=float32 --rounds=5
 
 The PyTorch model is written as one would write it there: queries, keys and values in one layer, fusion tokens as tokens
 of the blocks, keys and values of all pairs, both decoders complete, scaled_dot_product_attention, AdamW; float32.
 """
 
 import argparse
+import sys
 
 import jax
 import numpy as np
@@ -140,11 +142,10 @@ def torch_step(config):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("--batch", type=int, default=8)
+    recipes.add_config_argument(parser)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    config = recipes.load_recipe(arguments.config, [f"--config.batch_size={arguments.batch}", "--config.dtype=float32"])
+    arguments, overrides = recipes.parse_arguments(parser, sys.argv[1:])
+    config = recipes.load_recipe(arguments.config, overrides)
     train_step = TrainStep(config, make_mesh(config.mesh), Length(1000, 10, 1000))
     batch = jax.device_put(step.random_batch(config), train_step.rows)
     ours = step.Runner(train_step.step, train_step.init(), batch)
