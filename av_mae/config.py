@@ -5,7 +5,7 @@ import dataclasses
 from av_mae.models.config import AVMAEConfig, require
 
 DTYPES = ("bfloat16", "float32")
-TRUTHS = ("mask", "objects", "sources", "waveforms")
+TRUTHS = ("label", "labels", "mask", "objects", "sources", "waveforms")
 MOST_MIXED = 4  # clips
 REMATS = ("none", "dots", "full")
 OPTIMIZERS = ("adamw", "lars")
@@ -35,12 +35,12 @@ class SoundConfig:
 class DataConfig:
     """Where clips come from and how they are augmented.
 
-    `path` names prepared sets, separated by commas; `weights` mixes them (None: by size). `balanced` draws clips so that
-    rare classes come as often as common ones (data/balance.py). `cache` is how many gigabytes of records each process
-    that reads keeps in memory. `truth` names what batches
-    carry of what is known about a clip (data/truth.py). `mix` clips' sounds are added to one, the first clip being
-    the source that is looked for. `image_noise` is the deviation of white noise on normalised images, `sound_snr` the
-    decibels of a sound over white noise (None: without noise).
+    `path` names prepared sets, separated by commas; `weights` mixes them (None: by size). `balanced` draws clips so
+    that rare classes come as often as common ones (data/balance.py). `cache` is how many gigabytes of records each process
+    that reads keeps in memory. `truth` names what batches carry of what is known about a clip (data/truth.py), of
+    `classes` labels or, in masks, of pixels (0: labels are not counted and masks are binary). `mix` clips' sounds are
+    added to one, the first clip being the source that is looked for. `image_noise` is the deviation of white noise on
+    normalised images, `sound_snr` the decibels of a sound over white noise (None: without noise).
     """
 
     path: str = ""
@@ -57,6 +57,7 @@ class DataConfig:
     jitter: bool = True
     max_failure_share: float = 0.1
     truth: tuple[str, ...] = ()
+    classes: int = 0
     mix: int = 1
     image_noise: float = 0.0
     sound_snr: float | None = None
@@ -64,6 +65,8 @@ class DataConfig:
     def __post_init__(self):
         wrong = [name for name in self.truth if name not in TRUTHS]
         require(not wrong, f"data.truth={self.truth} names {wrong}; known are {', '.join(TRUTHS)}")
+        require(self.classes >= 0, f"data.classes={self.classes} must be 0 or more")
+        require("labels" not in self.truth or self.classes > 0, "data.truth 'labels' needs data.classes above 0")
         require(1 <= self.mix <= MOST_MIXED, f"data.mix={self.mix} must be 1 (no mixing) to {MOST_MIXED} clips")
         require(self.image_noise >= 0, f"data.image_noise={self.image_noise} must be 0 or more")
         require(bool(self.split), "data.split must name a split of the prepared sets, e.g. train or test")

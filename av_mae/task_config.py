@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from av_mae.config import RunConfig, TrainConfig
+from av_mae.config import DataConfig, RunConfig, TrainConfig
 from av_mae.models.config import require
 from av_mae.models.head_config import (ClassificationSettings, ClassifierConfig, LocalizerConfig, SegmenterConfig,
                                        SeparatorConfig)
@@ -16,15 +16,16 @@ class TaskConfig(RunConfig):
     """What all tasks share. The encoder, its sizes and its sound features (`data.sound`) are those of `init`.
 
     `random_weights` takes the sizes of `init` but not its weights. `encoder_rate` multiplies the encoder's learning
-    rate, `layer_decay` those of its layers (deepest first). `data.split` is trained on and `test_split` measured,
-    `test_clips` of it (0: all) in batches of `test_batch_size`. `bootstrap` resamplings give the intervals,
-    `pictures` clips are drawn.
+    rate, `layer_decay` those of its layers (deepest first). `data.split` is trained on and `test_split` measured, of
+    the sets `test_path` (empty: those of `data.path`), `test_clips` of it (0: all) in batches of `test_batch_size`.
+    `bootstrap` resamplings give the intervals, `pictures` clips are drawn.
     """
 
     task: str = ""
     random_weights: bool = False
     encoder_rate: float = 1.0
     layer_decay: float = 1.0
+    test_path: str = ""
     test_split: str = "test"
     test_clips: int = 0
     test_batch_size: int = 64
@@ -41,16 +42,28 @@ class TaskConfig(RunConfig):
         require(self.bootstrap >= 100, f"bootstrap={self.bootstrap} must be at least 100 for 95 % intervals")
         require(self.pictures >= 0, f"pictures={self.pictures} must be 0 (none) or more")
 
-    def run_config(self, pretrained: TrainConfig, truth: tuple[str, ...]) -> TrainConfig:
-        """The recipe of the run that trains the head on the encoder of a pretraining: batches also carry `truth`."""
+    @property
+    def test_data(self) -> DataConfig:
+        """Where the clips that are measured come from."""
+        path = self.test_path or self.data.path
+        return dataclasses.replace(self.data, path=path, split=self.test_split, weights=None)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All prepared sets that are used, each once."""
+        return tuple(dict.fromkeys((*self.data.paths, *self.test_data.paths)))
+
+    def run_config(self, pretrained: TrainConfig, truth: tuple[str, ...], classes: int) -> TrainConfig:
+        """The recipe of the run that trains the head on the encoder of a pretraining: batches also carry `truth`, of
+        `classes` classes where there are several."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)}
-        data = dataclasses.replace(self.data, sound=pretrained.data.sound, truth=truth)
+        data = dataclasses.replace(self.data, sound=pretrained.data.sound, truth=truth, classes=classes)
         return TrainConfig(**fields | {"data": data}, model=pretrained.model)
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationConfig(TaskConfig):
-    """A mask of what sounds."""
+    """A mask of what sounds, in every annotated frame; `head.classes` 1: binary, more: as many as the sets have."""
 
     task: str = "segmentation"
     head: SegmenterConfig = SegmenterConfig()
@@ -58,10 +71,19 @@ class SegmentationConfig(TaskConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SeparationConfig(TaskConfig):
-    """The sound of what the image shows, from a mixture."""
+    """The sound of what the image shows, from a mixture: that of the prepared clips, or of `data.mix` of them.
+
+    `pairs` is a CSV list of the test's mixtures, the ids of `data.mix` clips in each row; without it they are drawn.
+    """
 
     task: str = "separation"
     head: SeparatorConfig = SeparatorConfig()
+    pairs: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(not self.pairs or self.data.mix > 1, f"pairs={self.pairs} lists clips to be mixed: set data.mix to how "
+                                                     f"many are in a row, not {self.data.mix}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +109,9 @@ class LocalizationConfig(TaskConfig):
 
     `method` is 'contrastive' (a head trained without boxes), or of the pretrained model as it is 'attention' (of the
     fusion tokens) or 'occlusion' (how much worse a hidden image patch makes the rebuilt sound, over `masks` masks).
-    The map's highest share `top` is what cIoU compares with the truth: the sounding object's 'box' or 'mask'.
+    The map's highest share `top` is what cIoU compares with the truth: the 'box' or 'mask' of what sounds. Of boxes, a
+    pixel is wholly true where `agreeing` annotators (or all, where there are fewer) mark it. A map whose highest value
+    reaches `detected` says that something sounds.
     """
 
     task: str = "localization"
@@ -96,11 +120,14 @@ class LocalizationConfig(TaskConfig):
     masks: int = 4
     top: float = 0.1
     against: str = "mask"
+    agreeing: int = 1
+    detected: float = 0.5
 
     def __post_init__(self):
         super().__post_init__()
         require(self.method in METHODS, f"method={self.method!r} must be one of {', '.join(METHODS)}")
         require(self.masks > 0, f"masks={self.masks} must be at least 1")
+        require(self.agreeing > 0, f"agreeing={self.agreeing} must be at least 1 annotator")
         require(0 < self.top <= 1, f"top={self.top} must be a share above 0, at most 1")
         require(self.against in ("box", "mask"), f"against={self.against!r} must be box or mask")
 

@@ -76,7 +76,8 @@ def test_examples_against_numpy():
              for key in rows["noise_keys"]]
     share = np.asarray(rows["share"])
     assert share.shape == (7,) and len(np.unique(share)) == 1 and 0.05 < share[0] < 0.95
-    found = jax.jit(made.examples)(arrays(batch) | rows)
+    prepared = jax.jit(made.prepare)(arrays(batch) | rows)
+    found = [prepared[name] for name in ("image", "audio", "target")]
     expected = numpy_examples(batch, rows, np.stack(noise))
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -116,7 +117,7 @@ def test_losses_against_numpy(multi_label):
     if multi_label:
         batch["label"] = np.array([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]], np.int32)
     model, rows = made.build(nnx.Rngs(1)), arrays(batch)
-    (loss, metrics), features = jax.jit(lambda rows: (made.losses(model, rows), models.pool(
+    (loss, metrics), features = jax.jit(lambda rows: (made.losses(model, made.prepare(rows)), models.pool(
         model.encoder(models.normalize_image(rows["image"]), rows["audio"]))))(rows)
     score = score_of(model, features)
     weights = np.array([1 / 0.4, 1 / 0.1, 1 / 0.3, 1 / 0.2, 0])
@@ -213,6 +214,20 @@ def test_invalid_clips_do_not_leak_through_mixup(tuned):
     before, after = (np.asarray(run(tuned.state, feed.to_global(batch, tuned.step.rows))) for batch in (clean, dirty))
     np.testing.assert_array_equal(np.delete(before, 2), np.delete(after, 2))
     assert before[2] != after[2]
+
+
+def test_mixed_pairs_do_not_depend_on_accumulation():
+    """The same steps in one part, and in two over two devices: parts of a batch hold other rows than the whole."""
+    settings, runs = ClassificationSettings(mixup=1.0), []
+    for parts, devices in ((1, 1), (2, 2)):
+        config = recipe(unfused(), batch_size=8, steps=3, grad_accumulation=parts,
+                        optimizer=OptimizerConfig(kind="lars", base_lr=1.0, warmup=0.0, weight_decay=0.0))
+        made = objective(settings, model=unfused())
+        runs.append(Run(config, made, labelled(config, 2), devices, runs[0].first if runs else None))
+    for ours, theirs in zip(runs[1].history, runs[0].history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for name, x in runs[0].state.params.items():
+        np.testing.assert_allclose(runs[1].state.params[name], x, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_a_frozen_encoder_has_no_backward_pass_and_stays_as_it_is(tuned, probe):

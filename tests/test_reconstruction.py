@@ -10,7 +10,7 @@ from flax import nnx
 from av_mae import evaluate, models
 from av_mae.config import EvaluationConfig, EvaluationDataConfig, SoundConfig
 from av_mae.errors import UserError
-from av_mae.data import pipeline
+from av_mae.data import plans
 from av_mae.evaluation import reconstruction
 from av_mae.evaluation.baselines import interpolate_image, row_means
 from av_mae.evaluation.clips import Clips, map_batches, set_names
@@ -92,7 +92,7 @@ def test_errors_with_both_streams_masked(normalize):
 def test_other_stream_right_swapped_and_blank():
     """The masked stream's error, clip by clip, with the other stream whole: its own, its partner's, or nothing."""
     errors, model, _, clips, noise = _errors(2)
-    partner = pipeline.partners(5, 2)
+    partner = plans.partners(5, 2)
     image = ((clips.image / 255 - MEAN) / DEVIATION).astype(np.float32)
     grey = np.round(MEAN * 255) / 255
     blank = np.broadcast_to(((grey - MEAN) / DEVIATION).astype(np.float32), image.shape)
@@ -129,11 +129,11 @@ def test_masks_depend_on_seed_and_place_alone():
 
 
 def test_partners():
-    partner = pipeline.partners(7, 0)
+    partner = plans.partners(7, 0)
     assert sorted(partner) == list(range(7)) and (partner != np.arange(7)).all()
-    np.testing.assert_array_equal(partner, pipeline.partners(7, 0))
+    np.testing.assert_array_equal(partner, plans.partners(7, 0))
     with pytest.raises(UserError, match="at least 2 readable clips in a set, got 1"):
-        pipeline.partners(1, 0)
+        plans.partners(1, 0)
 
 
 def test_interpolation_of_images():

@@ -1,6 +1,9 @@
 """Downstream tasks from a pretrained checkpoint to results.json: every task, any mesh and batch size, stopped, misused."""
 
+import functools
+import io
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -9,8 +12,8 @@ import soundfile
 from PIL import Image
 from tiny_tasks import VARIANTS, arguments, prepared, pretrained
 
-from av_mae import evaluate
-from av_mae.data import records
+from av_mae import evaluate, recipes
+from av_mae.data import clip_writer, records
 from av_mae.errors import UserError
 from av_mae.evaluation import separation
 from av_mae.training import mesh, run
@@ -132,8 +135,91 @@ def test_a_broken_clip_is_named_and_left_out(folder, one_device, tmp_path, monke
     assert "toy_band_single_test_000005: sound" in results["skipped_clips"][0]
 
 
+def changed(path: pathlib.Path, source: pathlib.Path, change) -> pathlib.Path:
+    """A copy of a prepared set; `change(split, number, record)` gives the fields that are others."""
+    def contents(split):
+        stored = records.open_source(source, split)
+        for number in range(len(stored)):
+            record = stored[number]
+            del record["label"]
+            yield record | change(split, number, record)
+
+    path.mkdir()
+    splits = {split: functools.partial(contents, split) for split in ("train", "test")}
+    records.write_set(path, "changed", "changed", records.class_names(source), splits, 24)
+    return path
+
+
+def test_clips_of_several_classes_and_one_of_none(folder, one_device, tmp_path):
+    """Two windows a clip; the clip without a class is left out of the figures, and its cause is there."""
+    def second_class(split, number, record):
+        return {"labels": [] if (split, number) == ("test", 4) else [record["labels"][0], number % 8]}
+
+    data = changed(tmp_path / "set", folder / "single", second_class)
+    results = measured(folder, "classification", tmp_path / "run", f"data.path={data}", "settings.multi_label=True",
+                       "settings.mixup=0.5", "settings.log_odds=True", "windows=2")
+    assert (results["clips"], results["skipped"], results["items"], results["missing"]) == (20, 1, 40, 0)
+    assert results["skipped_clips"] == ["clip toy_band_single_test_000004: label: the class is unknown"]
+    for name in ("mean_ap", "auc"):
+        assert 0 < results[f"{name}/joint"]["value"] < 1
+
+
+@pytest.mark.slow
+def test_every_annotated_frame_is_segmented(folder, one_device, tmp_path):
+    """Clip n has masks of n % 3 + 1 frames; one clip's are empty: counted beside every figure."""
+    def more_masks(split, number, record):
+        blank = np.asarray(Image.open(io.BytesIO(record["masks"][0]))) * 0
+        mask = clip_writer.png(blank.astype(bool)) if (split, number) == ("test", 2) else record["masks"][0]
+        return {"masks": [mask] * (number % 3 + 1), "mask_frames": np.arange(number % 3 + 1) * 2}
+
+    data = changed(tmp_path / "set", folder / "scene", more_masks)
+    results = measured(folder, "segmentation", tmp_path / "run", f"data.path={data}")
+    assert (results["clips"], results["items"]) == (21, 7 * (1 + 2 + 3))
+    assert results["iou"]["left_out"] == {"the target is all background": 3}
+    assert results["region_sizes"].startswith("iou/small: what sounds takes less than 0.05 of the image")
+
+
+@pytest.mark.slow
+def test_listed_mixtures_are_separated_source_by_source(folder, one_device, tmp_path):
+    name = "toy_band_single_test_00000"
+    (tmp_path / "pairs.csv").write_text(f"{name}1,{name}3\n{name}4,nobody\n{name}5,{name}1\n")
+    results = measured(folder, "separation", tmp_path / "run", f"data.path={folder / 'single'}", "data.mix=2",
+                       f"pairs={tmp_path / 'pairs.csv'}", "pictures=1")
+    assert (results["clips"], results["items"], results["missing"]) == (2, 4, 1)
+    assert (tmp_path / "run" / "missing.txt").read_text() == "mixture 2: nobody\n"
+    both = [results[f"source{number}/sdr"]["value"] for number in (1, 2)]
+    assert results["sdr"]["value"] == pytest.approx(np.mean(both))
+
+
+@pytest.mark.parametrize("name, values", [
+    ("classification:vggsound_probe", {"epochs": 60, "optimizer.warmup": 10, "optimizer.kind": "lars",
+                                       "optimizer.base_lr": 0.3, "head.classes": 309, "settings.multi_label": False}),
+    ("classification:audioset_probe", {"epochs": 300, "optimizer.warmup": 20, "head.classes": 527,
+                                       "head.input_norm": True, "encoder_rate": 0, "settings.multi_label": True}),
+    ("classification:vggsound_finetune", {"epochs": 100, "optimizer.warmup": 20, "windows": 10, "layer_decay": 0.75,
+                                          "settings.drop_path": 0.2, "settings.mixup": 1, "settings.balanced": True}),
+    ("classification:audioset_finetune", {"optimizer.base_lr": 3e-4, "data.split": "balanced", "windows": 10,
+                                          "settings.label_smoothing": 0.1, "settings.log_odds": True}),
+    ("separation:vggsound_music", {"epochs": 300, "optimizer.warmup": 40, "optimizer.base_lr": 3e-4, "data.mix": 2,
+                                   "head.mask": "ratio", "head.weighted": True, "layer_decay": 0.75}),
+    ("separation:music", {"epochs": 300, "optimizer.weight_decay": 0.05, "data.mix": 2}),
+    ("segmentation:s4", {"epochs": 100, "optimizer.warmup": 20, "optimizer.base_lr": 2e-4, "head.classes": 1}),
+    ("segmentation:ms3", {"head.classes": 1, "layer_decay": 0.75}), ("segmentation:avss", {"head.classes": 71}),
+    ("localization:vggss", {"against": "box", "top": 0.5, "agreeing": 1}), ("localization:flickr", {"agreeing": 2})])
+def test_published_protocols(name, values):
+    """As ../shared/TASKS.md has them."""
+    task, variant = name.split(":")
+    config = recipes.load_recipe(f"configs/{task}.py:{variant}", [], evaluate.kind_of)
+    for key, value in values.items():
+        assert functools.reduce(getattr, key.split("."), config) == value, key
+
+
 @pytest.mark.parametrize("task, overrides, message", [
     ("classification", ["head.classes=9"], "head.classes=9 does not match the labels: .* has 8 classes"),
+    ("segmentation", ["head.classes=3"], "head.classes=3 does not match the labels: .* has 8 classes"),
+    ("classification", ["data.path="], "no data: set --config.data.path=DIR"),
+    ("separation", ["pairs=list.csv"], "pairs=list.csv lists clips to be mixed: set data.mix"),
+    ("separation", ["pairs=nowhere.csv", "data.mix=2"], "cannot read pairs=nowhere.csv: No such file"),
     ("segmentation", ["init="], "no checkpoint: set --config.init=DIR"),
     ("segmentation", ["test_split=valid"], "has no split 'valid'"),
     ("localization", ["method=magic"], "method='magic' must be one of contrastive, attention, occlusion"),

@@ -8,24 +8,22 @@ import pytest
 import soundfile
 from PIL import Image
 
-from av_mae.data import loading, pipeline, truth
+from av_mae.data import loading, pipeline, plans, truth
 
 SIZE = (32, 48)
 
 
+def png_of(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
 def png(mask: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
-    return file.getvalue()
+    return png_of(mask.astype(np.uint8) * 255)
 
 
-def coloured_png() -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-COLOURED = coloured_png()
+COLOURED = png_of(np.zeros((4, 4, 3), np.uint8))
 
 
 class TrueSet(fake_clips.FakeSet):
@@ -41,7 +39,8 @@ class TrueSet(fake_clips.FakeSet):
         whole = soundfile.read(io.BytesIO(clip["sound"]), dtype="float32")[0]
         part = generator.standard_normal(len(whole)).astype(np.float32) * 0.05
         box = np.array([top / 32, left / 48, (top + 12) / 32, (left + 20) / 48], np.float32)
-        return clip | {"frames": [fake_clips.jpeg(frame)] * 3, "masks": [png(mask)], "mask_frames": np.array([1]),
+        return clip | {"labels": np.array([index, (index + 5) % 12]), "frames": [fake_clips.jpeg(frame)] * 3,
+                       "masks": [png(mask)], "mask_frames": np.array([1]),
                        "boxes": np.stack([np.float32([0, 0, 1, 1]), box]), "object_labels": np.array([4, 7]),
                        "sounding": np.array([0, 1]), "box_annotators": np.array([0, 2]), "annotators": np.int64(3),
                        "sources": [fake_clips.flac(part, 4000), fake_clips.flac(whole - part, 4000)]}
@@ -105,7 +104,7 @@ def test_swapped_streams_are_another_clips():
         np.testing.assert_array_equal(swapped["id"], own["id"])
         np.testing.assert_array_equal(swapped[kept], own[kept])
         np.testing.assert_array_equal(swapped["mask"], own["mask"])
-        partner = pipeline.partners(12, 0)
+        partner = plans.partners(12, 0)
         np.testing.assert_array_equal(swapped[changed], own[changed][partner])
 
 
@@ -118,19 +117,104 @@ def test_noise_has_its_level():
 
 def test_a_partner_that_fails_costs_the_clip():
     batch = batches(count=12, mix=2, broken={3: "read"})
-    partner = pipeline.partners(12, 0)
-    assert set(np.flatnonzero(~batch["valid"])) == {3, int(np.flatnonzero(partner == 3)[0])}
-    assert all("read: the shard breaks off" in error for error in batch["error"] if error)
+    plan = plans.random_mixtures(plans.Clips(12, 0, None), 2)
+    with_it = plan.group == plan.group[plan.clip == 3]
+    np.testing.assert_array_equal(batch["valid"], ~with_it)
+    assert with_it.sum() == 2 and all("read: the shard breaks off" in error for error in batch["error"] if error)
 
 
 @pytest.mark.parametrize("name, field, message", [
     ("mask", {"masks": []}, "truth: the clip has no mask"),
-    ("mask", {"masks": [COLOURED]}, "truth: a mask must be an 8-bit greyscale picture, got mode RGB"), ("sources", {"sources": []}, "sound: the clip has no clean"),
+    ("mask", {"masks": [COLOURED]}, "truth: a mask must be an 8-bit greyscale picture, got mode RGB"),
+    ("sources", {"sources": []}, "sound: the clip has no clean"),
     ("waveforms", {"sources": [b""] * 5}, "sound: the clip has 5 clean sounds, at most 4"),
-    ("objects", {"boxes": np.zeros((9, 4))}, "truth: the clip has 9 boxes, at most 8")])
+    ("mask", {"masks": [b"no picture"]}, "truth: cannot identify image file"),
+    ("labels", {"label": np.int64(-1)}, "label: the class is unknown"),
+    ("label", {"label": np.int64(-1)}, "label: the class is unknown"),
+    ("labels", {"labels": np.array([1, 12])}, "label: class 12 is none of 12"),
+    ("objects", {"boxes": np.zeros((33, 4))}, "truth: the clip has 33 boxes, at most 32")])
 def test_what_is_missing_is_named(name, field, message, monkeypatch):
     read = TrueSet.__getitem__
     monkeypatch.setattr(TrueSet, "__getitem__", lambda self, index: read(self, index) | (field if index == 2 else {}))
-    batch = batches(truth=(name,))
+    batch = batches(truth=(name,), classes=12 if name == "labels" else 0)
     assert batch["error"][2].startswith(f"clip a-2: {message}") and not batch["valid"][2]
     assert batch["valid"].sum() == 7
+
+
+def test_all_labels_of_a_clip_are_marked():
+    batch = batches(truth=("labels",), classes=12)
+    expected = np.zeros((8, 12), np.int32)
+    for index in range(8):
+        expected[index, [index, (index + 5) % 12]] = 1
+    np.testing.assert_array_equal(batch["label"], expected)
+    assert batch["label"].dtype == np.int32
+
+
+class FilmSet(fake_clips.FakeSet):
+    """Clips of 4 s with 5 frames, of which `annotated` have masks of classes: frame f is grey f, its mask is 1 + f in
+    the right half. Clip i has masks for the first i % 3 + 1 of them."""
+
+    annotated = (0, 2, 3)
+
+    def __getitem__(self, index: int) -> dict:
+        frames = [fake_clips.jpeg(np.full((*SIZE, 3), 20 + 40 * frame, np.uint8)) for frame in range(5)]
+        masks = []
+        for frame in self.annotated[:index % 3 + 1]:
+            mask = np.zeros(SIZE, np.uint8)
+            mask[:, 24:] = 1 + frame
+            masks.append(png_of(mask))
+        sound = np.random.default_rng(index).standard_normal(16000).astype(np.float32) * 0.1
+        return {"id": f"{self.name}-{index}", "label": np.int64(0), "duration": np.float32(4), "frames": frames,
+                "frame_times": np.float32([0.5, 1.2, 2.0, 2.9, 3.9]), "sound": fake_clips.flac(sound, 4000),
+                "masks": masks, "mask_frames": np.array(self.annotated[:len(masks)])}
+
+
+def films(training: bool, swap: str = "", **changes) -> list[dict]:
+    """The rows that are valid of the first batches (all, in evaluation) of 4 clips."""
+    config = fake_clips.small_config(truth=("mask",), crop_scale=(1.0, 1.0), flip=False, **changes)
+    source, sizes = loading.ClipSource("f", FilmSet("f", 4)), ((32, 48), (16, 16))
+    if training:
+        with pipeline.TrainingData([source], config, *sizes, 0, 16, np.arange(16)) as data:
+            found = [next(data.batches(0))]
+    else:
+        with pipeline.EvaluationData([source], config, *sizes, 5, np.arange(5), swap) as data:
+            found = list(data)
+    return [{name: x[row] for name, x in batch.items()} for batch in found for row in np.flatnonzero(batch["valid"])]
+
+
+SECONDS = 16 * 64 / 4000  # of the sound that a model sees
+
+
+def test_every_annotated_frame_is_seen_with_the_sound_around_it():
+    rows = films(training=False, classes=5)
+    assert [row["id"] for row in rows] == ["f-0"] + ["f-1"] * 2 + ["f-2"] * 3 + ["f-3"]
+    times = {0: 0.5, 2: 2.0, 3: 2.9}
+    for row, frame in zip(rows, [0, 0, 2, 0, 2, 3, 0], strict=True):
+        assert abs(int(row["image"].mean()) - (20 + 40 * frame)) <= 2
+        np.testing.assert_array_equal(row["mask"], np.repeat([[0] * 24 + [1 + frame] * 24], 32, axis=0))
+        assert row["start"] == pytest.approx(times[frame] - SECONDS / 2, abs=1e-3)
+    swapped = films(training=False, swap="audio", classes=5)
+    assert all(np.array_equal(one["image"], other["image"]) for one, other in zip(rows, swapped, strict=True))
+
+
+def test_training_takes_any_annotated_frame_and_a_window_that_holds_it():
+    seen = set()
+    for row in films(training=True):
+        frame = int(round((row["image"].mean() - 20) / 40))
+        time = {0: 0.5, 2: 2.0, 3: 2.9}[frame]
+        assert time - SECONDS - 1e-3 <= row["start"] <= time + 1e-3
+        assert set(np.unique(row["mask"])) == {0, 1} and abs(row["mask"].mean() - 0.5) < 0.05  # binary: any class
+        seen.add((row["id"], frame))
+    assert {frame for _, frame in seen} == {0, 2, 3} and len({row["start"] for row in films(training=True)}) > 12
+    still = films(training=True, jitter=False)
+    centred = {round(time - SECONDS / 2, 3) for time in (0.5, 2.0, 2.9)}
+    assert {round(float(row["start"]), 3) for row in still} <= centred
+
+
+def test_a_mask_of_more_classes_than_there_are_is_named():
+    config = fake_clips.small_config(truth=("mask",), classes=3)
+    with pipeline.EvaluationData([loading.ClipSource("f", FilmSet("f", 4))], config, (32, 48), (16, 16), 7,
+                                 np.arange(7)) as data:
+        batch, = data
+    assert list(batch["valid"]) == [True, True, False, True, False, False, True]
+    assert "truth: the mask holds class 3, there are 3 (0 to 2); binary masks have no classes" in batch["error"][2]

@@ -1,7 +1,7 @@
 """From stored records to batches. A clip that fails keeps its slot, with the reason."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import grain
@@ -10,6 +10,7 @@ import numpy as np
 from av_mae.config import DataConfig
 from av_mae.data import frames, sound, truth
 from av_mae.data.failures import ClipFailure, stage
+from av_mae.data.plans import MIDDLE
 
 FIELDS = ("id", "label", "frames", "frame_times", "sound")  # of a record that every batch is made of
 
@@ -40,32 +41,34 @@ def batch_fields(data: DataConfig, image_size: tuple[int, int], audio_size: tupl
     """Shape and dtype, per clip, of the arrays in a batch."""
     fields = {"image": ((*image_size, 3), np.uint8), "audio": (tuple(audio_size), np.float32), "label": ((), np.int32),
               "start": ((), np.float32)}
-    return fields | truth.spec(data.truth, tuple(image_size), tuple(audio_size), data.sound.hop)
+    return fields | truth.spec(data, tuple(image_size), tuple(audio_size))
 
 
-class Companions(grain.MapDataset):
-    """Clips with others beside them: element p is that of `clips`, with the elements `positions(p)` as `others`."""
+class Chosen(grain.MapDataset):
+    """Clips with others beside them: with `choose(p)` = (clip, others, view), element p is that clip of `clips`, with
+    `others` and with what `view` says. `length` elements."""
 
-    def __init__(self, clips: grain.MapDataset, positions: Callable[[int], Sequence[int]]):
+    def __init__(self, clips: grain.MapDataset, length: int, choose: Callable[[int], tuple[int, Iterable[int], dict]]):
         super().__init__(clips)
-        self._positions = positions
+        self._length, self._choose = length, choose
 
     def __len__(self) -> int:
-        return len(self._parent)
+        return self._length
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        return self._parent[index] | {"others": [self._parent[other] for other in self._positions(index)]}
+        clip, others, view = self._choose(index)
+        return self._parent[clip] | {"others": [self._parent[other] for other in others], "view": view}
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipLoader(grain.transforms.RandomMap):
     """Decodes, augments and computes the features of one clip.
 
-    `augment` False: the window at `place` of the sound (0.5: the middle), centred crop, no flip, no change of volume.
-    `swap` 'image' or 'audio' takes the frame or the sound from the last of the record's `others`; the first ones are
-    mixed in as `data.mix` says.
+    `augment` False: the window and mask that the record's `view` names (see plans), centred crop, no flip, no change
+    of volume. `swap` 'image' or 'audio' takes the frame or the sound from the last of the record's `others`; the first
+    ones are mixed in as `data.mix` says. Where masks are wanted, the frame is that of a mask, the sound is around it.
     """
 
     data: DataConfig
@@ -73,7 +76,6 @@ class ClipLoader(grain.transforms.RandomMap):
     audio_size: tuple[int, int]
     augment: bool
     swap: str = ""
-    place: float = 0.5
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Record → `image` uint8 [H, W, 3], `audio` float32 [mels, frames], `label`, `start` (s), `id`, `error`, and
@@ -81,7 +83,7 @@ class ClipLoader(grain.transforms.RandomMap):
 
         A clip that fails has `error` = 'clip ID: stage: cause' and neither image nor audio.
         """
-        clip = {"id": str(element["id"]), "label": element.get("label", 0), "start": 0.0, "error": ""}
+        clip = {"id": str(element["id"]), "start": 0.0, "error": ""}
         try:
             for record in (element, *element.get("others", ())):
                 if "error" in record:
@@ -97,10 +99,12 @@ class ClipLoader(grain.transforms.RandomMap):
         return record | {name: record["others"][-1][name] for name in taken}
 
     def _load(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        clip, settings = {}, self.data.sound
+        settings, samples = self.data.sound, self.audio_size[1] * self.data.sound.hop
+        with stage("label"):
+            clip = {"label": truth.read_label(record, self.data)}
+        with stage("truth"):
+            number, place = self._window(record, samples / settings.rate, rng)
         with stage("sound"):
-            place = rng.uniform() if self.augment and self.data.jitter else self.place
-            samples = self.audio_size[1] * settings.hop
             waveform, clip["start"], middle = sound.read_window(record["sound"], settings.rate, samples, place)
             waveform, sources = self._mix(record, waveform, place)
         with stage("features"):
@@ -114,12 +118,26 @@ class ClipLoader(grain.transforms.RandomMap):
         with stage("frame"):
             if len(record["frames"]) == 0:
                 raise ValueError("the clip holds no frames")
-            nearest = int(np.argmin(np.abs(np.asarray(record["frame_times"]) - middle)))
-            size = frames.frame_size(record["frames"][nearest])
+            shown = int(np.argmin(np.abs(np.asarray(record["frame_times"]) - middle)))
+            if number is not None and self.swap != "image":
+                shown = record["mask_frames"][number]
+            size = frames.frame_size(record["frames"][shown])
             box, flip = self._crop(*size, rng)
-            clip["image"] = frames.decode_crop(record["frames"][nearest], box, self.image_size, flip)
+            clip["image"] = frames.decode_crop(record["frames"][shown], box, self.image_size, flip)
         with stage("truth"):
-            return clip | truth.place_fields(self.data.truth, record, nearest, size, box, self.image_size, flip)
+            if number is not None:
+                clip["mask"] = truth.read_mask(record["masks"][number], self.data.classes, box, self.image_size, flip)
+            if "objects" in self.data.truth:
+                clip |= truth.read_objects(record, box, size, flip)
+        return clip
+
+    def _window(self, record: dict[str, Any], seconds: float, rng: np.random.Generator) -> tuple[int | None, float]:
+        """The number of the mask that is looked at, where masks are wanted; the place of the window in the sound."""
+        jitter = rng if self.augment and self.data.jitter else None
+        if "mask" in self.data.truth:
+            number = truth.mask_number(record, rng if self.augment else None)
+            return number, truth.mask_window(record, number, seconds, jitter)
+        return None, record.get("view", MIDDLE)["window"] if jitter is None else rng.uniform()
 
     def _mix(self, record: dict[str, Any], waveform: np.ndarray, place: float) -> tuple[np.ndarray, np.ndarray]:
         """What is heard [samples], and the clean sounds in it [m, samples] where they are asked for."""
@@ -135,7 +153,8 @@ class ClipLoader(grain.transforms.RandomMap):
 
     def _crop(self, height: int, width: int, rng: np.random.Generator) -> tuple[frames.Box, bool]:
         if not self.augment:
-            return frames.centre_box(height, width, self.image_size), False
+            share = 1.0 if "mask" in self.data.truth else frames.EVALUATION_SHARE  # as published
+            return frames.centre_box(height, width, self.image_size, share), False
         flip = self.data.flip and rng.uniform() < 0.5
         return frames.random_box(rng, height, width, self.data.crop_scale), flip
 

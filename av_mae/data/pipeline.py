@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import grain.multiprocessing
@@ -26,11 +27,14 @@ from av_mae.config import DataConfig
 from av_mae.data.balance import Balanced, check_classes, clip_weights
 from av_mae.data.cache import Cached
 from av_mae.data.labels import Labels
-from av_mae.data.loading import FIELDS, ClipLoader, ClipSource, Companions, HostBatches, batch_fields
+from av_mae.data.loading import FIELDS, Chosen, ClipLoader, ClipSource, HostBatches, batch_fields
+from av_mae.data.plans import MIDDLE, Clips, Plan, each_clip, each_mask, random_mixtures
 from av_mae.data.sound import check_sound
 from av_mae.data.truth import RECORD_FIELDS
 from av_mae.errors import UserError
+from av_mae.progress import Progress
 
+MakePlan = Callable[[Clips], Plan]
 _ENDLESS = sys.maxsize
 _SHARED_MEMORY = "/dev/shm"
 _GRACE = 30.0  # seconds that a worker lives on after SIGTERM
@@ -135,7 +139,7 @@ class TrainingData(_Batches):
             order = [clips.shuffle(seed=own_seed).repeat() for clips, own_seed in zip(sets, seeds)]
         mixture = order[0] if len(order) == 1 else grain.MapDataset.mix(order, data.weights)
         if data.mix > 1:
-            mixture = Companions(mixture, functools.partial(following, data.mix - 1))
+            mixture = Chosen(mixture, len(mixture), functools.partial(following, data.mix - 1))
         loader = ClipLoader(data, tuple(image_size), tuple(audio_size), augment=True)
         super().__init__(mixture.random_map(loader, seed=seeds[-1]), data, image_size, audio_size, batch_size, rows)
 
@@ -150,60 +154,59 @@ class TrainingData(_Batches):
 
 
 class EvaluationData(_Batches):
-    """Every clip once, in stored order, without augmentation: iterable (anew each time), `len` batches.
+    """The items of a plan in order, without augmentation: iterable (anew each time), `len` batches.
 
-    Batches are those of TrainingData; the last one is padded with `valid` False and empty `id` and `error`. With
-    `swap` 'image' or 'audio' that stream is another clip's, each serving once. `most`: only so many clips (0: all).
-    `place` of the window in each sound: 0 the first, 1 the last, 0.5 the middle one.
+    Batches are those of TrainingData, `place` being the item's number in `plan`; the last one is padded with `valid`
+    False and empty `id` and `error`. With `swap` 'image' or 'audio' that stream is another clip's. `most`: only so many
+    of the stored clips (0: all). `make_plan` None: that of `usual_plan`.
     """
 
     def __init__(self, sources: Sequence[ClipSource], data: DataConfig, image_size: tuple[int, int],
                  audio_size: tuple[int, int], batch_size: int, rows: np.ndarray, swap: str = "", most: int = 0,
-                 place: float = 0.5):
-        clips = sum(len(source) for source in sources)
-        self.clips = min(clips, most or clips)
+                 make_plan: MakePlan | None = None):
+        stored = sum(len(source) for source in sources)
         clips = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
-        if swap or data.mix > 1:
-            clips = Companions(clips, functools.partial(others_of, partners(self.clips, 0), data.mix - 1 + bool(swap)))
-        loader = ClipLoader(data, tuple(image_size), tuple(audio_size), augment=False, swap=swap, place=place)
-        super().__init__(clips.random_map(loader, seed=0), data, image_size, audio_size, batch_size, rows)
+        known = Clips(stored, most, functools.partial(read_field, clips))
+        self.clips = known.count
+        self.plan = (make_plan or usual_plan(data))(known)
+        if swap:
+            self.plan = self.plan.with_swaps()
+        chosen = Chosen(clips, len(self.plan), self.plan.item)
+        loader = ClipLoader(data, tuple(image_size), tuple(audio_size), augment=False, swap=swap)
+        super().__init__(chosen.random_map(loader, seed=0), data, image_size, audio_size, batch_size, rows)
 
     def __len__(self) -> int:
-        return -(-self.clips // self._batch_size)
+        return -(-len(self.plan) // self._batch_size)
 
     def __iter__(self) -> BatchIterator:
-        return self._iterate(0, self.clips)
+        return self._iterate(0, len(self.plan))
 
     def clip(self, place: int) -> dict:
         """The fields of one clip, by its place in the stored order; of one that fails `id` and `error` alone."""
         return self._dataset[place]
 
 
-def partners(clips: int, seed: int) -> np.ndarray:
-    """For each clip another one, to be mixed or swapped with: int64 [clips]; each serves once, none itself.
-
-    Raises UserError for a single clip.
-    """
-    if clips < 2:
-        raise UserError(f"mixing and swapping need at least 2 readable clips in a set, got {clips}")
-    order = np.random.default_rng(seed).permutation(clips)
-    partner = np.empty(clips, np.int64)
-    partner[order] = np.roll(order, -1)
-    return partner
+def usual_plan(data: DataConfig) -> MakePlan:
+    """Mixtures of clips where clips are mixed, else each annotated frame where masks are wanted, else each clip."""
+    if data.mix > 1:
+        return functools.partial(random_mixtures, mixed=data.mix)
+    return each_mask if "mask" in data.truth else each_clip
 
 
-def following(mixed: int, position: int) -> range:
-    """The `mixed` clips that come after the one at `position`: in training they are mixed with it."""
-    return range(position + 1, position + 1 + mixed)
+def read_field(clips: Sequence[dict], field: str, count: int) -> list[Any]:
+    """A field of the first `count` records, None where a record cannot be read."""
+    values = []
+    with Progress(count, f"reading {field}") as progress:
+        for number in range(count):
+            record = clips[number]
+            values.append(None if "error" in record else record[field])
+            progress.update()
+    return values
 
 
-def others_of(partner: np.ndarray, count: int, position: int) -> list[int]:
-    """The `count` clips that are mixed and swapped with the one at `position`: its partner, its partner's partner, …"""
-    others = []
-    for _ in range(count):
-        position = int(partner[position])
-        others.append(position)
-    return others
+def following(mixed: int, position: int) -> tuple[int, range, dict[str, Any]]:
+    """The clip at `position` with the `mixed` clips that come after it: in training they are mixed with it."""
+    return position, range(position + 1, position + 1 + mixed), MIDDLE
 
 
 def open_training_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int], seed: int,
@@ -220,10 +223,10 @@ def open_training_data(data: DataConfig, image_size: tuple[int, int], audio_size
 
 def open_evaluation_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int],
                          batch_size: int, rows: np.ndarray, swap: str = "", most: int = 0,
-                         place: float = 0.5) -> EvaluationData:
+                         make_plan: MakePlan | None = None) -> EvaluationData:
     """Opens the sets of `data` for evaluation; arguments as in EvaluationData, errors as in open_training_data."""
     return EvaluationData(open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows, swap, most,
-                          place)
+                          make_plan)
 
 
 def open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSource]:

@@ -82,11 +82,12 @@ UNKNOWN = {"labels": _NO_NUMBERS, "source": "", "source_start": np.float32(0), "
 _PER_BOX = ("boxes", "object_labels", "sounding", "box_annotators")
 
 
-def complete(record: Mapping) -> dict:
+def complete(record: Mapping, classes: int) -> dict:
     """A record as it is stored, from the fields that its maker knows: `id`, `duration`, `frames`, `frame_times`,
     `sound` and any of UNKNOWN. `label` is not given but taken from `labels`.
 
-    Raises ValueError where a field is missing, unknown or of another length than those that belong to it.
+    Raises ValueError where a field is missing, unknown or of another length than those that belong to it, or a label is
+    none of the `classes`.
     """
     needed = {"id", "duration", "frames", "frame_times", "sound"}
     wrong = (needed - record.keys()) | (record.keys() - needed - UNKNOWN.keys())
@@ -97,6 +98,9 @@ def complete(record: Mapping) -> dict:
         lengths = [len(whole[name]) for name in names]
         if len(set(lengths)) > 1:
             raise ValueError(f"record {record['id']!r}: {', '.join(names)} must be equally long, got {lengths}")
+    highest = max([-1, *whole["labels"], *whole["object_labels"]])
+    if highest >= classes:
+        raise ValueError(f"record {record['id']!r}: label {highest} is none of {classes} classes")
     whole["label"] = int(whole["labels"][0]) if len(whole["labels"]) else -1
     return whole | {name: np.array(whole[name], BYTES) for name in ("frames", "masks", "sources")}
 
@@ -136,7 +140,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, records: Callable[[], Iterator[dict]]):
         for number, record in enumerate(records()):
-            yield number, complete(record)
+            yield number, complete(record, len(self._classes))
 
 
 def write_set(folder: str | os.PathLike, name: str, description: str, classes: Sequence[str],

@@ -1,4 +1,4 @@
-"""What a record knows besides frame and sound, cut as they are: the mask, the objects and the clean sounds of a clip.
+"""What a record knows besides frame and sound: labels, masks and objects, cut as the frame is, and clean sounds.
 
 `DataConfig.truth` names what batches carry of it. Places that a clip does not fill are 0, labels -1.
 """
@@ -9,55 +9,99 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from av_mae.config import MOST_MIXED, SoundConfig
+from av_mae.config import MOST_MIXED, DataConfig, SoundConfig
 from av_mae.data import sound as sounds
 from av_mae.data.frames import Box
+from av_mae.data.plans import MIDDLE
 
-OBJECTS = 8  # boxes per clip that a batch has room for
-BINARY = 255  # the value of what sounds in a mask without classes
+OBJECTS = 32  # boxes per clip that a batch has room for
 SOURCES = MOST_MIXED  # clean sounds per clip that a batch has room for
 # What of a record the truths are read from.
-RECORD_FIELDS = {"mask": ("masks", "mask_frames"),
+RECORD_FIELDS = {"label": (), "labels": ("labels",), "mask": ("masks", "mask_frames", "duration"),
                  "objects": ("boxes", "object_labels", "sounding", "box_annotators", "annotators"),
                  "sources": ("sources",), "waveforms": ("sources",)}
 Spec = dict[str, tuple[tuple[int, ...], type]]
 
 
-def spec(wanted: tuple[str, ...], image_size: tuple[int, int], audio_size: tuple[int, int], hop: int) -> Spec:
-    """Shapes and dtypes of the fields, per clip, that the wanted truths add to a batch.
+def spec(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int]) -> Spec:
+    """Shapes and dtypes of the fields, per clip, that the truths of `data` add to a batch.
 
-    mask: `mask` uint8 [H, W], 1 (or the class) where something sounds. objects: `boxes` float32 [OBJECTS, 4] (ymin,
-    xmin, ymax, xmax in 0…1 of the image), int32 [OBJECTS] `object_labels`, `sounding` (1: sounds, 0: silent, -1: no
-    box) and `box_annotators`, and int32 `annotators`, as in records.
+    label: nothing, but a clip whose class is unknown fails. labels: `label` int32 [classes], 1 for each class that the
+    clip has, in place of its first class. mask: `mask` uint8 [H, W], 1 (or the class) where something sounds. objects:
+    `boxes` float32 [OBJECTS, 4] (ymin, xmin, ymax, xmax in 0…1 of the image), int32 [OBJECTS] `object_labels`,
+    `sounding` (1: sounds, 0: silent, -1: no box) and `box_annotators`, and int32 `annotators`, as in records.
     sources: `source` float32 [mels, frames], the log-mel of the sounding object's clean sound. waveforms: `mixture`
     float32 [samples] and `sources` float32 [SOURCES, samples], the sounding object's first.
     """
-    samples = audio_size[1] * hop
+    samples = audio_size[1] * data.sound.hop
     fields: dict[str, Spec] = {
+        "label": {}, "labels": {"label": ((data.classes,), np.int32)},
         "mask": {"mask": (image_size, np.uint8)},
         "objects": {"boxes": ((OBJECTS, 4), np.float32), "object_labels": ((OBJECTS,), np.int32),
                     "sounding": ((OBJECTS,), np.int32), "box_annotators": ((OBJECTS,), np.int32),
                     "annotators": ((), np.int32)},
         "sources": {"source": (audio_size, np.float32)},
         "waveforms": {"mixture": ((samples,), np.float32), "sources": ((SOURCES, samples), np.float32)}}
-    return {name: entry for truth in wanted for name, entry in fields[truth].items()}
+    return {name: entry for truth in data.truth for name, entry in fields[truth].items()}
 
 
-def read_mask(record: dict[str, Any], frame: int, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
-    """The part `box` of a record's mask that is nearest to frame number `frame` → uint8 [H, W], cut as the frame is.
+def read_label(record: dict[str, Any], data: DataConfig) -> np.ndarray:
+    """The class of a clip, int32 (-1: unknown), or where `data.truth` asks for 'labels' int32 [classes], 1 for each
+    that the clip has.
 
-    Binary masks (255: what sounds) become 0 and 1, masks of several classes keep their numbers.
-    Raises ValueError where the record has no mask, or one that is not 8-bit greyscale.
+    Raises ValueError where the truth 'label' or 'labels' is wanted and no class is known, or one is none of `classes`.
+    """
+    if {"label", "labels"} & set(data.truth) and record["label"] < 0:
+        raise ValueError("the class is unknown")
+    if "labels" not in data.truth:
+        return np.int32(record["label"])
+    if max(record["labels"]) >= data.classes:
+        raise ValueError(f"class {max(record['labels'])} is none of {data.classes}")
+    label = np.zeros(data.classes, np.int32)
+    label[record["labels"]] = 1
+    return label
+
+
+def mask_number(record: dict[str, Any], rng: np.random.Generator | None) -> int:
+    """Which mask of a record is looked at: the one that `view` names (see plans), or any one, drawn from `rng`.
+
+    Raises ValueError where the record has no mask.
     """
     if len(record["masks"]) == 0:
         raise ValueError("the clip has no mask")
-    mask = Image.open(io.BytesIO(record["masks"][int(np.argmin(np.abs(record["mask_frames"] - frame)))]))
+    return int(record.get("view", MIDDLE)["mask"] if rng is None else rng.integers(len(record["masks"])))
+
+
+def mask_window(record: dict[str, Any], number: int, seconds: float, rng: np.random.Generator | None) -> float:
+    """The place (see sound.read_window) of a window of `seconds` with the frame of mask `number` at its centre, or
+    anywhere in it, drawn from `rng`; a window that the sound does not hold moves into it."""
+    time, spare = record["frame_times"][record["mask_frames"][number]], float(record["duration"]) - seconds
+    if spare <= 0:
+        return 0.5
+    low, high = np.clip([time - seconds, time], 0, spare)
+    start = np.clip(time - seconds / 2, 0, spare) if rng is None else rng.uniform(low, high)
+    return float(start / spare)
+
+
+def read_mask(encoded: bytes, classes: int, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
+    """The part `box` of a PNG mask → uint8 [H, W], cut as the frame is.
+
+    classes: 0 or 1, 1 where the mask is not 0; more, the numbers of the classes.
+    Raises ValueError where it is not 8-bit greyscale, or holds other classes.
+    """
+    mask = Image.open(io.BytesIO(encoded))
     if mask.mode != "L":
         raise ValueError(f"a mask must be an 8-bit greyscale picture, got mode {mask.mode}")
-    binary = mask.getextrema()[1] == BINARY
-    pixels = np.asarray(mask.resize((size[1], size[0]), box=box, resample=Image.Resampling.BILINEAR if binary
-                                    else Image.Resampling.NEAREST))
-    pixels = (pixels >= 128).astype(np.uint8) if binary else pixels
+    shape = (size[1], size[0])
+    if classes <= 1:
+        marked = mask.point(lambda value: 255 if value else 0)
+        pixels = (np.asarray(marked.resize(shape, Image.Resampling.BILINEAR, box=box)) >= 128).astype(np.uint8)
+    else:
+        highest = mask.getextrema()[1]
+        if highest >= classes:
+            raise ValueError(f"the mask holds class {highest}, there are {classes} (0 to {classes - 1}); binary masks "
+                             "have no classes")
+        pixels = np.asarray(mask.resize(shape, Image.Resampling.NEAREST, box=box))
     return pixels[:, ::-1] if flip else pixels
 
 
@@ -89,17 +133,6 @@ def read_sources(record: dict[str, Any], rate: int, samples: int, place: float) 
     if len(record["sources"]) > SOURCES:
         raise ValueError(f"the clip has {len(record['sources'])} clean sounds, at most {SOURCES} can be read")
     return np.stack([sounds.read_window(source, rate, samples, place)[0] for source in record["sources"]])
-
-
-def place_fields(wanted: tuple[str, ...], record: dict[str, Any], number: int, frame: tuple[int, int], box: Box,
-                 size: tuple[int, int], flip: bool) -> dict[str, np.ndarray]:
-    """The fields of 'mask' and 'objects' for the part `box` of frame `number`, of (height, width), resized to `size`."""
-    fields = {}
-    if "mask" in wanted:
-        fields["mask"] = read_mask(record, number, box, size, flip)
-    if "objects" in wanted:
-        fields |= read_objects(record, box, frame, flip)
-    return fields
 
 
 def source_fields(wanted: tuple[str, ...], mixture: np.ndarray, sources: np.ndarray,

@@ -1,15 +1,15 @@
 """Classification: linear probe and fine-tuning (published protocols: VGGSound, AudioSet)."""
 
+import functools
 import pathlib
 
 import jax
 import numpy as np
 
 from av_mae import models, pictures
-from av_mae.data import records
-from av_mae.data.balance import check_classes
-from av_mae.errors import UserError
+from av_mae.data.plans import each_clip
 from av_mae.evaluation import classification_objective as training
+from av_mae.evaluation.annotations import class_frequencies, common_classes
 from av_mae.evaluation.figures import Bootstrap, Figure
 from av_mae.evaluation.metrics.classification import confusion_matrix, multi_label_figures, single_label_figures
 from av_mae.evaluation.task import Clip, Measured, Task
@@ -27,15 +27,15 @@ class Classification(Task):
 
     def __init__(self, config: ClassificationConfig, stored: Stored):
         super().__init__(config, stored)
-        self.windows = config.windows
-        self.classes = common_classes(config.data.paths)
-        if len(self.classes) != config.head.classes:
-            raise UserError(f"head.classes={config.head.classes} does not match the labels: {config.data.paths[0]} has "
-                            f"{len(self.classes)} classes")
+        self.plan = functools.partial(each_clip, windows=config.windows)
+        self.names, multi_label = common_classes(config.paths, config.head.classes), config.settings.multi_label
+        self.truth = ("labels",) if multi_label else ("label",)
+        self.classes = config.head.classes if multi_label else 0
         counted = config.settings.balanced or config.settings.log_odds
         self.objective = training.Classification(
             stored.config.model, config.head, config.settings,
-            frequency=frequencies(config.data.paths, config.data.split, config.head.classes) if counted else None,
+            frequency=class_frequencies(config.data.paths, config.data.split, config.head.classes, multi_label)
+            if counted else None,
             encoder_rate=config.encoder_rate, layer_decay=config.layer_decay, image_noise=config.data.image_noise)
 
     def forward(self, model: models.Classifier, batch: Batch) -> dict[str, jax.Array]:
@@ -70,25 +70,6 @@ class Classification(Task):
     def picture(self, measured: Measured, folder: pathlib.Path) -> None:
         if self.config.settings.multi_label:
             return
-        scores, labels = (np.stack([clip[name] for clip in measured.scores]) for name in (JOINT, "label"))
+        scores, labels = (np.stack([clip[name] for clip in measured.scores.values()]) for name in (JOINT, "label"))
         counts = confusion_matrix(scores, labels)
-        pictures.save_png(folder / "confusion.png", pictures.confusion(counts, self.classes))
-
-
-def common_classes(paths: tuple[str, ...]) -> list[str]:
-    """The class names of the prepared sets. Raises UserError where they differ, or there is no set."""
-    if not paths:
-        raise UserError("no data: set --config.data.path=DIR[,DIR] to prepared sets")
-    names = {path: records.class_names(path) for path in paths}
-    check_classes(names)
-    return names[paths[0]]
-
-
-def frequencies(paths: tuple[str, ...], split: str, classes: int) -> np.ndarray:
-    """Share of the clips of a split that have each class: [classes]. Clips without label (-1) do not count."""
-    counts = np.zeros(classes)
-    for path in paths:
-        source = records.open_source(path, split, ("label",))
-        labels = np.array([source[number]["label"] for number in range(len(source))])
-        counts += np.bincount(labels[labels >= 0], minlength=classes)
-    return counts / max(1, counts.sum())
+        pictures.save_png(folder / "confusion.png", pictures.confusion(counts, self.names))

@@ -44,8 +44,8 @@ class Classification(Objective):
     """Cross-entropy of `models.Classifier`'s joint score, softmax or binary.
 
     Batches carry `label`: int [B], or with `multi_label` [B, classes] of 0 and 1. Mixup takes each clip together with
-    the one at its place in the reversed batch (of the rows that are computed at once, where gradients accumulate),
-    one share for the whole step; a clip whose partner is not valid stays as it is. Images are degraded before.
+    the one at its place in the reversed batch, one share for the whole step; a clip whose partner is not valid stays as
+    it is. Images are degraded before.
 
     Args:
       config: the encoder's sizes.
@@ -107,16 +107,17 @@ class Classification(Objective):
             rows["noise_keys"] = row_keys(noise, jnp.arange(batch_size))
         return rows
 
-    def examples(self, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the model sees and should say: image [B, H, W, 3], audio [B, mels, frames], targets [B, classes]."""
+    def prepare(self, rows: Rows) -> Rows:
+        """The rows with what the model sees, degraded and mixed: `image` float32 [B, H, W, 3], normalised, and `audio`;
+        and with what it should say, `target` [B, classes]."""
         image, audio = models.normalize_image(rows["image"]), rows["audio"]
         targets = objectives.class_targets(rows["label"], self.head.classes)
         if self.image_noise:
             image = degrade(image, self.image_noise, rows["noise_keys"])
-        if not self.settings.mixup:
-            return image, audio, targets
-        share = jnp.where(rows["valid"] & rows["valid"][::-1], rows["share"], 1.0)
-        return tuple(mix_reversed(x, share) for x in (image, audio, targets))
+        if self.settings.mixup:
+            share = jnp.where(rows["valid"] & rows["valid"][::-1], rows["share"], 1.0)
+            image, audio, targets = (mix_reversed(x, share) for x in (image, audio, targets))
+        return rows | {"image": image, "audio": audio, "target": targets}
 
     def features(self, model: models.Classifier, image: jax.Array, audio: jax.Array, rows: Rows) -> Rows:
         """Pooled features [B, D] by stream."""
@@ -129,8 +130,8 @@ class Classification(Objective):
 
     def losses(self, model: models.Classifier, rows: Rows) -> tuple[jax.Array, Rows]:
         """Loss and `accuracy`, whether the class of the highest score holds (has most of the clip, with mixup): [B]."""
-        image, audio, targets = self.examples(rows)
-        score = models.joint_score(model.classify(self.features(model, image, audio, rows), rows["valid"]))
+        features, targets = self.features(model, rows["image"], rows["audio"], rows), rows["target"]
+        score = models.joint_score(model.classify(features, rows["valid"]))
         entropy = objectives.binary_cross_entropy if self.settings.multi_label else objectives.softmax_cross_entropy
         smooth = objectives.class_targets(targets, self.head.classes, self.settings.label_smoothing)
         best = jnp.take_along_axis(targets, score.argmax(-1)[:, None], axis=-1)[:, 0]

@@ -78,6 +78,7 @@ class Bootstrap:
     """
 
     def __init__(self, clips: int, seed: int, draws: int):
+        self.clips = clips
         generator = np.random.default_rng(seed)
         shares, rows = np.full(clips, 1 / clips), max(1, _BLOCK // clips)
         counts = [_smallest(generator.multinomial(clips, shares, size=min(rows, draws - start)))

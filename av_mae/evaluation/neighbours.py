@@ -21,7 +21,7 @@ from av_mae import models, pictures
 from av_mae.config import TrainConfig
 from av_mae.data.pipeline import open_evaluation_data
 from av_mae.errors import UserError
-from av_mae.evaluation.classification import common_classes
+from av_mae.evaluation.annotations import common_classes
 from av_mae.evaluation.clips import set_names
 from av_mae.evaluation.figures import Bootstrap, Figure, Values
 from av_mae.evaluation.metrics import neighbours
@@ -63,7 +63,7 @@ class Neighbours(Task):
 
     def __init__(self, config: NeighboursConfig, stored: Stored):
         super().__init__(config, stored)
-        self.classes = common_classes(config.data.paths)
+        self.names = common_classes(config.data.paths)
         self.mesh = make_mesh(config.mesh)
         self.objective = Encoding(stored.config.model)
 
@@ -80,7 +80,7 @@ class Neighbours(Task):
 
     def picture(self, measured: Measured, folder: pathlib.Path) -> None:
         """Clips spread over the set, and the clips nearest to each by the sum of all similarities."""
-        clips = measured.scores
+        clips = list(measured.scores.values())
         queries = np.linspace(0, len(clips) - 1, min(len(clips), self.config.pictures)).astype(int)
         found = nearest_of(stacked(clips)[0], queries, SHOWN)
         model, data = self.stored.config.model, dataclasses.replace(self.config.data, sound=self.sound, workers=0,
@@ -95,7 +95,7 @@ class Neighbours(Task):
 
     def class_name(self, clip: Clip) -> str:
         label = int(clip["label"])
-        return self.classes[label] if label >= 0 else "no label"
+        return self.names[label] if label >= 0 else "no label"
 
 
 def features(model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:

@@ -23,7 +23,7 @@ from flax import nnx
 
 from av_mae import models, pictures
 from av_mae.config import EvaluationConfig, SoundConfig
-from av_mae.data.pipeline import partners
+from av_mae.data.plans import partners
 from av_mae.evaluation.baselines import interpolate_image, row_means
 from av_mae.evaluation.clips import Clips, load_clips, map_batches, set_names
 from av_mae.evaluation.figures import Bootstrap, Figure, Report

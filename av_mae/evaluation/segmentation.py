@@ -1,5 +1,6 @@
 """Segmentation of what sounds: a mask over the frame (published protocol: AVSBench S4, MS3 and AVSS)."""
 
+import itertools
 import pathlib
 
 import jax
@@ -7,9 +8,10 @@ import numpy as np
 
 from av_mae import models, pictures
 from av_mae.evaluation.figures import Bootstrap, Figure
+from av_mae.evaluation.annotations import common_classes, objects_in
 from av_mae.evaluation.finetuning import Finetuning
-from av_mae.evaluation.metrics.localization import box_masks, right_object
-from av_mae.evaluation.metrics.segmentation import ClipScores, score_clip, segmentation_figures
+from av_mae.evaluation.metrics.localization import right_object
+from av_mae.evaluation.metrics.segmentation import SIZE_BOUNDS, ClipScores, score_clip, segmentation_figures
 from av_mae.evaluation.task import Clip, Measured, Task
 from av_mae.models.objectives import segmentation_loss
 from av_mae.task_config import SegmentationConfig
@@ -26,6 +28,12 @@ class Segmentation(Task):
 
     def __init__(self, config: SegmentationConfig, stored: Stored):
         super().__init__(config, stored)
+        if config.head.classes > 1:
+            common_classes(config.paths, config.head.classes)
+        self.classes = config.head.classes
+        small, medium = SIZE_BOUNDS
+        self.details = {"region_sizes": f"iou/small: what sounds takes less than {small} of the image; medium: less "
+                                        f"than {medium}; large: more"}
         self.objective = Finetuning(self.kind, config, stored, self.loss)
 
     def loss(self, model: models.Segmenter, rows: Rows) -> jax.Array:
@@ -36,18 +44,23 @@ class Segmentation(Task):
         return {"logits": model(models.normalize_image(batch["image"]), batch["audio"])}
 
     def score(self, clip: Clip) -> tuple[ClipScores | str, float | str]:
-        """The clip's segmentation scores, and 1 where the sounding one of its objects is the one marked most."""
-        sounding = clip["sounding"][clip["sounding"] >= 0] > 0
-        objects = box_masks(clip["boxes"][:len(sounding)], clip["mask"].shape)
-        return (score_clip(clip["logits"].astype(np.float32), clip["mask"]),
-                right_object(probability(clip), objects, sounding))
+        """A frame's segmentation scores, and 1 where the sounding one of its objects is the one marked most."""
+        right = "no boxes are annotated"
+        if clip["annotators"] > 0:
+            right = right_object(probability(clip), *objects_in(clip, clip["mask"].shape))
+        return score_clip(clip["logits"].astype(np.float32), clip["mask"]), right
+
+    def combine(self, scores: list) -> list:
+        """The scores of all annotated frames of a clip, each of which counts as one (as published)."""
+        return scores
 
     def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
         found = {}
         for prefix, clips in scores.items():
-            masks, objects = zip(*clips, strict=True)
-            found |= {prefix + name: figure for name, figure in segmentation_figures(masks, bootstrap).items()}
-            found[f"{prefix}right_object"] = bootstrap.mean(objects)
+            frames = bootstrap.grouped(np.repeat(np.arange(len(clips)), [len(clip) for clip in clips]))
+            masks, objects = zip(*itertools.chain.from_iterable(clips), strict=True)
+            found |= {prefix + name: figure for name, figure in segmentation_figures(masks, frames).items()}
+            found[f"{prefix}right_object"] = frames.mean(objects)
         return found
 
     def picture(self, measured: Measured, folder: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ import abc
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import pathlib
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 
 from av_mae import models, recipes
 from av_mae.config import SoundConfig, TrainConfig
-from av_mae.data.pipeline import open_evaluation_data
+from av_mae.data.pipeline import MakePlan, open_evaluation_data
+from av_mae.data.plans import Plan
 from av_mae.errors import UserError
+from av_mae.evaluation.annotations import missing_clips
 from av_mae.evaluation.figures import Bootstrap, Figure, Report
 from av_mae.evaluation.rates import Rates
 from av_mae.progress import Progress
@@ -45,14 +48,17 @@ class Task(abc.ABC):
 
     kind: the model's name in models.kinds. truth: what batches carry beside frame and sound. other: the stream
     ('image' or 'audio') that is exchanged for another clip's under `swapped/`, and for nothing under `blank/`.
-    trains: whether there is a head to train; else the checkpoint's own model is measured. windows: places of each
-    sound at which it is measured, spread over its length. conditions: which of CONDITIONS are measured.
+    classes: how many the labels or pixels of masks have, where there are several. trains: whether there is a head to
+    train; else the checkpoint's own model is measured. conditions: which of CONDITIONS are measured. plan: what is
+    measured of which clips (None: see EvaluationData). details: for results.json. missing: what could not be measured
+    because clips are not there.
     """
 
     kind: str
     trains: bool = True
     conditions: tuple[str, ...] = CONDITIONS
-    windows: int = 1
+    plan: MakePlan | None = None
+    classes: int = 0
     truth: tuple[str, ...] = ()
     other: str = "audio"
     objective: Objective
@@ -60,6 +66,8 @@ class Task(abc.ABC):
     def __init__(self, config: TaskConfig, stored: Stored):
         self.config, self.stored = config, stored
         self.sound = stored.config.data.sound
+        self.details: dict[str, Any] = {}
+        self.missing: list[str] = []
 
     @abc.abstractmethod
     def forward(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
@@ -67,10 +75,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def score(self, clip: Clip) -> Any:
-        """The scores of one clip, from its rows of what `forward` gave."""
+        """The scores of one item of the plan, from its rows of the batch and of what `forward` gave."""
 
     def combine(self, scores: list) -> Any:
-        """One clip's scores from those of its windows, for tasks with several."""
+        """A clip's (or a mixture's) scores from those of its items."""
         return scores[0]
 
     @abc.abstractmethod
@@ -82,25 +90,28 @@ class Task(abc.ABC):
 
 
 class Measured:
-    """Scores of the clips that could be read, in stored order.
+    """What was measured of a plan under one condition.
 
-    `skipped` names the others with their causes; `drawn` and `names` are clips for pictures and their ids.
+    items: group of the plan → scores of its items that could be read; scores: the same combined. `failures` names
+    what could not be read with the cause; `drawn` and `names` are items for pictures and their clips' ids.
     """
 
-    def __init__(self):
-        self.scores: list = []
-        self.skipped: list[str] = []
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.items: dict[int, list] = {}
+        self.scores: dict[int, Any] = {}
+        self.failures: list[str] = []
         self.drawn: list[Clip] = []
         self.names: list[str] = []
         self.rates: dict[str, float] = {}
 
     def add(self, task: Task, arrays: Clip, host: dict[str, np.ndarray], drawn: list[int]) -> None:
         """Scores a batch's rows; those in `drawn` are kept for pictures. Every process must call this."""
-        self.skipped += gather_texts([error for error in host["error"] if error])
+        self.failures += gather_texts([error for error in host["error"] if error])
         ids = gather_texts(list(host["id"]))
         for row in np.flatnonzero(arrays["valid"]):
             clip = {name: x[row] for name, x in arrays.items()}
-            self.scores.append(task.score(clip))
+            self.items.setdefault(int(self.plan.group[clip["place"]]), []).append(task.score(clip))
             if row in drawn:
                 self.drawn.append(clip)
                 self.names.append(ids[row])
@@ -122,16 +133,35 @@ def run(config: TaskConfig, workdir: pathlib.Path) -> Report:
         raise UserError("no checkpoint: set --config.init=DIR to a run's workdir or one of its checkpoints")
     stored = open_checkpoint(config.init)
     task = make_task(config, stored)
-    step, state = train_head(task, config.run_config(stored.config, task.truth), workdir)
-    measured = {prefix: measure_windows(task, step, state, prefix) for prefix in task.conditions}
-    whole = measured[""]
-    figures = task.figures({prefix: part.scores for prefix, part in measured.items()},
-                           Bootstrap(len(whole.scores), config.seed, config.bootstrap))
-    if config.pictures and jax.process_index() == 0:
-        task.picture(whole, workdir / "images")
-    details = {"config": recipes.to_dict(config), "checkpoint": identity(stored.folder), "skipped_clips": whole.skipped,
-               **whole.rates}
-    return Report(figures, len(whole.scores), len(whole.skipped), table(figures, whole), details)
+    step, state = train_head(task, config.run_config(stored.config, task.truth, task.classes), workdir)
+    measured = {prefix: measure(task, step, state, prefix) for prefix in task.conditions}
+    return report(task, measured, workdir)
+
+
+def report(task: Task, measured: dict[str, Measured], workdir: pathlib.Path) -> Report:
+    """Figures over the clips (or mixtures) that were measured under every condition, and pictures of them.
+
+    What annotations name and the sets do not hold is counted, and listed in `missing.txt`.
+    """
+    config, whole = task.config, measured[""]
+    groups = [group for group in whole.scores if all(group in part.scores for part in measured.values())]
+    if not groups:
+        raise UserError(f"none of the {whole.plan.groups} clips can be measured under every condition; the "
+                        f"first error: {next(part.failures[0] for part in measured.values() if part.failures)}")
+    figures = task.figures({prefix: [part.scores[group] for group in groups] for prefix, part in measured.items()},
+                           Bootstrap(len(groups), config.seed, config.bootstrap))
+    failures = list(dict.fromkeys(itertools.chain.from_iterable(part.failures for part in measured.values())))
+    missing = [*missing_clips(config.test_data.paths, config.test_split), *task.missing]
+    if jax.process_index() == 0:
+        if config.pictures:
+            task.picture(whole, workdir / "images")
+        if missing:
+            (workdir / "missing.txt").write_text("\n".join(missing) + "\n")
+    details = {"items": sum(len(whole.items[group]) for group in groups), "missing": len(missing), **task.details,
+               "config": recipes.to_dict(config), "checkpoint": identity(task.stored.folder),
+               "skipped_clips": failures, **whole.rates}
+    skipped = whole.plan.groups - len(groups)
+    return Report(figures, len(groups), skipped, table(figures, len(groups), skipped, [*failures, *missing]), details)
 
 
 def identity(folder: pathlib.Path) -> dict[str, Any]:
@@ -179,47 +209,41 @@ def blank(batch: Batch, stream: str, sound: SoundConfig) -> Batch:
     return batch | {"audio": jnp.full_like(batch["audio"], silence)}
 
 
-def measure_windows(task: Task, step: TrainStep, state: TrainState, prefix: str) -> Measured:
-    """`measure` with the scores of each clip's windows combined."""
-    parts = [measure(task, step, state, prefix, (number + 0.5) / task.windows) for number in range(task.windows)]
-    parts[0].scores = [task.combine(list(scores)) for scores in zip(*(part.scores for part in parts), strict=True)]
-    return parts[0]
-
-
-def measure(task: Task, step: TrainStep, state: TrainState, prefix: str, place: float) -> Measured:
-    """Scores of every held-out clip, with the other stream right (''), 'swapped/' or 'blank/'; `place` of the window
-    in the sound: 0 the first, 1 the last that it holds."""
+def measure(task: Task, step: TrainStep, state: TrainState, prefix: str) -> Measured:
+    """Scores of every held-out clip, with the other stream right (''), 'swapped/' or 'blank/'."""
     config, model, shards = task.config, step.config.model, row_shards(step.mesh)
     size = -(-config.test_batch_size // shards) * shards
-    source = dataclasses.replace(step.config.data, split=config.test_split, weights=None)
+    source = dataclasses.replace(step.config.data, path=config.test_data.path, split=config.test_split, weights=None)
 
     def forward(model, batch):
         shown = blank(batch, task.other, task.sound) if prefix == "blank/" else batch
         return batch | task.forward(model, shown)
 
-    compiled, measured = step.forward(forward), Measured()
+    compiled = step.forward(forward)
     swap = task.other if prefix == "swapped/" else ""
     with contextlib.ExitStack() as stack:
         data = stack.enter_context(open_evaluation_data(source, model.image.size, model.audio.size, size,
                                                         local_rows(step.rows, size), swap, config.test_clips,
-                                                        place))
+                                                        task.plan))
+        measured, items = Measured(data.plan), len(data.plan)
         feed = stack.enter_context(Feed(data, step.rows, source.prefetch))
-        progress = stack.enter_context(Progress(data.clips, f"measuring {prefix.rstrip('/') or 'right'}"))
-        drawn = np.linspace(0, data.clips - 1, 0 if prefix else config.pictures).astype(int).tolist()
+        progress = stack.enter_context(Progress(items, f"measuring {prefix.rstrip('/') or 'right'}"))
+        drawn = np.linspace(0, items - 1, 0 if prefix else config.pictures).astype(int).tolist()
         rates = Rates(feed)
         for number, (host, batch) in enumerate(feed):
             arrays = jax.device_get(rates.timed(compiled, state, batch))
             measured.add(task, arrays, host, [place - number * size for place in drawn])
-            progress.update(min(size, data.clips - number * size))
+            progress.update(min(size, items - number * size))
         measured.rates |= rates.figures(size, compiled, state, batch)
-    if not measured.scores:
-        raise UserError(f"none of the clips of {source.path} can be read; the first error: {measured.skipped[0]}")
+    if not measured.items:
+        raise UserError(f"none of the clips of {source.path} can be read; the first error: {measured.failures[0]}")
+    measured.scores = {group: task.combine(scores) for group, scores in measured.items.items()}
     return measured
 
 
-def table(figures: dict[str, Figure], measured: Measured) -> str:
-    """Figures, a line each, and what was skipped."""
+def table(figures: dict[str, Figure], clips: int, skipped: int, causes: list[str]) -> str:
+    """Figures, a line each, and what was left out."""
     width = max(map(len, figures))
-    lines = [f"{len(measured.scores)} clips measured, {len(measured.skipped)} skipped"]
+    lines = [f"{clips} clips measured, {skipped} skipped"]
     lines += [f"  {name:<{width}}  {figure}" for name, figure in figures.items()]
-    return "\n".join([*lines, *(f"skipped {clip}" for clip in measured.skipped[:5])])
+    return "\n".join([*lines, *(f"left out: {cause}" for cause in causes[:5])])

@@ -18,6 +18,7 @@ from av_mae import preprocess
 from av_mae.config import DataConfig, SoundConfig
 from av_mae.data.failures import ClipFailure, stage
 from av_mae.data.loading import FIELDS, ClipLoader
+from av_mae.data.plans import MIDDLE
 from av_mae.errors import UserError
 from av_mae.exporting.lists import Entry, list_folder, read_list
 
@@ -157,8 +158,8 @@ class PreparedInput(Input):
         return [start / spare if spare > 0 else 0.0 for start in starts]
 
     def _window(self, row: Row, record: dict[str, Any], place: float) -> Window:
-        loader = dataclasses.replace(self._loader, place=place)
-        clip = loader.random_map(record, np.random.default_rng(0))
+        view = MIDDLE | {"window": place}
+        clip = self._loader.random_map(record | {"view": view}, np.random.default_rng(0))
         if clip["error"]:
             raise ClipFailure(clip["error"].removeprefix(f"clip {row.id}: "))
         return Window(row._replace(start=float(clip["start"])), clip["image"], clip["audio"])

@@ -30,9 +30,14 @@ class Objective(abc.ABC):
         """Random numbers of one step, [batch_size, …] each: row b is for clip b of the global batch."""
         return {}
 
+    def prepare(self, rows: Rows) -> Rows:
+        """The fields of a whole batch and those of `draw` → what `losses` takes, before the rows are split for gradient
+        accumulation: the place for what joins rows."""
+        return rows
+
     @abc.abstractmethod
     def losses(self, model: nnx.Module, rows: Rows) -> tuple[jax.Array, Rows]:
-        """Loss [b] of each row of a batch (its fields and those of `draw`), and further figures [b]."""
+        """Loss [b] of each row of (a part of) a batch that `prepare` made, and further figures [b]."""
 
     def trained(self, name: str) -> bool:
         """Whether the parameter of this dotted name is trained; others stay as they are, without optimizer state."""

@@ -177,7 +177,7 @@ class TrainStep:
         """
         def run(state: TrainState, batch: Batch):
             if drawn:
-                batch |= draw_rows(self.objective, self.config.seed, state.step, self.config.batch_size, self.rows)
+                batch = self._prepared(state.step, batch)
             with cut_over(self.mesh, RULES):
                 return function(self._model(state.params, state.statistics), batch)
 
@@ -229,6 +229,11 @@ class TrainStep:
             self.objective.rematerialize(model, functools.partial(jax.checkpoint, policy=REMAT[self.config.remat]))
         return model
 
+    def _prepared(self, step: jax.Array, batch: Batch) -> Batch:
+        """The batch with the step's random numbers, as the objective prepares it."""
+        drawn = draw_rows(self.objective, self.config.seed, step, self.config.batch_size, self.rows)
+        return self.objective.prepare(drawn | batch)
+
     def weighted_loss(self, statistics: Params, frozen: Params, trained: Params,
                       rows: Batch) -> tuple[jax.Array, tuple[Metrics, Params]]:
         """Σ weight · loss over the given rows; the same sums of the metrics; the statistics after them."""
@@ -244,8 +249,7 @@ class TrainStep:
         parts = self.config.grad_accumulation
         valid = batch["valid"].astype(jnp.float32)
         count = valid.sum()
-        rows = draw_rows(self.objective, self.config.seed, state.step, self.config.batch_size, self.rows)
-        rows |= {**batch, "weight": valid / jnp.maximum(count, 1)}
+        rows = self._prepared(state.step, batch) | {"weight": valid / jnp.maximum(count, 1)}
         trained = self._trained(state.params)
         frozen = {name: x for name, x in state.params.items() if name not in trained}
         loss = functools.partial(self.weighted_loss, state.statistics, frozen)
