@@ -139,9 +139,9 @@ class NeighboursConfig(TaskConfig):
     task: str = "neighbours"
     steps: int = 1
 
-    def run_config(self, pretrained: TrainConfig, truth: tuple[str, ...]) -> TrainConfig:
+    def run_config(self, pretrained: TrainConfig, truth: tuple[str, ...], classes: int) -> TrainConfig:
         """As of the other tasks, but only the split that is measured needs to be there."""
-        config = super().run_config(pretrained, truth)
+        config = super().run_config(pretrained, truth, classes)
         return dataclasses.replace(config, data=dataclasses.replace(config.data, split=self.test_split))
 
 
