@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -15,6 +16,7 @@ from PIL import Image
 from av_mae.models import IMAGENET_DEVIATION, IMAGENET_MEAN, Output, patchify, unpatchify
 from av_mae.models.config import AVMAEConfig, StreamConfig
 
+MAP_COLOURS = colormaps["tab20"]
 COLUMNS = ("frame", "visible", "rebuilt", "sound", "visible", "rebuilt")
 CURVES = ("loss", "image_loss", "audio_loss", "learning_rate", "grad_norm", "clips_per_second")
 HIDDEN = 0.5  # the grey of masked patches
@@ -140,6 +142,27 @@ def bars(panels: Mapping[str, Mapping[str, list[tuple[float, float] | None]]], n
         axes.grid(axis="y", alpha=0.3)
     handles, labels = places[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    return _render(figure)
+
+
+def principal(vectors: np.ndarray, count: int = 2) -> np.ndarray:
+    """The first principal components of vectors [n, D], largest first: [n, count], each of mean 0."""
+    centred = np.asarray(vectors, np.float64) - np.mean(vectors, axis=0)
+    left, values, _ = np.linalg.svd(centred, full_matrices=False)
+    return left[:, :count] * values[:count]
+
+
+def embedding_map(streams: Mapping[str, np.ndarray], labels: np.ndarray, classes: list[str]) -> np.ndarray:
+    """Maps of the embeddings [n, D] of each stream, side by side: their first two principal components, coloured by
+    class (labels int [n]). Returns uint8 [height, width, 3]."""
+    figure = Figure(figsize=(4 * len(streams) + 1.2, 4), dpi=100, facecolor="white", layout="constrained")
+    for axes, (name, vectors) in zip(figure.subplots(1, len(streams), squeeze=False)[0], streams.items(), strict=True):
+        points = principal(vectors)
+        for number in np.unique(labels):
+            x, y = points[labels == number].T
+            axes.scatter(x, y, s=12, color=MAP_COLOURS(number % MAP_COLOURS.N), label=classes[number])
+        axes.set(title=name, xticks=[], yticks=[])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return _render(figure)
 
 

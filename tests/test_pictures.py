@@ -124,3 +124,22 @@ def test_png_round_trip(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     pictures.save_png(tmp_path / "images" / "step_00000001.png", picture)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / "step_00000001.png")), picture)
+
+
+def test_principal_components_are_those_of_scikit_learn():
+    from sklearn.decomposition import PCA
+
+    vectors = np.random.default_rng(0).normal(size=(40, 7)) @ np.diag([9, 5, 3, 1, 1, 1, 1]) + 4
+    found, expected = pictures.principal(vectors), PCA(2).fit_transform(vectors)
+    np.testing.assert_allclose(found * np.sign((found * expected).sum(0)), expected, atol=1e-9)
+
+
+def test_embedding_map_has_a_colour_for_each_class():
+    random = np.random.default_rng(1)
+    labels = np.array([0, 2, 2, 5, 0, 5])
+    picture = pictures.embedding_map({"image": random.normal(size=(6, 8)), "audio": random.normal(size=(6, 3))}, labels,
+                                     list("abcdef"))
+    assert picture.dtype == np.uint8 and picture.shape == (400, 920, 3)
+    colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
+    expected = [tuple(np.round(np.multiply(pictures.MAP_COLOURS(number)[:3], 255)).astype(int)) for number in range(6)]
+    assert [colour in colours for colour in expected] == [True, False, True, False, False, True]

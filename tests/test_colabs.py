@@ -1,0 +1,66 @@
+"""The notebooks of colabs/: small, without stored output, and run from top to bottom with fewer clips and steps."""
+
+import base64
+import io
+import pathlib
+import re
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
+CLIPS = {"CLIPS": 24, "TEST_CLIPS": 12}
+PRETRAINING = CLIPS | {"STEPS": 4, "OPTIONS": ["--config.batch_size=8", "--config.optimizer.warmup=1",
+                                               "--config.images_every=0"]}
+TASKS = ("classification", "localization", "separation", "segmentation")
+# Fast settings, the pictures and the sounds that each notebook shows.
+RUNS = {
+    "pretrain": (PRETRAINING, 2, 0),
+    "evaluate": (PRETRAINING | {"TASK_STEPS": dict.fromkeys(TASKS, 2), "TASK_OPTIONS": [
+        "--config.bootstrap=100", "--config.optimizer.warmup=1", "--config.batch_size=8",
+        "--config.test_batch_size=8", "--config.pictures=2"]}, 4, 6),
+    "embeddings": (PRETRAINING, 2, 0),
+    "pods": ({"TOPOLOGY": "v5e:2x2", "CONFIG": "configs/pretrain.py:tiny", "OPTIONS": "--config.batch_size=16"}, 1, 0)}
+
+
+def test_each_notebook_is_run():
+    assert [path.stem for path in NOTEBOOKS] == sorted(RUNS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_without_output(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert path.stat().st_size < 20_000
+    assert "launch/colab.sh" in code[0].source and code[1].metadata.tags == ["parameters"]
+    for cell in code[1:]:
+        if not re.search(r"^ *[%!]", cell.source, re.MULTILINE):
+            compile(cell.source, path.name, "exec")
+
+
+def shown(notebook, kind: str) -> list:
+    """What cells displayed of a MIME type."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
+    return [output.data[kind] for output in outputs if kind in output.data]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_from_top_to_bottom(name, tmp_path):
+    import papermill
+
+    if name == "pods":
+        pytest.importorskip("libtpu", reason="libtpu (the `tpu` extra) is not installed: no TPU program is compiled here")
+    parameters, pictures, sounds = RUNS[name]
+    papermill.execute_notebook(ROOT / "colabs" / f"{name}.ipynb", tmp_path / "done.ipynb", cwd=ROOT, progress_bar=False,
+                               parameters=parameters | {"WORKDIR": str(tmp_path / "work")})
+    done = nbformat.read(tmp_path / "done.ipynb", 4)
+    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in shown(done, "image/png")]
+    assert len(images) == pictures and all(image.std() > 5 for image in images)
+    assert sum("<audio" in text for text in shown(done, "text/html")) == sounds
+    assert not [output for cell in done.cells for output in cell.get("outputs", ()) if output.output_type == "error"]
