@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs av_mae for a notebook's Python (the first argument, else python3), with JAX for the accelerator that is there.
+# Installs av_mae for a notebook's Python (the first argument, else python3), with JAX for its accelerator.
 # Nothing is done where it is installed already.
 set -eu
 python=${1:-python3}
@@ -17,4 +17,5 @@ elif ls /dev/accel* /dev/vfio/[0-9]* > /dev/null 2>&1; then
   extras=colab,tpu
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-"$python" -m pip install --quiet --disable-pip-version-check --constraint launch/requirements.lock --editable ".[$extras]"
+"$python" -m pip install --quiet --disable-pip-version-check --constraint launch/requirements.lock \
+  --editable ".[$extras]"

@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tiny_tasks
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
 CLIPS = {"CLIPS": 24, "TEST_CLIPS": 12}
 PRETRAINING = CLIPS | {"STEPS": 4, "OPTIONS": ["--config.batch_size=8", "--config.optimizer.warmup=1",
-                                               "--config.images_every=0"]}
+                                               "--config.log_every=1", "--config.images_every=0"]}
 TASKS = ("classification", "localization", "separation", "segmentation")
 # Fast settings, the pictures and the sounds that each notebook shows.
 RUNS = {
     "pretrain": (PRETRAINING, 2, 0),
-    "evaluate": (PRETRAINING | {"TASK_STEPS": dict.fromkeys(TASKS, 2), "TASK_OPTIONS": [
+    "evaluate": (CLIPS | {"TASK_STEPS": dict.fromkeys(TASKS, 2), "TASK_OPTIONS": [
         "--config.bootstrap=100", "--config.optimizer.warmup=1", "--config.batch_size=8",
         "--config.test_batch_size=8", "--config.pictures=2"]}, 4, 6),
-    "embeddings": (PRETRAINING, 2, 0),
+    "embeddings": (CLIPS, 2, 0),
     "pods": ({"TOPOLOGY": "v5e:2x2", "CONFIG": "configs/pretrain.py:tiny", "OPTIONS": "--config.batch_size=16"}, 1, 0)}
 
 
@@ -55,8 +57,10 @@ def test_runs_from_top_to_bottom(name, tmp_path):
     import papermill
 
     if name == "pods":
-        pytest.importorskip("libtpu", reason="libtpu (the `tpu` extra) is not installed: no TPU program is compiled here")
+        pytest.importorskip("libtpu", reason="libtpu (the `tpu` extra) is not installed: nothing compiles for TPUs")
     parameters, pictures, sounds = RUNS[name]
+    if "CHECKPOINT" in (ROOT / "colabs" / f"{name}.ipynb").read_text():  # its pretraining is that of pretrain.ipynb
+        parameters = parameters | {"CHECKPOINT": str(tiny_tasks.pretrained(tmp_path / "tiny"))}
     papermill.execute_notebook(ROOT / "colabs" / f"{name}.ipynb", tmp_path / "done.ipynb", cwd=ROOT, progress_bar=False,
                                parameters=parameters | {"WORKDIR": str(tmp_path / "work")})
     done = nbformat.read(tmp_path / "done.ipynb", 4)

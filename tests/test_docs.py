@@ -1,4 +1,4 @@
-"""The documentation: built strictly, its links and generated parts, its Python, and the tutorial's commands as typed."""
+"""The documentation: built strictly, its links and generated parts, its Python, and the tutorial as it is typed."""
 
 import importlib
 import pathlib
