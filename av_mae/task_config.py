@@ -111,7 +111,8 @@ class LocalizationConfig(TaskConfig):
     fusion tokens) or 'occlusion' (how much worse a hidden image patch makes the rebuilt sound, over `masks` masks).
     The map's highest share `top` is what cIoU compares with the truth: the 'box' or 'mask' of what sounds. Of boxes, a
     pixel is wholly true where `agreeing` annotators (or all, where there are fewer) mark it. A map whose highest value
-    reaches `detected` says that something sounds.
+    reaches `detected` says that something sounds. Contrastive maps are the mean over `shifts` × `shifts` positions of
+    the image within a patch, for detail finer than the patch grid.
     """
 
     task: str = "localization"
@@ -122,9 +123,11 @@ class LocalizationConfig(TaskConfig):
     against: str = "mask"
     agreeing: int = 1
     detected: float = 0.5
+    shifts: int = 1
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.shifts > 0, f"shifts={self.shifts} must be at least 1 (the image as it is)")
         require(self.method in METHODS, f"method={self.method!r} must be one of {', '.join(METHODS)}")
         require(self.masks > 0, f"masks={self.masks} must be at least 1")
         require(self.agreeing > 0, f"agreeing={self.agreeing} must be at least 1 annotator")

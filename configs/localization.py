@@ -42,14 +42,15 @@ def get_config(variant="demo"):
     if variant in ("vggss", "flickr"):
         return annotated(variant)
     return recipes.as_recipe(LocalizationConfig(
-        steps=1200,
+        steps=600,
         batch_size=64,
         dtype="float32",
         encoder_rate=1.0,
+        shifts=2,
         head=LocalizerConfig(temperature=0.05),
         against="box",
         init="runs/demo",
         method="contrastive" if variant == "demo" else variant,
         data=DataConfig(path="runs/scene", crop_scale=(1.0, 1.0), volume_db=0.0),
         optimizer=OptimizerConfig(base_lr=8e-3, warmup=50.0, weight_decay=0.05, b2=0.999),
-        checkpoint_every=400))
+        checkpoint_every=300))

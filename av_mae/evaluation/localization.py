@@ -15,7 +15,7 @@ from av_mae.evaluation.figures import Bootstrap, Figure, Value, figures_of
 from av_mae.evaluation.metrics.localization import Cut, consensus, detection_figures, right_object, score_map
 from av_mae.evaluation.segmentation import overlay
 from av_mae.evaluation.task import Clip, Measured, Task
-from av_mae.models.localizer import attention_map, occlusion_map, occlusion_noise
+from av_mae.models.localizer import attention_map, finer, occlusion_map, occlusion_noise
 from av_mae.task_config import LocalizationConfig
 from av_mae.training.objective import Pretraining
 from av_mae.training.step import Batch
@@ -50,7 +50,8 @@ class Localization(Task):
     def forward(self, model: models.Localizer | models.AVMAE, batch: Batch) -> dict[str, jax.Array]:
         image, audio = models.normalize_image(batch["image"]), batch["audio"]
         if self.trains:
-            return {"heat": model(image, audio)}
+            patch = model.config.image.patch_size
+            return {"heat": finer(lambda moved: model(moved, audio), image, patch, self.config.shifts)}
         if self.config.method == "attention":
             return {"heat": attention_map(model, image, audio)}
         keys = jax.random.wrap_key_data(row_keys(jax.random.key(self.config.seed), batch["place"]))
