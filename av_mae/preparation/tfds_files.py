@@ -36,7 +36,7 @@ def encoder(classes: Sequence[str]) -> Callable[[Mapping[str, Any]], bytes]:
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
 
     def encode(record: Mapping[str, Any]) -> bytes:
-        example = serializer.serialize_example(features.encode_example(records.complete(record)))
+        example = serializer.serialize_example(features.encode_example(records.complete(record, len(classes))))
         return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
 
     return encode
