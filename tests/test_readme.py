@@ -1,8 +1,10 @@
 """What the README tells to type works: commands exist, their options and recipes are known, the Python runs."""
 
+import dataclasses
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 import typed_commands
 from av_mae import convert, evaluate, recipes
 from av_mae.errors import UserError
+from av_mae.evaluation import compare
 from av_mae.training import mesh, run
 from av_mae.viewer.server import Server
 from typed_commands import MODULES
@@ -77,9 +80,15 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:1]))
     monkeypatch.setattr(Server, "serve_forever", lambda server: None)
+    cell = compare.Cell.config
+    monkeypatch.setattr(compare.Cell, "config", lambda self, runs: dataclasses.replace(
+        cell(self, runs), steps=2, batch_size=8, bootstrap=100))
     typed_commands.run("python -m av_mae.prepare --dataset=toy_band --output=runs/demo/data/toy_band")
-    typed_commands.run("python -m av_mae.train --config=configs/demo.py --workdir=runs/demo "
-                       "--config.data.path=runs/demo/data/toy_band --config.data.weights=None")
+    shutil.copytree("runs/demo/data/toy_band/clips/test", "videos")
+    rows = recipes.load_recipe("configs/compare.py:demo", [], evaluate.kind_of).rows
+    trained = {row.command for row in rows if row.command.startswith("python")}
+    for command in ["python -m av_mae.train --config=configs/demo.py --workdir=runs/demo", *sorted(trained)]:
+        typed_commands.run(f"{command} --config.data.path=runs/demo/data/toy_band --config.data.weights=None")
     for command in [line for line in COMMANDS if "av_mae." in line]:
         if "checkpoint_latest.pth" in command:  # stands for a published file
             convert.main(["--source=runs/small", "--to=safetensors", "--output=checkpoint_latest.pth"])
@@ -87,6 +96,7 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     for path in ("runs/small/metrics.jsonl", "runs/small_evaluation/results.json", "runs/published/config.json",
                  "published.safetensors", "runs/segmentation/results.json", "fusion.png", "runs/demo/card.json",
                  "runs/embeddings/failures.parquet", "runs/encoder/load_encoder.py", "runs/weights/model.safetensors",
-                 "hits.png", "fusion.npy"):
+                 "hits.png", "fusion.npy", "runs/videos/report.html", "toy_band.png", "runs/neighbours/results.json",
+                 "runs/compare/comparison.png"):
         assert (tmp_path / path).is_file(), path
     assert (tmp_path / "checkpoint_latest.pth").read_bytes() == (tmp_path / "published.safetensors").read_bytes()

@@ -58,6 +58,8 @@ def run(command: str) -> None:
         more = ["--workers=1"]
     if "configs/segmentation.py:demo" in command:
         more = more + SHORTER_TASK
+    if "configs/compare.py" in command:
+        more = ["--config.seeds=(0,)"]
     if arguments[0] == "step":
         more = more + SHORTER_STEP
     arguments = [word for word in arguments if not word.startswith("--clips=")]
