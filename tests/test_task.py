@@ -182,7 +182,7 @@ def test_every_annotated_frame_is_segmented(folder, one_device, tmp_path):
 @pytest.mark.slow
 def test_listed_mixtures_are_separated_source_by_source(folder, one_device, tmp_path):
     name = "toy_band_single_test_00000"
-    (tmp_path / "pairs.csv").write_text(f"{name}1,{name}3\n{name}4,nobody\n{name}5,{name}1\n")
+    (tmp_path / "pairs.csv").write_text(f"{name}1,{name}3\n{name}4,nobody\n{name}5,{name}2\n")
     results = measured(folder, "separation", tmp_path / "run", f"data.path={folder / 'single'}", "data.mix=2",
                        f"pairs={tmp_path / 'pairs.csv'}", "pictures=1")
     assert (results["clips"], results["items"], results["missing"]) == (2, 4, 1)

@@ -282,7 +282,7 @@ def test_straggler_is_named(waits, message):
 @pytest.mark.slow
 def test_loop_benchmark(tmp_path, monkeypatch, capsys):
     """Figures of the shape that is asked for; the loop's steps are real ones."""
-    monkeypatch.setattr(loop_benchmark, "make_mesh", lambda config: make_step(config).mesh)
+    monkeypatch.setattr(loop_benchmark, "make_mesh", lambda _: make_step(recipe(unfused())).mesh)
     monkeypatch.setattr(loop_benchmark.recipes, "load_recipe", lambda *_: recipe(unfused()))
     loop_benchmark.main(["--config=any", "--steps=3", "--rounds=2", f"--json={tmp_path / 'loop.json'}"])
     figures = json.loads((tmp_path / "loop.json").read_text())
