@@ -74,15 +74,13 @@ MODEL = AVMAEConfig(
 
 
 @functools.cache
-def program(shape: tuple[int, int, int], policy: str = "") -> tuple[step.TrainStep, str]:
-    """The step on a mesh, compiled for eight CPU devices; `policy` of jax.checkpoint in the place of our own.
+def program(shape: tuple[int, int, int]) -> tuple[step.TrainStep, str]:
+    """The step on a mesh, compiled for eight CPU devices.
 
     In the order that needs least memory: by default, CPUs run what can run, so all gathers come first.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "SMALL", 64)
-        if policy:
-            patch.setattr(step, "keep_all_but_gathered", getattr(jax.checkpoint_policies, policy))
         patch.setitem(FAST_COMPILE, "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
         train_step = on_mesh(recipe(MODEL, batch_size=48), *shape)
         return train_step, compile_step(train_step).as_text()
@@ -104,32 +102,47 @@ def test_only_weights_are_gathered(shape):
     assert summed == ({4} if shape[2] == 4 else set())
 
 
-@pytest.mark.parametrize("policy, kept", [("", False), ("everything_saveable", True)])
-def test_weights_stay_no_longer_than_their_layer(policy, kept):
-    """Gathered weights in memory at once: at most those of a layer, not of the model, unless they were kept."""
-    train_step, text = program((2, 4, 1), policy)
+def test_weights_stay_no_longer_than_their_layer():
+    """Gathered weights in memory at once: at most those of a layer, not of the model."""
+    train_step, text = program((2, 4, 1))
     every = {name: math.prod(x.shape) * 4 for name, x in train_step.shapes.params.items()}
     whole = sum(n for name, n in every.items() if train_step.placements[name].gathered)
     layer = sum(n for name, n in every.items() if ".1." in name and name.startswith("encoder."))
     alive = compiled.most_alive(text, compiled.gathers)
     assert layer < whole / 4
-    assert (alive > 0.5 * whole) if kept else (0 < alive <= layer)
+    assert 0 < alive <= layer
 
 
-def memory_of(**changes):
-    return compile_step(make_step(recipe(MODEL, **changes))).memory_analysis()
+def residual_bytes(remat: str) -> int:
+    """What the forward pass keeps for the backward pass, the parameters themselves not counted."""
+    train_step = make_step(recipe(MODEL, batch_size=64, remat=remat))
+    params = train_step.abstract_state().params
+    rows = {"image": jnp.zeros((64, 48, 80, 3), jnp.uint8), "audio": jnp.zeros((64, 48, 48)), "weight": jnp.ones(64),
+            "image_noise": jnp.zeros((64, 15)), "audio_noise": jnp.zeros((64, 9))}
+    kept = jax.eval_shape(lambda params: jax.vjp(
+        lambda trained: train_step.weighted_loss({}, {}, trained, rows)[0], params)[1], params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)) - sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+
+
+def test_what_rematerialisation_keeps():
+    """All of a layer, its matrix products, its input. (Compiled for CPUs the program's memory does not tell: there,
+    XLA drops the barriers behind which jax.checkpoint computes again.)"""
+    kept = {remat: residual_bytes(remat) for remat in ("none", "dots", "full")}
+    assert kept["full"] < 0.5 * kept["dots"] and kept["dots"] < 0.8 * kept["none"]
 
 
 @pytest.mark.slow
-def test_memory_of_rematerialisation_and_accumulation():
-    """Layers kept whole, their matrix products, nothing; a part of the clips at a time; the state in its own place."""
-    temporary = {remat: memory_of(batch_size=64, remat=remat).temp_size_in_bytes for remat in ("none", "dots", "full")}
-    assert temporary["full"] < 0.8 * temporary["dots"] and temporary["dots"] < 0.95 * temporary["none"]
-    parts = memory_of(batch_size=64, grad_accumulation=8)
+def test_memory_of_accumulation():
+    """A part of the clips at a time; the new state in the place of the old."""
+    def memory_of(**changes):
+        return compile_step(make_step(recipe(MODEL, batch_size=64, **changes))).memory_analysis()
+
+    whole, parts = memory_of(), memory_of(grad_accumulation=8)
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(make_step(recipe(MODEL)).abstract_state()))
     parameters = state / 3
     # beside an eighth of the activations: the sum of the gradients and those of the part
-    assert parts.temp_size_in_bytes < temporary["none"] / 8 + 2.5 * parameters
+    assert parts.temp_size_in_bytes < whole.temp_size_in_bytes / 8 + 2.5 * parameters
     assert parts.alias_size_in_bytes == pytest.approx(state, rel=0.01)
 
 
