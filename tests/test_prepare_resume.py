@@ -69,7 +69,7 @@ def _killed(source: pathlib.Path, output: pathlib.Path, root: pathlib.Path, mome
                                    stdout=subprocess.DEVNULL)
         while process.poll() is None and len(list(output.glob("*array_record*"))) < moment * CLIPS / 2:
             time.sleep(0.01)
-        time.sleep(random.Random(moment).uniform(0, 0.1))
+        time.sleep(random.Random(moment).uniform(0, 0.05))
         children = _children(process.pid)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -86,7 +86,8 @@ def _killed(source: pathlib.Path, output: pathlib.Path, root: pathlib.Path, mome
 def test_a_killed_preparation_goes_on(kills, tmp_path, root):
     source, output = _source(tmp_path / "in", CLIPS), tmp_path / "out" / "set"
     output.mkdir(parents=True)
-    moments = sorted(random.Random(kills).uniform(0.05, 0.95) for _ in range(kills))
+    generator = random.Random(kills)
+    moments = [0.7 * (number + generator.uniform(0, 1)) / kills for number in range(kills)]
     assert _killed(source, output, root, moments) >= kills / 2
     finished = {path.name: path.stat().st_mtime_ns for path in output.glob("unfinished/*-?????.json")}
     shard_times = {path.name: path.stat().st_mtime_ns for path in output.glob("*.array_record-*")}
