@@ -130,3 +130,20 @@ def test_heads_cut_in_two_are_refused():
         on_mesh(recipe(model), 2, 1, 4)
     with pytest.raises(UserError, match="mesh.tensor=8 must divide model.image.heads=12"):
         sharding.check_heads(sizes.sized_model("base"), of_mesh((1, 1, 8)))
+
+
+def test_gathered_weights_are_not_kept_for_the_backward_pass(monkeypatch):
+    """The gradient gathers the cut weights that it needs a second time; a policy that saves everything keeps them."""
+    monkeypatch.setattr(sharding, "SMALL", 64)
+    train_step = on_mesh(recipe(), 2, 4)
+    cut = sum(placement.gathered for placement in train_step.placements.values())
+    batch = {"image": jax.ShapeDtypeStruct((16, 32, 48, 3), np.uint8),
+             "audio": jax.ShapeDtypeStruct((16, 32, 32), np.float32), "valid": jax.ShapeDtypeStruct((16,), bool)}
+
+    def constraints() -> int:
+        program = jax.jit(lambda *arguments: train_step.train_step(*arguments))
+        return program.lower(train_step.abstract_state(), batch).as_text().count("sdy.sharding_constraint")
+
+    again = constraints()
+    monkeypatch.setattr(step, "keep_all_but_gathered", jax.checkpoint_policies.everything_saveable)
+    assert cut > 20 and again - constraints() > 0.6 * cut
