@@ -7,6 +7,7 @@ of its own, which the first of them starts (0.3 s) and which is killed when a fi
 import math
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def load(path: str | os.PathLike | None = None, start: float | None = None, dura
             clip = _from_arrays(frame, waveform, rate, start, seconds)
         else:
             length = seconds if end is None else min(seconds, end - start)
-            clip = _worker().call(media.read_excerpt, name, start, length, time_limit=time_limit)
+            clip = _decode(media.read_excerpt, name, start, length, time_limit=time_limit)
             if length < seconds and clip.waveform is not None:
                 clip = clip._replace(waveform=clip.waveform[:clip.first + math.ceil(length * clip.rate)])
         return _batch(name, clip, samples, sound, image_size, missing)
@@ -70,16 +71,16 @@ def span(path: str | os.PathLike, time_limit: float = 20.0) -> tuple[float, floa
     """
     name = _file_name(path)
     try:
-        return _worker().call(media.span, name, time_limit=time_limit)
+        return _decode(media.span, name, time_limit=time_limit)
     except ClipFailure as failure:
         raise UserError(f"{name}: {failure}") from failure
 
 
-def _worker() -> bounded.Worker:
-    """One decoding process for each thread."""
+def _decode(function: Callable[..., Any], name: str, *arguments: Any, time_limit: float) -> Any:
+    """`function` of a file in this thread's decoding process, which may have begun in another working folder."""
     if not hasattr(_local, "worker"):
         _local.worker = bounded.Worker()
-    return _local.worker
+    return _local.worker.call(function, os.path.abspath(name), *arguments, time_limit=time_limit)
 
 
 def _batch(name: str, clip: media.Excerpt, samples: int, sound: SoundConfig, image_size: tuple[int, int],

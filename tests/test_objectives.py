@@ -63,7 +63,7 @@ def test_log_odds():
     near(objectives.log_odds(jnp.array([0.0, 0.5, 1.0])), [math.log(1e-3 / 1.001), 0, math.log(1.001 / 1e-3)])
 
 
-@pytest.mark.parametrize("mask", ["binary", "ratio"])
+@pytest.mark.parametrize("mask", ["binary", "ratio", "share"])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_separation(mask, weighted):
     """Levels far below and above the limits of the weight; equal powers are no source in a binary mask."""
@@ -72,7 +72,8 @@ def test_separation(mask, weighted):
     masks, losses = np.zeros(mixture.shape), np.zeros(3)
     for clip, row, column in np.ndindex(*mixture.shape):
         m, s = (10.0 ** float(x[clip, row, column]) for x in (mixture, source))
-        masks[clip, row, column] = float(s > m) if mask == "binary" else min(max(s / (s + m + 1e-5), 0), 1)
+        value = {"binary": float(s > m), "ratio": s / (s + m + 1e-5), "share": s / m}[mask]
+        masks[clip, row, column] = min(max(value, 0), 1)
         weight = min(max(math.log(1 + m), 1e-3), 10) if weighted else 1.0
         losses[clip] += weight * binary_entropy(logits[clip, row, column], masks[clip, row, column]) / 10
     near(objectives.separation_mask(mixture, source, mask), masks)

@@ -1,6 +1,7 @@
 """Media files and arrays → batches of one clip: the same numbers as evaluation, and a message for what cannot be."""
 
 import concurrent.futures
+import os
 import subprocess
 import sys
 import time
@@ -120,6 +121,14 @@ def test_random_damage_costs_a_message_at_most(shared, tmp_path, name, capfd):
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
             assert "crashed" not in str(error) and "stopped" not in str(error)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_relative_name_is_found_after_a_change_of_folder(shared, monkeypatch):
+    """The decoding process keeps the working folder in which it began."""
+    clips = sorted((shared / "media" / "grid_samples").iterdir())
+    for folder in (clips[0].parent, clips[0].parents[1]):
+        monkeypatch.chdir(folder)
+        assert preprocess.load(os.path.relpath(clips[0], folder))["has_image"].all()
 
 
 def test_threads_have_decoders_of_their_own(shared):

@@ -4,7 +4,7 @@ import dataclasses
 
 from av_mae.models.config import StreamConfig, require
 
-MASKS = ("binary", "ratio")
+MASKS = ("binary", "ratio", "share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,8 @@ class ClassificationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SeparatorConfig:
-    """What the separator learns: a 'binary' or 'ratio' mask, its loss `weighted` by the mixture's level or not."""
+    """What the separator learns: a `mask` (see `objectives.separation_mask`; 'binary' and 'ratio' are published), its
+    loss `weighted` by the mixture's level or not."""
 
     mask: str = "ratio"
     weighted: bool = True

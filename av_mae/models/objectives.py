@@ -43,13 +43,17 @@ def log_odds(frequency: jax.Array) -> jax.Array:
 
 
 def separation_mask(mixture: jax.Array, source: jax.Array, mask: str) -> jax.Array:
-    """The 'binary' (S > M) or 'ratio' (S / (S + M + 1e-5), clipped to [0, 1]) mask, float32 [B, mels, frames].
+    """The 'binary' (S > M), 'ratio' (S / (S + M + 1e-5)) or 'share' (S / M) mask in 0…1, float32 [B, mels, frames].
 
-    mixture and source [B, mels, frames] are log10 of power: standardised ones must be turned back before.
+    mixture and source [B, mels, frames] are log10 of power: standardised ones must be turned back before. The first
+    two are the published ones. A source that is alone is .5 in 'ratio' and 1 in 'share'; one 10 dB below the mixture
+    is twice as far above silence in 'ratio', relative to that.
     """
     mixture, source = (jnp.power(10.0, at_least_float32(x)) for x in (mixture, source))
     if mask == "binary":
         return (source > mixture).astype(jnp.float32)
+    if mask == "share":
+        return jnp.clip(source / mixture, 0, 1)
     return jnp.clip(source / (source + mixture + 1e-5), 0, 1)
 
 
