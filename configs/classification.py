@@ -53,7 +53,7 @@ def finetune(dataset):
 
 def demo():
     return ClassificationConfig(
-        steps=1500, batch_size=64, dtype="float32", init="runs/demo", encoder_rate=0.0,
+        steps=600, batch_size=64, dtype="float32", init="runs/demo", encoder_rate=0.0,
         head=ClassifierConfig(8, input_norm=True),
         data=DataConfig(path="runs/demo/data/toy_band", crop_scale=(1.0, 1.0), volume_db=0.0, image_noise=2.0,
                         sound_snr=-10.0),
