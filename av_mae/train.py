@@ -99,7 +99,8 @@ def main(argv: list[str]) -> None:
         epilog="example: python -m av_mae.train --config=configs/demo.py --workdir=runs/demo --config.steps=200")
     recipes.add_config_argument(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR",
-                        help="config.json, checkpoints/, metrics.jsonl, TensorBoard events, images/ and a model card go here")
+                        help="config.json, checkpoints/, metrics.jsonl, TensorBoard events, images/ and a model card "
+                             "go here")
     add_process_arguments(parser)
     arguments, overrides = recipes.parse_arguments(parser, argv)
     config = recipes.load_recipe(arguments.config, overrides, TrainConfig)

@@ -162,7 +162,8 @@ def test_a_script_and_its_fork_have_decoders_of_their_own(root, shared, tmp_path
     script = tmp_path / "script.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(root)!r})\n" + SCRIPT)
     # Python 3.12 warns of every fork of a process with threads
-    ended = subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", script, shared / "media" / "robust" / "chaplin.mp4"], cwd=tmp_path,
+    clip = shared / "media" / "robust" / "chaplin.mp4"
+    ended = subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", script, clip], cwd=tmp_path,
                            capture_output=True, text=True, timeout=100)
     assert (ended.stdout.split(), ended.stderr) == (["True", "True"], "")
 

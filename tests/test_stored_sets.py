@@ -85,7 +85,8 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     ({"mask": b""}, "'c-1': missing or unknown fields mask"), ({"label": 1}, "missing or unknown fields label"),
     ({"boxes": np.zeros((2, 4), np.float32)}, r"boxes, object_labels, .* must be equally long, got \[2, 0, 0, 0\]"),
     ({"labels": [2]}, "label 2 is none of 2 classes"), ({"object_labels": [5], "boxes": np.zeros((1, 4), np.float32),
-      "sounding": [1], "box_annotators": [0]}, "label 5 is none of 2 classes"), ({"masks": [b"1"]}, "masks, mask_frames must be equally long"), ({"frames": []}, "frames, frame_times must be")])
+      "sounding": [1], "box_annotators": [0]}, "label 5 is none of 2 classes"),
+    ({"masks": [b"1"]}, "masks, mask_frames must be equally long"), ({"frames": []}, "frames, frame_times must be")])
 def test_a_record_that_does_not_fit_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         records.complete(stored_record(1) | wrong, 2)

@@ -75,8 +75,8 @@ def _settings(job: Job, catalogue: Catalogue) -> dict[str, Any]:
     """What the bytes of the set depend on."""
     from av_mae.data import records  # takes a second to import
 
-    return {"dataset": job.dataset, "version": records.VERSION, "splits": sorted(job.splits), "seed": job.seed, "shard_clips": job.shard_clips,
-            "recipe": RECIPE, **dataclasses.asdict(job.record), "skip": sorted(job.record.skip),
+    return {"dataset": job.dataset, "version": records.VERSION, "splits": sorted(job.splits), "seed": job.seed,
+            "shard_clips": job.shard_clips, "recipe": RECIPE, **dataclasses.asdict(job.record), "skip": sorted(job.record.skip),
             "clips": len(catalogue.clips), "catalogue": shards.digest(catalogue.classes, catalogue.clips)}
 
 

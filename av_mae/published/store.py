@@ -173,8 +173,9 @@ def write_checkpoint(folder: pathlib.Path, published: Published, survey: Survey,
     """A work directory with one checkpoint of a published file's model, and what the model does not hold."""
     found, checkpoint = published.found, folder / "checkpoints" / "0"
     (checkpoint / "meta").mkdir(parents=True)
-    write_arrays(checkpoint / "model", {
-        path: Lazy(x.shape, x.dtype, functools.partial(published.read, path)) for path, x in published.shapes.items()}, between)
+    values = {path: Lazy(x.shape, x.dtype, functools.partial(published.read, path))
+              for path, x in published.shapes.items()}
+    write_arrays(checkpoint / "model", values, between)
     config = recipe_of(found.config)
     meta = {"step": 0, "seed": config.seed, "config": recipes.to_dict(config), "kind": found.kind,
             "head": recipes.to_dict(found.head), "checksums": {"model": survey.checksum}}

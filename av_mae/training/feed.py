@@ -30,8 +30,9 @@ def host_fields(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 class Feed:
     """Iterates over (host fields, device batch), `prefetch` batches ahead of the caller.
 
-    The host fields are the batch's objects, e.g. `id` and `error`, str [b]. `wait_seconds` sums up how long next() had to wait: what the step
-    loses to the input. What goes wrong in the background is raised by next(). close() also closes `batches`.
+    The host fields are the batch's objects, e.g. `id` and `error`, str [b]. `wait_seconds` sums up how long next() had
+    to wait: what the step loses to the input. What goes wrong in the background is raised by next(). close() also
+    closes `batches`.
     """
 
     def __init__(self, batches: Iterable[dict[str, np.ndarray]], sharding: jax.sharding.Sharding, prefetch: int = 2):
