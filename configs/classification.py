@@ -23,12 +23,15 @@ Hardware of the published variants: a TPU slice or a GPU host; with a ViT-B enco
 Expected duration: not measured; nobody has run them to the end with this code.
 """
 
+import dataclasses
+
 from av_mae import recipes
 from av_mae.config import DataConfig, OptimizerConfig
 from av_mae.models.head_config import ClassificationSettings, ClassifierConfig
 from av_mae.task_config import ClassificationConfig
 
-VARIANTS = ("vggsound_probe", "vggsound_finetune", "audioset_probe", "audioset_finetune", "demo")
+VARIANTS = ("vggsound_probe", "vggsound_finetune", "audioset_probe", "audioset_finetune", "demo", "digits_probe",
+            "digits_finetune")
 CLASSES = {"vggsound": 309, "audioset": 527}
 
 
@@ -57,11 +60,25 @@ def demo():
         head=ClassifierConfig(8, input_norm=True),
         data=DataConfig(path="runs/demo/data/toy_band", crop_scale=(1.0, 1.0), volume_db=0.0, image_noise=2.0,
                         sound_snr=-10.0),
-        optimizer=OptimizerConfig(base_lr=4e-2, warmup=50.0, weight_decay=0.0, b2=0.999), checkpoint_every=500)
+        optimizer=OptimizerConfig(base_lr=4e-2, warmup=50.0, weight_decay=0.0, b2=0.999), checkpoint_every=300)
+
+
+def digits(protocol):
+    probed = dataclasses.replace(
+        demo(), init="runs/digits", head=ClassifierConfig(10, input_norm=True),
+        data=DataConfig(path="runs/spoken_digits", crop_scale=(1.0, 1.0), volume_db=0.0, flip=False))
+    if protocol == "probe":
+        return probed
+    return dataclasses.replace(
+        probed, steps=1200, batch_size=32, encoder_rate=1.0, head=ClassifierConfig(10),
+        settings=ClassificationSettings(label_smoothing=0.1, drop_path=0.1),
+        optimizer=OptimizerConfig(base_lr=8e-3, warmup=50.0, weight_decay=0.05, b2=0.999))
 
 
 def get_config(variant="vggsound_probe"):
     if variant == "demo":
         return recipes.as_recipe(demo())
     dataset, _, protocol = variant.partition("_")
+    if dataset == "digits":
+        return recipes.as_recipe(digits(protocol))
     return recipes.as_recipe({"probe": probe, "finetune": finetune}[protocol](dataset))

@@ -71,9 +71,15 @@ def test_non_finite_loss_stops_with_one_line(training, whole):
     assert not list((training.folder / "nan" / "checkpoints").iterdir())
 
 
+def steps_and_neighbours(lines: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The lines of steps, and those of the hook that measures nearest neighbours."""
+    return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
+
+
 def test_two_processes_are_one(training):
     """The same run on one process with four devices and on two with two each; one goes on where two were."""
-    options = ["--config.mesh.fsdp=2", "--config.steps=8", "--config.checkpoint_every=5"]
+    options = ["--config.mesh.fsdp=2", "--config.steps=8", "--config.checkpoint_every=5", "--config.neighbours_every=4",
+               "--config.neighbours_clips=4"]
     status, message = training.run("one", *options, devices=4)
     assert status == 0, message
     coordinator = f"--coordinator=localhost:{free_port()}"
@@ -82,9 +88,10 @@ def test_two_processes_are_one(training):
     messages = [process.communicate(timeout=300)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], messages
     for repeat in range(2):
-        one, two = training.metrics("one"), training.metrics("two")
-        assert [line["step"] for line in two] == list(range(1, 9))
-        for ours, expected in zip(two, one, strict=True):
+        one, two = (steps_and_neighbours(training.metrics(name)) for name in ("one", "two"))
+        assert [[line["step"] for line in lines] for lines in two] == [list(range(1, 9)), [4, 8]]
+        for ours, expected in zip(sum(two, []), sum(one, []), strict=True):
+            assert ours.keys() == expected.keys()
             np.testing.assert_allclose([*ours.values()], [*expected.values()], rtol=1e-5)
         one, two = training.arrays("one"), training.arrays("two")
         for name, x in one.items():
