@@ -70,9 +70,10 @@ def digits(protocol):
     if protocol == "probe":
         return probed
     return dataclasses.replace(
-        probed, steps=1200, batch_size=32, encoder_rate=1.0, head=ClassifierConfig(10),
-        settings=ClassificationSettings(label_smoothing=0.1, drop_path=0.1),
-        optimizer=OptimizerConfig(base_lr=8e-3, warmup=50.0, weight_decay=0.05, b2=0.999))
+        probed, steps=2400, batch_size=32, encoder_rate=1.0, head=ClassifierConfig(10), checkpoint_every=600,
+        data=dataclasses.replace(probed.data, crop_scale=(0.7, 1.0)),
+        settings=ClassificationSettings(label_smoothing=0.1, mixup=1.0, drop_path=0.1),
+        optimizer=OptimizerConfig(base_lr=8e-3, warmup=100.0, weight_decay=0.05, b2=0.999))
 
 
 def get_config(variant="vggsound_probe"):
