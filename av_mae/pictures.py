@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -21,6 +20,7 @@ COLUMNS = ("frame", "visible", "rebuilt", "sound", "visible", "rebuilt")
 CURVES = ("loss", "image_loss", "audio_loss", "learning_rate", "grad_norm", "clips_per_second")
 HIDDEN = 0.5  # the grey of masked patches
 SOUND_COLOURS = colormaps["magma"].with_extremes(bad=str(HIDDEN))
+HEAT_COLOURS, HEAT_SHARE = colormaps["inferno"], 0.6
 ROW_INCHES, HEADER_INCHES = 1.6, 0.45
 
 
@@ -103,6 +103,15 @@ def gallery(rows: list[list[np.ndarray]], columns: tuple[str, ...], titles: list
         box = place.get_position()
         figure.text((box.x0 + box.x1) / 2, 1 - 0.4 * HEADER_INCHES / inches, name, ha="center", fontsize=10)
     return _render(figure)
+
+
+def heat_map(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Colours of a map [H, W], from its lowest value to its highest, over a frame uint8 [H, W, 3] in grey: uint8
+    [H, W, 3]."""
+    heat = heat.astype(np.float64)
+    heat = (heat - heat.min()) / max(1e-12, heat.max() - heat.min())
+    grey = frame.mean(-1, keepdims=True)
+    return ((1 - HEAT_SHARE) * grey + HEAT_SHARE * 255 * HEAT_COLOURS(heat)[..., :3]).round().astype(np.uint8)
 
 
 def confusion(counts: np.ndarray, classes: list[str], most: int = 30) -> np.ndarray:

@@ -1,8 +1,10 @@
 """The notebooks of colabs/: small, without stored output, and run from top to bottom with fewer clips and steps."""
 
 import base64
+import importlib.util
 import io
 import pathlib
+import re
 
 import nbformat
 import numpy as np
@@ -16,10 +18,18 @@ NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
 CLIPS = {"CLIPS": 24, "TEST_CLIPS": 12}
 PRETRAINING = CLIPS | {"STEPS": 4, "OPTIONS": ["--config.batch_size=8", "--config.optimizer.warmup=1",
                                                "--config.log_every=1", "--config.images_every=0"]}
-# Fast settings, and the pictures that each notebook shows.
+TASK = ["--config.steps=2", "--config.batch_size=8", "--config.test_batch_size=8", "--config.optimizer.warmup=1",
+        "--config.bootstrap=100", "--config.pictures=2"]
+# Fast settings, and the pictures and sounds that each notebook shows.
 RUNS = {
-    "pretrain": (PRETRAINING, 2),
-    "embeddings": (CLIPS, 2)}
+    "embeddings": (CLIPS, 2, 0),
+    "evaluate": (CLIPS | {"TASK_OPTIONS": TASK}, 4, 6),
+    "pods": ({"TOPOLOGY": "v5e:2x2", "OPTIONS": "--config.batch_size=16 --config.model.image.depth=1 "
+              "--config.model.audio.depth=1 --config.model.decoder.depth=1"}, 1, 0),
+    "pretrain": (PRETRAINING, 2, 0)}
+# What pods.ipynb prints where there is a compiler for TPUs (libtpu), and where there is none.
+COMPILED = r"\| memory of a chip +\| +bytes \|\n.*\n\| state +\| +\d\.\d+ GB \|"
+NOT_COMPILED = "compiling for TPUs needs libtpu: pip install"
 
 
 def test_each_notebook_is_run():
@@ -35,7 +45,7 @@ def test_stored_without_output(path):
     assert path.stat().st_size < 20_000
     assert "launch/colab.sh" in code[0].source and code[1].metadata.tags == ["parameters"]
     for cell in code[1:]:
-        compile(cell.source, path.name, "exec")
+        compile(re.sub(r"^!.*", "", cell.source, flags=re.MULTILINE), path.name, "exec")
 
 
 def shown(notebook, kind: str) -> list:
@@ -49,7 +59,7 @@ def shown(notebook, kind: str) -> list:
 def test_runs_from_top_to_bottom(name, tmp_path):
     import papermill
 
-    parameters, pictures = RUNS[name]
+    parameters, pictures, sounds = RUNS[name]
     if "CHECKPOINT" in (ROOT / "colabs" / f"{name}.ipynb").read_text():  # its pretraining is that of pretrain.ipynb
         parameters = parameters | {"CHECKPOINT": str(tiny_tasks.pretrained(tmp_path / "tiny"))}
     papermill.execute_notebook(ROOT / "colabs" / f"{name}.ipynb", tmp_path / "done.ipynb", cwd=ROOT, progress_bar=False,
@@ -57,4 +67,9 @@ def test_runs_from_top_to_bottom(name, tmp_path):
     done = nbformat.read(tmp_path / "done.ipynb", 4)
     images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in shown(done, "image/png")]
     assert len(images) == pictures and all(image.std() > 5 for image in images)
+    assert sum("<audio" in text for text in shown(done, "text/html")) == sounds
     assert not [output for cell in done.cells for output in cell.get("outputs", ()) if output.output_type == "error"]
+    if name == "pods":
+        printed = "".join(output.text for cell in done.cells for output in cell.get("outputs", ()) if "text" in output)
+        compiler = importlib.util.find_spec("libtpu") is not None
+        assert (bool(re.search(COMPILED, printed)), NOT_COMPILED in printed) == (compiler, not compiler)

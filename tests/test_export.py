@@ -14,7 +14,7 @@ from flax import nnx
 
 import av_mae
 from av_mae import export as command
-from av_mae import preprocess
+from av_mae import prepare, preprocess, train
 from av_mae.config import DataConfig
 from av_mae.data.pipeline import open_evaluation_data
 from av_mae.errors import UserError
@@ -322,3 +322,31 @@ def test_all_devices_share_the_rows(checkpoint, clips, exported, tmp_path, monke
     for stream in STREAMS:
         np.testing.assert_allclose(found[stream], wanted[stream], rtol=0, atol=1e-5)
     assert embedder.Embedder(av_mae.load(checkpoint)).columns() == dict.fromkeys(STREAMS, (32,))
+
+
+@pytest.mark.slow
+def test_a_run_of_the_demo_exports_what_encode_gives(tmp_path):
+    """Pretrained by the demo's recipe (a layer of each, three steps); its clips as mp4 files, in two orders and in
+    batches of 1 and of 5: each row is what `preprocess.load` and `encode` make of its file alone."""
+    data, run = tmp_path / "toy_band", tmp_path / "run"
+    prepare.main(["--dataset=toy_band", f"--output={data}", "--clips=16", "--test_clips=12", "--workers=1"])
+    train.main(["--config=configs/demo.py", f"--workdir={run}", f"--config.data.path={data}", "--config.steps=3",
+                "--config.data.weights=None", "--config.batch_size=8", "--config.optimizer.warmup=1",
+                "--config.images_every=0", "--config.model.image.depth=1", "--config.model.audio.depth=1",
+                "--config.model.decoder.depth=1"])
+    model, files = av_mae.load(run), sorted((data / "clips" / "test").glob("*.mp4"))
+    wanted = {}
+    for path in files:
+        batch = preprocess.load(path, duration=1.5, sound=model.sound, image_size=model.config.image.size)
+        wanted[path.name] = av_mae.encode(model, batch).features
+    assert np.abs(wanted[files[0].name]["fusion"] - wanted[files[1].name]["fusion"]).max() > 1e-3
+    for batch_size, order in ((1, files), (5, files[::-1])):
+        listed = tmp_path / f"{batch_size}.csv"
+        listed.write_text("path\n" + "\n".join(map(str, order)))
+        export(run, listed, tmp_path / f"{batch_size}", batch_size=batch_size)
+        found = read(tmp_path / f"{batch_size}")
+        assert found["path"].tolist() == [str(path) for path in order] and len(order) == 12
+        for stream in STREAMS:
+            assert found[stream].dtype == np.float32
+            np.testing.assert_allclose(found[stream], np.concatenate([wanted[path.name][stream] for path in order]),
+                                       rtol=0, atol=1e-5)

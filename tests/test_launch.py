@@ -105,5 +105,22 @@ def test_help_needs_no_python(launch, script):
     assert launch(script, "--help", pythons={})[:2] == (0, "")
 
 
+def test_notebooks_install_what_is_missing(tmp_path, root):
+    """A Python without av_mae gets it, with the further extras; one that has it is left as it is."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    script = '#!/bin/bash\nif [ "$1" = -c ]; then exit {missing}; fi\necho "$*" >> "$CALLS"\n'
+    for missing, wanted in ((1, 1), (0, 0)):
+        python.write_text(script.format(missing=missing))
+        python.chmod(0o755)
+        for extra in ([], ["tpu"]):
+            calls.write_text("")
+            subprocess.run(["bash", str(root / "launch" / "colab.sh"), str(python), *extra], check=True, cwd=tmp_path,
+                           env=os.environ | {"CALLS": str(calls)})
+            made = calls.read_text().splitlines()
+            assert len(made) == wanted
+            assert all(call.startswith("-m pip install") and "--editable .[" + ",".join(["colab", *extra]) in call
+                       for call in made)
+
+
 def test_continuous_integration_calls_the_tests(root):
     assert "launch/test.sh" in (root / ".ci" / "run").read_text()

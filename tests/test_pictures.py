@@ -4,6 +4,7 @@ import types
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 
 from av_mae import pictures
@@ -143,3 +144,14 @@ def test_embedding_map_has_a_colour_for_each_class():
     colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
     expected = [tuple(np.round(np.multiply(pictures.MAP_COLOURS(number)[:3], 255)).astype(int)) for number in range(6)]
     assert [colour in colours for colour in expected] == [True, False, True, False, False, True]
+
+
+def test_heat_map_is_seen_on_dark_and_light_frames():
+    """Its colours are those of the stretched map over the frame's grey, whatever the map's range."""
+    random = np.random.default_rng(2)
+    heat = random.permutation(np.arange(12)).reshape(3, 4)
+    frame = random.integers(0, 256, (3, 4, 3), np.uint8)
+    colours = np.array([colormaps["inferno"](n / 11)[:3] for n in range(12)])
+    expected = 0.4 * frame.astype(float).mean(-1, keepdims=True) + 0.6 * 255 * colours[heat]
+    np.testing.assert_allclose(pictures.heat_map(frame, 0.3 * heat - 2), expected, atol=0.51)
+    assert pictures.heat_map(np.zeros_like(frame), np.ones((3, 4))).dtype == np.uint8

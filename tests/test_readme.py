@@ -84,7 +84,10 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(compare.Cell, "config", lambda self, runs: dataclasses.replace(
         cell(self, runs), steps=2, batch_size=8, bootstrap=100))
     typed_commands.run("python -m av_mae.prepare --dataset=toy_band --output=runs/demo/data/toy_band")
-    shutil.copytree("runs/demo/data/toy_band/clips/test", "videos")
+    for number, clip in enumerate(sorted(pathlib.Path("runs/demo/data/toy_band/clips/test").glob("*.mp4")), 1):
+        place = pathlib.Path("videos", "train" if number < 6 else "test", ("cat", "dog")[number % 2], f"{number}.mp4")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, place)
     rows = recipes.load_recipe("configs/compare.py:demo", [], evaluate.kind_of).rows
     trained = {row.command for row in rows if row.command.startswith("python")}
     for command in ["python -m av_mae.train --config=configs/demo.py --workdir=runs/demo", *sorted(trained)]:
@@ -96,7 +99,7 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     for path in ("runs/small/metrics.jsonl", "runs/small_evaluation/results.json", "runs/published/config.json",
                  "published.safetensors", "runs/segmentation/results.json", "fusion.png", "runs/demo/card.json",
                  "runs/embeddings/failures.parquet", "runs/encoder/load_encoder.py", "runs/weights/model.safetensors",
-                 "hits.png", "fusion.npy", "runs/videos/report.html", "toy_band.png", "runs/neighbours/results.json",
+                 "hits.png", "fusion.npy", "runs/videos/report.html", "runs/videos_classes/images/confusion.png", "toy_band.png", "runs/neighbours/results.json",
                  "runs/compare/comparison.png"):
         assert (tmp_path / path).is_file(), path
     assert (tmp_path / "checkpoint_latest.pth").read_bytes() == (tmp_path / "published.safetensors").read_bytes()

@@ -58,6 +58,8 @@ def run(command: str) -> None:
         more = ["--workers=1"]
     if "configs/segmentation.py:demo" in command:
         more = more + SHORTER_TASK
+    if "configs/classification.py:folder" in command:
+        more = more + SHORTER_TASK[:2]
     if "configs/compare.py" in command:
         more = ["--config.seeds=(0,)"]
     if arguments[0] == "step":

@@ -102,11 +102,5 @@ class Localization(Task):
         for clip in measured.drawn:
             truth = self.where(clip)
             shown = np.zeros(clip["heat"].shape) if truth is None else truth
-            rows.append([clip["image"], overlay(clip["image"], stretched(clip["heat"])), overlay(clip["image"], shown)])
+            rows.append([clip["image"], pictures.heat_map(clip["image"], clip["heat"]), overlay(clip["image"], shown)])
         pictures.save_png(folder / "localization.png", pictures.gallery(rows, ("frame", "heat", "truth"), measured.names))
-
-
-def stretched(heat: np.ndarray) -> np.ndarray:
-    """A map [H, W] from its lowest value at 0 to its highest at 1."""
-    heat = heat.astype(np.float64)
-    return (heat - heat.min()) / max(1e-12, heat.max() - heat.min())
