@@ -153,7 +153,9 @@ def _summary(output: str, report: dict[str, Any], skipped: tuple[str, ...]) -> s
     found = "".join(f"\n  {count} × {cause}: {CAUSES[cause]}" for cause, count in report["causes"].items() if count)
     incomplete = any(report["causes"][cause] for cause in {"no_sound", "no_picture"} - set(skipped))
     hint = "\n  --skip=no_sound,no_picture leaves out what has only one of both" if incomplete else ""
-    return f"{output}: {splits}{found}{hint}\n  each is named in {output}/report.html"
+    classes = f", {len(report['classes'])} classes" if report["classes"] else ""
+    where = "each is named in" if found else "the report is in"
+    return f"{output}: {splits}{classes}{found}{hint}\n  {where} {output}/report.html"
 
 
 def main(argv: list[str]) -> None:

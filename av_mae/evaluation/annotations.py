@@ -25,7 +25,8 @@ def common_classes(paths: Sequence[str], classes: int | None = None) -> list[str
     check_classes(names)
     known = names[paths[0]]
     if classes not in (None, len(known)):
-        raise UserError(f"head.classes={classes} does not match the labels: {paths[0]} has {len(known)} classes")
+        raise UserError(f"head.classes={classes} does not match the labels: {paths[0]} has {len(known)} classes, set "
+                        f"--config.head.classes={len(known)}")
     return known
 
 
