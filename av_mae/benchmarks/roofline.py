@@ -113,6 +113,7 @@ def plot(curves: dict[str, dict[str, list[dict]]], path) -> None:
             line = [row["chips"] for row in rows], [row["efficiency"] for row in rows]
             axes.semilogx(*line, marker="o", base=2, label=name)
         axes.set(title=chip, xlabel="chips", ylim=(0, 1.05))
+        axes.xaxis.set_major_formatter("{x:.0f}")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("predicted efficiency (exchanges not hidden)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)

@@ -124,9 +124,10 @@ def main(argv: list[str]) -> None:
     compiled = [load(path) for path in arguments.files]
     derived = [figures for figures in compiled if figures["fits"]]
     derived += assumed_steps(arguments.share) if arguments.share else []
-    print(timing.table([("compiled", "topology", "clips per chip", "GB per chip", "TFLOP per chip",
-                         "beside closed form", "step ms", "MFU", "largest exchange"),
-                        *map(compiled_row, compiled)]) + "\n")
+    if compiled:
+        print(timing.table([("compiled", "topology", "clips per chip", "GB per chip", "TFLOP per chip",
+                             "beside closed form", "step ms", "MFU", "largest exchange"),
+                            *map(compiled_row, compiled)]) + "\n")
     print(timing.table([("efficiency", "chip", "fsdp", "step ms", *map(str, pod.COUNTS), "limit"),
                         *map(derived_row, derived)]) + "\n")
     print(timing.table([("recipe", "chip", "chips", "clips per chip", "clips/s", "hours", "host cores"),
