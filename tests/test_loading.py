@@ -1,5 +1,6 @@
 """`av_mae.load` and `av_mae.encode`: from every place, for every kind of model, compiled once."""
 
+import logging
 import subprocess
 import sys
 
@@ -31,9 +32,11 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("place,step", [("", 5), ("checkpoints", 5), ("checkpoints/2", 2)])
-def test_load_from_every_place(run, place, step):
+def test_load_from_every_place(run, place, step, caplog):
     workdir, params = run
+    caplog.set_level(logging.WARNING, "absl")
     model = av_mae.load(workdir / place if place else str(workdir))
+    assert not caplog.records  # of Orbax
     assert isinstance(model, models.AVMAE) and model.config == MODEL and model.sound.mels == 32
     found = flat_values(model)
     assert found.keys() == params[step].keys()

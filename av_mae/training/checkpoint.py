@@ -194,8 +194,14 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any]:
 
 def read_layout(folder: pathlib.Path, item: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the arrays in one item of a checkpoint."""
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.metadata(folder / item).item_metadata.tree
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))  # Orbax warns that an item is no whole checkpoint
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            tree = reader.metadata(folder / item).item_metadata.tree
+    finally:
+        logger.setLevel(level)
     return {name: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for name, x in tree.items()}
 
 
