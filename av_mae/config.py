@@ -8,6 +8,7 @@ DTYPES = ("bfloat16", "float32")
 TRUTHS = ("label", "labels", "mask", "objects", "sources", "waveforms")
 MOST_MIXED = 4  # clips
 REMATS = ("none", "dots", "full")
+SCANS = ("auto", "on", "off")
 OPTIMIZERS = ("adamw", "lars")
 
 
@@ -157,7 +158,8 @@ class RunConfig:
     `hang_seconds` (0: never). `checkpoint_local` is a folder on each host's own disk for fast checkpoints every
     `checkpoint_local_every` steps. The run stops once `max_failed_saves` (0: any number) could not be saved in a row,
     and at an update that is not finite or whose gradient norm is above `max_grad_norm` (0: any), unless
-    `max_skipped_updates` may be skipped.
+    `max_skipped_updates` may be skipped. `scan_layers`: equal layers are compiled once, as a
+    loop ('auto': on accelerators, where mesh.fsdp or mesh.tensor cut parameters).
     """
 
     seed: int = 0
@@ -167,6 +169,7 @@ class RunConfig:
     grad_accumulation: int = 1
     dtype: str = "bfloat16"
     remat: str = "none"
+    scan_layers: str = "auto"
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -195,6 +198,7 @@ class RunConfig:
                 f"batch_size={self.batch_size}")
         require(self.dtype in DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         require(self.remat in REMATS, f"remat={self.remat!r} must be one of {', '.join(REMATS)}")
+        require(self.scan_layers in SCANS, f"scan_layers={self.scan_layers!r} must be one of {', '.join(SCANS)}")
         require(min(self.checkpoint_every, self.checkpoint_local_every, self.keep_last, self.log_every) > 0,
                 f"checkpoint_every={self.checkpoint_every}, checkpoint_local_every={self.checkpoint_local_every}, "
                 f"keep_last={self.keep_last} and log_every={self.log_every} must be at least 1")

@@ -53,6 +53,79 @@ def test_reads_how_long_values_live():
     assert compiled.most_alive(sooner, compiled.gathers) == WHOLE + 256
 
 
+LOOP = """HloModule jit_step, is_scheduled=true
+
+%fused (p: bf16[4,49,64], q: bf16[4,64,32]) -> bf16[4,49,32] {
+  %p = bf16[4,49,64]{2,1,0} parameter(0)
+  %q = bf16[4,64,32]{2,1,0} parameter(1)
+  ROOT %dot.1 = bf16[4,49,32]{2,1,0} dot(%p, %q), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}
+}
+
+%body (state: (s32[], bf16[12,16,768], bf16[12,16])) -> (s32[], bf16[12,16,768], bf16[12,16]) {
+  %state = (s32[], bf16[12,16,768], bf16[12,16]) parameter(0)
+  %w = bf16[12,16,768]{2,1,0} get-tuple-element(%state), index=1
+  %slice.1 = bf16[16,768]{1,0} fusion(%w), kind=kLoop, calls=%cut, backend_config={"estimated_cycles":"7"}
+  %all-gather.1 = bf16[64,768]{1,0} all-gather(%slice.1), replica_groups={{0,1,2,3}}
+  %fusion.1 = bf16[4,49,32]{2,1,0} fusion(%all-gather.1, %x), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
+  ROOT %tuple.1 = (s32[], bf16[12,16,768], bf16[12,16]) tuple(%i, %w, %w)
+}
+
+%condition (state.1: (s32[], bf16[12,16,768], bf16[12,16])) -> pred[] {
+  %state.1 = (s32[], bf16[12,16,768], bf16[12,16]) parameter(0)
+  %turn = s32[] get-tuple-element(%state.1), index=0
+  ROOT %less = pred[] compare(%turn, %n), backend_config={"estimated_cycles":"1"}
+}
+
+ENTRY %main (w: bf16[12,16,768]) -> bf16[8,32] {
+  %w.1 = bf16[12,16,768]{2,1,0} parameter(0)
+  %all-gather.2 = bf16[32,768]{1,0} all-gather(%w.1), replica_groups={{0,1,2,3}}
+  %while.1 = (s32[], bf16[12,16,768], bf16[12,16]) while(%tuple.2), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+  %a = bf16[8,64]{1,0} bitcast(%all-gather.2)
+  %b = bf16[64,32]{1,0} bitcast(%w.1)
+  ROOT %convolution.1 = bf16[8,32]{1,0} convolution(%a, %b), dim_labels=bf_io->bf, backend_config={"estimated_cycles":"50"}
+}
+"""
+GATHERED = 64 * 768 * 2
+
+
+def test_counts_every_turn_of_a_loop():
+    found = [(c.kind, c.bytes) for c in compiled.collectives(LOOP)]
+    assert found == [("all-gather", GATHERED)] * 12 + [("all-gather", GATHERED // 2)]
+    assert compiled.repeats(LOOP) == {"fused": 12, "body": 12, "condition": 12, "main": 1}
+    assert compiled.cycles(LOOP) == 12 * (7 + 100 + 1) + 50
+    part = 16 * 768 * 2  # what a turn reads of %w, and cuts out of it, and gathers
+    turn = part + part + part + GATHERED + GATHERED + 4 * 49 * 32 * 2 + 5
+    assert compiled.further_turns(LOOP) == (11 * 2 * 4 * 49 * 64 * 32, 11 * turn)
+
+
+def test_what_lives_while_a_loop_runs():
+    """A gathered weight of before the loop that is read after it, and the one of a turn; that of the next turn, gathered
+    in this one, lives all the time."""
+    assert compiled.most_alive(LOOP, compiled.gathers) == GATHERED // 2 + GATHERED
+    sooner = LOOP.replace("%a = bf16[8,64]{1,0} bitcast(%all-gather.2)", "%a = bf16[8,64]{1,0} bitcast(%w.1)")
+    assert compiled.most_alive(sooner, compiled.gathers) == GATHERED
+    ahead = LOOP.replace("  %all-gather.1 =", "  %all-gather.3 = bf16[64,768]{1,0} all-gather(%x)\n  %all-gather.1 =")
+    assert compiled.most_alive(ahead, compiled.gathers) == GATHERED // 2 + GATHERED
+    ahead = ahead.replace("tuple(%i, %w, %w)", "tuple(%i, %all-gather.3, %w)")
+    assert compiled.most_alive(ahead, compiled.gathers) == GATHERED // 2 + 2 * GATHERED
+
+
+def test_counts_of_a_compiled_loop():
+    """The compiler's FLOPs of a scan, its loop counted by turns, are those of the same layers in turn."""
+    def scan(x, kernels):
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0].sum()
+
+    def unrolled(x, kernels):
+        return functools.reduce(lambda x, kernel: jnp.tanh(x @ kernel), list(kernels), x).sum()
+
+    x, kernels = jnp.ones((40, 96)), jnp.ones((7, 96, 96))
+    programs = [jax.jit(jax.grad(f, (0, 1))).lower(x, kernels).compile() for f in (scan, unrolled)]
+    (ours, _), unrolled_too = (compiled.further_turns(program.as_text()) for program in programs)
+    once, flops = (program.cost_analysis()["flops"] for program in programs)
+    assert unrolled_too == (0, 0) and once < 0.3 * flops
+    assert once + ours == pytest.approx(flops, rel=0.05)
+
+
 def test_counts_matrix_products():
     def f(a, b, x):
         def body(carry, row):
@@ -74,23 +147,27 @@ MODEL = AVMAEConfig(
 
 
 @functools.cache
-def program(shape: tuple[int, int, int]) -> tuple[step.TrainStep, str]:
-    """The step on a mesh, compiled for eight CPU devices.
+def program(shape: tuple[int, int, int], scan: str = "on") -> tuple[step.TrainStep, str]:
+    """The step on a mesh, compiled for eight CPU devices, equal layers as loops.
 
     In the order that needs least memory: by default, CPUs run what can run, so all gathers come first.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "SMALL", 64)
         patch.setitem(FAST_COMPILE, "xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
-        train_step = on_mesh(recipe(MODEL, batch_size=48), *shape)
+        train_step = on_mesh(recipe(MODEL, batch_size=48, scan_layers=scan), *shape)
         return train_step, compile_step(train_step).as_text()
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 1), pytest.param((1, 2, 4), marks=pytest.mark.slow)])
-def test_only_weights_are_gathered(shape):
+UNROLLED = pytest.param((2, 4, 1), "off", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("shape, scan", [((2, 4, 1), "on"), UNROLLED,
+                                         pytest.param((1, 2, 4), "on", marks=pytest.mark.slow)])
+def test_only_weights_are_gathered(shape, scan):
     """No all-gather of activations: nothing that is gathered has a dimension of clips, or is larger than a weight. Over
     'tensor', activations are summed; nothing is exchanged in other ways."""
-    train_step, text = program(shape)
+    train_step, text = program(shape, scan)
     largest = max(4 * math.prod(x.shape) for x in train_step.shapes.params.values())
     clips = {6, 12, 24, 48}  # of a device, of several, of all; no parameter has such a dimension
     assert not clips & {n for x in train_step.shapes.params.values() for n in x.shape}
@@ -102,15 +179,20 @@ def test_only_weights_are_gathered(shape):
     assert summed == ({4} if shape[2] == 4 else set())
 
 
-def test_weights_stay_no_longer_than_their_layer():
-    """Gathered weights in memory at once: at most those of a layer, not of the model."""
-    train_step, text = program((2, 4, 1))
+@pytest.mark.parametrize("shape, scan", [((2, 4, 1), "on"), UNROLLED])
+def test_weights_stay_no_longer_than_their_layer(shape, scan):
+    """Gathered weights in memory at once: at most those of a layer, not of the model; and no loop hands them on, stacked
+    over its turns."""
+    train_step, text = program(shape, scan)
     every = {name: math.prod(x.shape) * 4 for name, x in train_step.shapes.params.items()}
     whole = sum(n for name, n in every.items() if train_step.placements[name].gathered)
     layer = sum(n for name, n in every.items() if ".1." in name and name.startswith("encoder."))
     alive = compiled.most_alive(text, compiled.gathers)
     assert layer < whole / 4
     assert 0 < alive <= layer
+    shapes = {array[1] for _, _, body in compiled.computations(text) for one in body for array in one.arrays}
+    cut, stacked = {(4, 16, 256), (4, 64, 64)}, {(4, 64, 256), (4, 256, 64)}  # of fc1 and fc2: as stored, and whole
+    assert (cut <= shapes) == (scan == "on") and not stacked & shapes
 
 
 def residual_bytes(remat: str) -> int:

@@ -105,6 +105,7 @@ def test_wrong_key_or_type(override, message):
     ("grad_accumulation=3", "grad_accumulation=3 must be positive and divide batch_size=64"),
     ("dtype=float16", "dtype='float16' must be one of bfloat16, float32"),
     ("remat=some", "remat='some' must be one of"),
+    ("scan_layers=yes", "scan_layers='yes' must be one of auto, on, off"),
     ("model.image.mask_ratio=1", "mask_ratio=1.0 must be between 0 and 1"),
     ("model.audio.mask_ratio=0", "mask_ratio=0.0 must be between 0 and 1"),
     ("model.audio.size=(128,96)", "as many rows as data.sound.mels=64"),

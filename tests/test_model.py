@@ -10,6 +10,7 @@ from flax import nnx
 
 from av_mae import models
 from av_mae.errors import UserError
+from av_mae.models import stack
 from av_mae.models.layers import Attention, Block
 from av_mae.models.swin import SwinBlock
 from numpy_model import NumPyModel, positions_of
@@ -185,18 +186,18 @@ def test_masks_from_a_key():
         model.losses(*inputs(1)[:3])
 
 
-def test_remat_wraps_every_layer():
-    """Losses stay; that gradients do is shown through the step (test_step.py)."""
-    model, clip, wrapped = shallow("token", "swin"), inputs(1), []
+def test_every_layer_is_run_as_asked():
+    """Encoder and decoders leave it to `run`; losses stay. That gradients do is shown in test_stack.py."""
+    model, clip, seen = shallow("token", "swin"), inputs(1), []
 
-    def remat(function, **options):
-        wrapped.append(function.__name__)
-        return jax.checkpoint(function, **options)
+    def run(step, layers, carry, given):
+        seen.append(len(layers))
+        return stack.in_turn(jax.checkpoint(step, static_argnums=0), layers, carry, given)
 
     expected = np.stack(model.losses(*clip))
-    model.encoder.remat = model.image_decoder.remat = model.audio_decoder.remat = remat
+    model.encoder.run = model.image_decoder.run = model.audio_decoder.run = run
     near(np.stack(model.losses(*clip)), expected, 1e-6)
-    assert wrapped == ["layer", "block", "block"]
+    assert seen == [1, 0, 1, 0, 1]  # the encoder's layer; each decoder's blocks before the last, and the last
 
 
 def test_bfloat16_parameters_give_bfloat16_activations():

@@ -153,7 +153,7 @@ def test_parameters_counted_by_layers():
 def test_compiles_for_a_slice_that_is_not_there(tmp_path, capsys):
     """The whole command at the tiny size: its keys, FLOPs as in the closed form, one sum of all gradients."""
     pytest.importorskip("libtpu", reason="libtpu (the `tpu` extra) is not installed: no TPU program is compiled here")
-    model = ("image.depth=2", "audio.depth=2", "decoder.depth=1")
+    model = ("image.depth=4", "audio.depth=4", "decoder.depth=1")
     command = ["pod", "--topology=v5e:2x2", "--config=configs/pretrain.py:tiny", "--config.batch_size=64",
                "--config.mesh.fsdp=4", *(f"--config.model.{key}" for key in model)]
     benchmark.main([*command, f"--json={tmp_path}/pod.json", f"--plot={tmp_path}/pod.png", "--clips=1000"])
@@ -164,6 +164,6 @@ def test_compiles_for_a_slice_that_is_not_there(tmp_path, capsys):
     gathered = figures["collectives"]["all-gather"]["bytes"]
     whole = 2 * figures["parameters"]  # bfloat16
     assert 1.5 * whole < gathered <= 2 * whole  # forward, and backward but for the embeddings
-    assert figures["gathered_bytes"] < 0.75 * whole  # how early, libtpu decides: 0.57 with version 0.0.52
+    assert figures["gathered_bytes"] < 0.2 * whole  # of a loop over four layers; 0.14 with libtpu 0.0.52
     assert figures["predicted_step_seconds"] > 0 and 0 < figures["predicted_mfu"] < 1
     assert (tmp_path / "pod.png").stat().st_size > 1000 and "largest batch that fits" in capsys.readouterr().out

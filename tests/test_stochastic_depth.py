@@ -127,15 +127,3 @@ def test_evaluation_is_unchanged_and_costs_nothing(encoder):
     with_ones, without = (jax.jit(lambda f: encoder(image, audio, factors=f)[:3])(f) for f in (ones, None))
     for ours, theirs in zip(with_ones, without, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_rematerialised_layers_drop_the_same(encoder):
-    def loss(x, wrap):
-        model = nnx.merge(*nnx.split(encoder))
-        model.remat = wrap
-        return jnp.square(model(x, inputs()[1], factors=draw_factors()).image).sum()
-
-    wraps = None, functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-    plain, again = (jax.jit(jax.grad(functools.partial(loss, wrap=wrap)))(inputs()[0]) for wrap in wraps)
-    np.testing.assert_allclose(again, plain, rtol=1e-4, atol=1e-5)

@@ -129,11 +129,13 @@ def measure(config: TrainConfig, name: str, slices: int = 1) -> dict:
         progress.update(stage="compiled")
     chips, memory, cost = train_step.mesh.size, compiled.memory_analysis(), compiled.cost_analysis()
     program, products = compiled.as_text(), list(programs.products(traced.jaxpr.jaxpr))
+    more_flops, more_bytes = programs.further_turns(program)
+    bytes_accessed = cost["bytes accessed"] + more_bytes
     flops, padded = programs.matmul_flops(products), programs.matmul_flops(products, chip.tile)
     sizes = train_step.mesh.shape
     across = (sizes["data"], sizes["data"] * sizes["fsdp"], chips)
     kinds = roofline.exchanges(programs.collectives(program), chip, shape, slices, across)
-    parts = {"compute": padded / chips / chip.flops, "memory": cost["bytes accessed"] / chip.memory_rate,
+    parts = {"compute": padded / chips / chip.flops, "memory": bytes_accessed / chip.memory_rate,
              "shown": sum(kind["seconds"] for kind in kinds.values()),
              "hidden": sum(kind["hidden_seconds"] for kind in kinds.values())}
     seconds = roofline.step_seconds(**parts)
@@ -148,8 +150,8 @@ def measure(config: TrainConfig, name: str, slices: int = 1) -> dict:
     return {"topology": name, "slices": slices, "chips": chips, "mesh": dict(sizes), "fits": total <= chip.memory,
             "batch_size": config.batch_size, "largest_batch": largest,
             "bytes_per_chip": kept | {"total": total, "memory": chip.memory},
-            "flops": cost["flops"] * config.grad_accumulation, "closed_form_flops": closed,
-            "matmul_flops": flops / chips, "padded_flops": padded / chips, "bytes_accessed": cost["bytes accessed"],
+            "flops": cost["flops"] + more_flops, "closed_form_flops": closed,
+            "matmul_flops": flops / chips, "padded_flops": padded / chips, "bytes_accessed": bytes_accessed,
             "collectives": kinds, "seconds": parts, "predicted_step_seconds": seconds,
             "predicted_mfu": closed / seconds / chip.flops,
             "compiler_cycle_seconds": programs.cycles(program) / chip.clock,

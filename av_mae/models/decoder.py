@@ -7,6 +7,7 @@ from flax import nnx
 from av_mae.models.config import DecoderConfig, StreamConfig
 from av_mae.models.layers import Block, Initial, LayerNorm, Linear
 from av_mae.models.patches import take
+from av_mae.models.stack import in_turn
 from av_mae.models.swin import SwinBlock
 
 
@@ -43,7 +44,7 @@ class Decoder(nnx.Module):
         self.predict = Linear(width, stream.patch_values, rngs=rngs)
         self.kind = config.kind
         self.tokens = stream.tokens
-        self.remat = None
+        self.run = in_turn
 
     def __call__(self, tokens: jax.Array, fusion: jax.Array, keep: jax.Array | None = None,
                  positions: jax.Array | None = None) -> jax.Array:
@@ -62,26 +63,19 @@ class Decoder(nnx.Module):
         x = blocks(fusion, visible, hidden, jnp.concatenate([keep, removed], axis=1), everywhere)
         return self.predict(self.norm(x))
 
-    def block(self, number: int, *args) -> jax.Array:
-        return self.blocks[number](*args)
-
-    def run(self, number: int, *args):
-        run = self.block if self.remat is None else self.remat(self.block, static_argnums=0)
-        return run(number, *args)
-
     def plain_blocks(self, fusion, visible, hidden, order, everywhere: bool) -> jax.Array:
         """Attention does not mind the order of tokens, so they stay as [fusion ; visible ; hidden]."""
-        x, last = jnp.concatenate([fusion, visible, hidden], axis=1), len(self.blocks) - 1
-        for number in range(last):
-            x = self.run(number, x)
+        *blocks, last = self.blocks
+        x = jnp.concatenate([fusion, visible, hidden], axis=1)
+        x, _ = self.run(lambda block, x, _: (block(x), None), blocks, x, [None] * len(blocks))
         read = fusion.shape[1] + (0 if everywhere else visible.shape[1])
-        x = self.run(last, x[:, read:], x[:, :read])
+        x, _ = self.run(lambda block, x, _: (block(*x), None), [last], (x[:, read:], x[:, :read]), [None])
         return take(x, jnp.argsort(order, axis=1)) if everywhere else x
 
     def swin_blocks(self, fusion, visible, hidden, order, everywhere: bool) -> jax.Array:
         """Windows need the grid: tokens go back to their places first."""
-        x, last = take(jnp.concatenate([visible, hidden], axis=1), jnp.argsort(order, axis=1)), len(self.blocks) - 1
-        for number in range(last):
-            x, fusion = self.run(number, x, fusion)
+        *blocks, last = self.blocks
+        x = take(jnp.concatenate([visible, hidden], axis=1), jnp.argsort(order, axis=1)), fusion
+        x, _ = self.run(lambda block, x, _: (block(*x), None), blocks, x, [None] * len(blocks))
         positions = None if everywhere else order[:, visible.shape[1]:]
-        return self.run(last, x, fusion, positions)[0]
+        return self.run(lambda block, x, _: (block(*x, positions), None), [last], x, [None])[0][0]

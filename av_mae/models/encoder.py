@@ -12,6 +12,7 @@ from av_mae.models.fusion import FusionBlock
 from av_mae.models.layers import Block, Initial, LayerNorm, Linear
 from av_mae.models.patches import patchify, take, with_channel
 from av_mae.models.positions import sin_cos_2d
+from av_mae.models.stack import in_turn
 
 
 class Tokens(NamedTuple):
@@ -51,13 +52,18 @@ class Stream(nnx.Module):
         tokens = self.patch_embed(patches)
         return tokens + positions.astype(tokens.dtype)
 
-    def layer(self, number: int, x: jax.Array, fusion: jax.Array | None, factors: jax.Array | None = None) -> jax.Array:
-        """Block `number` over [fusion ; x], of which only x is kept; a stream that is at its end stays."""
-        if number >= len(self.blocks):
-            return x
-        if fusion is not None and self.bridges[number] is not None:
-            fusion = self.bridges[number](fusion)
-        return self.blocks[number](x, fusion, factors)
+    def part(self, number: int) -> tuple[Block | None, Linear | None]:
+        """Block and bridge of layer `number`; None: there is none."""
+        return self.blocks[number] if number < len(self.blocks) else None, self.bridges[number]
+
+
+def run_part(part: tuple[Block | None, Linear | None], x: jax.Array, fusion: jax.Array | None,
+             factors: jax.Array | None = None) -> jax.Array:
+    """A stream's block over [fusion ; x], of which only x is kept; a stream that is at its end stays."""
+    block, bridge = part
+    if block is None:
+        return x
+    return block(x, fusion if fusion is None or bridge is None else bridge(fusion), factors)
 
 
 class Encoder(nnx.Module):
@@ -84,7 +90,7 @@ class Encoder(nnx.Module):
             self.fusion_tokens = Initial("normal", shape, 0.02).parameter(rngs)
             self.fusion_norm = LayerNorm(width, eps=1e-5)
         self.fusion_width = width
-        self.remat = None
+        self.run = in_turn
 
     def start(self, image: jax.Array, audio: jax.Array, image_keep: jax.Array | None = None,
               audio_keep: jax.Array | None = None, fused: bool = True) -> Tokens:
@@ -95,28 +101,32 @@ class Encoder(nnx.Module):
         fusion = self.fusion_tokens[...]
         return Tokens(image, audio, jnp.broadcast_to(fusion, (image.shape[0], *fusion.shape[1:])))
 
-    def layer(self, number: int, image: jax.Array, audio: jax.Array, fusion: jax.Array,
-              factors: jax.Array | None = None):
-        """Layer `number`: both blocks and the fusion block read the tokens from before the layer."""
-        block = self.fusion_blocks[number] if fusion.shape[1] else None
+    def parts(self, number: int) -> tuple:
+        """What layer `number` consists of: the part of each stream, and the fusion block or None."""
+        return self.image.part(number), self.audio.part(number), self.fusion_blocks[number]
+
+    def layer(self, parts: tuple, tokens: tuple[jax.Array, jax.Array, jax.Array], factors: jax.Array | None = None):
+        """One layer: both blocks and the fusion block read the tokens (image, audio, fusion) from before the layer."""
+        (image_part, audio_part, block), (image, audio, fusion) = parts, tokens
+        block = block if fusion.shape[1] else None
         read = None if block is None else fusion
         image_factors, audio_factors = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
-        new_image = self.image.layer(number, image, read, image_factors)
-        new_audio = self.audio.layer(number, audio, read, audio_factors)
-        return new_image, new_audio, fusion if block is None else block(fusion, image, audio)
+        return (run_part(image_part, image, read, image_factors), run_part(audio_part, audio, read, audio_factors),
+                fusion if block is None else block(fusion, image, audio))
 
     def __call__(self, image: jax.Array, audio: jax.Array, image_keep: jax.Array | None = None,
                  audio_keep: jax.Array | None = None, return_layers: bool = False, fused: bool = True,
                  factors: jax.Array | None = None) -> Tokens:
-        image, audio, fusion, _ = self.start(image, audio, image_keep, audio_keep, fused)
-        layers = []
-        for number in range(len(self.fusion_blocks)):
-            layer = self.layer if self.remat is None else self.remat(self.layer, static_argnums=0)
-            own = None if factors is None else factors[:, number]
-            image, audio, fusion = layer(number, image, audio, fusion, own)
-            layers.append(Tokens(image, audio, fusion))
+        def step(parts: tuple, tokens: tuple, own: jax.Array | None):
+            tokens = self.layer(parts, tokens, own)
+            return tokens, tokens if return_layers else None
+
+        numbers = range(len(self.fusion_blocks))
+        inputs = [None if factors is None else factors[:, number] for number in numbers]
+        tokens = self.start(image, audio, image_keep, audio_keep, fused)[:3]
+        (image, audio, fusion), layers = self.run(step, [self.parts(number) for number in numbers], tokens, inputs)
         fusion = fusion if self.fusion_norm is None else self.fusion_norm(fusion)
-        return Tokens(self.image.norm(image), self.audio.norm(audio), fusion, tuple(layers) if return_layers else ())
+        return Tokens(self.image.norm(image), self.audio.norm(audio), fusion, tuple(Tokens(*x) for x in layers if x is not None))
 
 
 def stochastic_depth(noise: jax.Array, rate: float, config: AVMAEConfig) -> jax.Array:

@@ -95,7 +95,7 @@ def attention_map(model: nnx.Module, image: jax.Array, audio: jax.Array) -> jax.
         if block is not None:
             image, audio, fusion = tokens
             maps.append(block.image_weights(fusion, image, audio).mean(1))
-        tokens = encoder.layer(number, *tokens)
+        tokens = encoder.layer(encoder.parts(number), tokens)
     return upsample(jnp.stack(maps).mean(0), model.config.image)
 
 

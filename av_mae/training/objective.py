@@ -47,9 +47,9 @@ class Objective(abc.ABC):
         """What the learning rates of single parameters are multiplied by; others have the full rate."""
         return {}
 
-    def rematerialize(self, model: nnx.Module, remat) -> None:
-        """Wraps each layer of the model by `remat`, a form of jax.checkpoint."""
-        model.encoder.remat = remat
+    def run_layers(self, model: nnx.Module, run) -> None:
+        """Lets the model's layers be run by `run` (models/stack.py)."""
+        model.encoder.run = run
 
 
 class Pretraining(Objective):
@@ -79,5 +79,5 @@ class Pretraining(Objective):
     def multipliers(self, params: Rows, length: Length) -> Multipliers:
         return pretrained_multipliers(params, self.pretrained, length)
 
-    def rematerialize(self, model: models.AVMAE, remat) -> None:
-        model.encoder.remat = model.image_decoder.remat = model.audio_decoder.remat = remat
+    def run_layers(self, model: models.AVMAE, run) -> None:
+        model.encoder.run = model.image_decoder.run = model.audio_decoder.run = run

@@ -9,10 +9,11 @@ each MLP. Beyond that every large parameter, with its gradient and its moments, 
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from av_mae.errors import UserError
@@ -25,6 +26,8 @@ from av_mae.training.mesh import ROWS
 RULES = {"batch": ROWS[0], "heads": "tensor", "mlp": "tensor"}
 # Over what parameters are stored cut, beyond the rules.
 STORED_OVER = ("fsdp", "tensor")
+# Names of the parameters of encoder and decoder layers, which gather them when they run.
+LAYERS = re.compile(r"encoder\.(?:(?:image|audio)\.(?:blocks|bridges)|fusion_blocks)\.|_decoder\.blocks\.")
 # A parameter with fewer values than this may stay whole on every device: cutting a bias costs more than it saves.
 SMALL = 2 ** 12
 # A parameter with more values than this must be cut when there is an axis to cut it over.
@@ -98,7 +101,9 @@ def place_all(initials: Mapping[str, Initial], mesh: Mesh) -> dict[str, Placemen
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather_one(x: jax.Array, placement: Placement) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, placement.read)
+    # First where it is stored, or the slices of a loop over stacked layers might be gathered all at once.
+    stored = jax.lax.with_sharding_constraint(x, placement.stored)
+    return jax.lax.with_sharding_constraint(stored, placement.read)
 
 
 def _gather_one_forward(x: jax.Array, placement: Placement):
@@ -115,14 +120,20 @@ def _gather_one_backward(placement: Placement, _, gradient: jax.Array):
 _gather_one.defvjp(_gather_one_forward, _gather_one_backward)
 
 
-def gather(params: Mapping[str, jax.Array], placements: Mapping[str, Placement],
-           dtype: jnp.dtype) -> dict[str, jax.Array]:
-    """Parameters in the dtype of the computation, as their layers read them; their gradients are cut again.
+def gather(params: Mapping[str, jax.Array], placements: Mapping[str, Placement]) -> dict[str, jax.Array]:
+    """Parameters as their layers read them; their gradients are cut again.
 
     Said explicitly because the compiler, left alone, moves activations between devices instead of weights.
     """
-    cast = {name: x.astype(dtype) for name, x in params.items()}
-    return {name: _gather_one(x, placements[name]) if placements[name].gathered else x for name, x in cast.items()}
+    return {name: _gather_one(x, placements[name]) if placements[name].gathered else x for name, x in params.items()}
+
+
+def gather_layer(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """`gather` for the values of one layer, by what stays with each of how it began (models/layers.py)."""
+    values = nnx.to_flat_state(state)
+    placements = {path: place(".".join(map(str, path)), variable.initial, mesh) for path, variable in values}
+    gathered = gather({path: variable[...] for path, variable in values}, placements)
+    return nnx.from_flat_state([(path, variable.replace(gathered[path])) for path, variable in values])
 
 
 def keep_all_but_gathered(primitive, *_, **parameters) -> bool:

@@ -15,10 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from av_mae.config import MeshConfig, TrainConfig
 from av_mae.models.axes import cut_over
 from av_mae.models.layers import Initial
+from av_mae.models.stack import run_layers
 from av_mae.training.mesh import ROWS, batch_sharding, check_batch, fitted, memory_limit, replicated, row_shards
 from av_mae.training.objective import Objective, Pretraining
 from av_mae.training.optimizer import Length, learning_rate, make_optimizer
-from av_mae.training.sharding import RULES, check_heads, gather, keep_all_but_gathered, place_all
+from av_mae.training.sharding import (LAYERS, RULES, check_heads, gather, gather_layer, keep_all_but_gathered,
+                                      place_all)
 
 Params = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -221,12 +223,27 @@ class TrainStep:
         return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                             shapes, self.shardings)
 
+    def _keeps(self) -> Callable | None:
+        """What stays for the backward pass where parameters are gathered; None: they are not, and everything stays."""
+        cut = any(placement.gathered for placement in self.placements.values())
+        return keep_all_but_gathered if cut else None
+
+    def _scan(self) -> bool:
+        """Whether equal layers are a loop; by default where they gather their weights, but on CPUs
+        (docs/benchmarks.md, docs/scaling.md)."""
+        if self.config.scan_layers != "auto":
+            return self.config.scan_layers == "on"
+        return self._keeps() is not None and self.mesh.devices.flat[0].platform != "cpu"
+
     def _model(self, params: Params, statistics: Params) -> nnx.Module:
-        """The model in the dtype of the computation; statistics keep theirs."""
-        values = gather(params, self.placements, DTYPES[self.config.dtype]) | statistics
-        model = self.definition.merge(values)
-        if REMAT[self.config.remat] is not None:
-            self.objective.rematerialize(model, functools.partial(jax.checkpoint, policy=REMAT[self.config.remat]))
+        """The model in the dtype of the computation; statistics keep theirs. Layers gather their own weights."""
+        cast = {name: x.astype(DTYPES[self.config.dtype]) for name, x in params.items()}
+        around = {name: x for name, x in cast.items() if not LAYERS.search(name)}
+        model = self.definition.merge(cast | gather(around, self.placements) | statistics)
+        policy = REMAT[self.config.remat] or self._keeps()
+        remat = None if policy is None else functools.partial(jax.checkpoint, policy=policy)
+        read = functools.partial(gather_layer, mesh=self.mesh)
+        self.objective.run_layers(model, functools.partial(run_layers, read=read, remat=remat, scan=self._scan()))
         return model
 
     def _prepared(self, step: jax.Array, batch: Batch) -> Batch:
@@ -253,8 +270,8 @@ class TrainStep:
         trained = self._trained(state.params)
         frozen = {name: x for name, x in state.params.items() if name not in trained}
         loss = functools.partial(self.weighted_loss, state.statistics, frozen)
-        if any(placement.gathered for placement in self.placements.values()):
-            loss = jax.checkpoint(loss, policy=keep_all_but_gathered)
+        if self._keeps():
+            loss = jax.checkpoint(loss, policy=self._keeps())
         (loss, (metrics, statistics)), gradients = accumulate(
             jax.value_and_grad(loss, has_aux=True), trained, rows, parts, self.mesh)
         metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(gradients),
