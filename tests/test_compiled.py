@@ -58,7 +58,7 @@ LOOP = """HloModule jit_step, is_scheduled=true
 %fused (p: bf16[4,49,64], q: bf16[4,64,32]) -> bf16[4,49,32] {
   %p = bf16[4,49,64]{2,1,0} parameter(0)
   %q = bf16[4,64,32]{2,1,0} parameter(1)
-  ROOT %dot.1 = bf16[4,49,32]{2,1,0} dot(%p, %q), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}
+  ROOT %dot.1 = bf16[4,49,32]{2,1,0} dot(%p, %q), lhs_batch_dims={0}, lhs_contracting_dims={2}
 }
 
 %body (state: (s32[], bf16[12,16,768], bf16[12,16])) -> (s32[], bf16[12,16,768], bf16[12,16]) {
@@ -66,7 +66,7 @@ LOOP = """HloModule jit_step, is_scheduled=true
   %w = bf16[12,16,768]{2,1,0} get-tuple-element(%state), index=1
   %slice.1 = bf16[16,768]{1,0} fusion(%w), kind=kLoop, calls=%cut, backend_config={"estimated_cycles":"7"}
   %all-gather.1 = bf16[64,768]{1,0} all-gather(%slice.1), replica_groups={{0,1,2,3}}
-  %fusion.1 = bf16[4,49,32]{2,1,0} fusion(%all-gather.1, %x), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %fusion.1 = bf16[4,49,32]{2,1,0} fusion(%all-gather.1, %x), calls=%fused, backend_config={"estimated_cycles":"100"}
   ROOT %tuple.1 = (s32[], bf16[12,16,768], bf16[12,16]) tuple(%i, %w, %w)
 }
 
@@ -79,10 +79,10 @@ LOOP = """HloModule jit_step, is_scheduled=true
 ENTRY %main (w: bf16[12,16,768]) -> bf16[8,32] {
   %w.1 = bf16[12,16,768]{2,1,0} parameter(0)
   %all-gather.2 = bf16[32,768]{1,0} all-gather(%w.1), replica_groups={{0,1,2,3}}
-  %while.1 = (s32[], bf16[12,16,768], bf16[12,16]) while(%tuple.2), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+  %while.1 = (s32[]) while(%tuple.2), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"12"}}
   %a = bf16[8,64]{1,0} bitcast(%all-gather.2)
   %b = bf16[64,32]{1,0} bitcast(%w.1)
-  ROOT %convolution.1 = bf16[8,32]{1,0} convolution(%a, %b), dim_labels=bf_io->bf, backend_config={"estimated_cycles":"50"}
+  ROOT %convolution.1 = bf16[8,32] convolution(%a, %b), dim_labels=bf_io->bf, backend_config={"estimated_cycles":"50"}
 }
 """
 GATHERED = 64 * 768 * 2
@@ -98,9 +98,32 @@ def test_counts_every_turn_of_a_loop():
     assert compiled.further_turns(LOOP) == (11 * 2 * 4 * 49 * 64 * 32, 11 * turn)
 
 
+def test_turns_of_a_loop_told_by_its_condition():
+    """As TPUs' programs do: the turn is compared with a constant. 1 where that is none."""
+    silent = LOOP.replace(', backend_config={"known_trip_count":{"n":"12"}}', "")
+    assert set(compiled.turns(silent).values()) == {1}
+    told = silent.replace("  %turn = s32[]", "  %n = s32[] constant(9)\n  %turn = s32[]").replace(
+        "compare(%turn, %n), ", "compare(%turn, %n), direction=LT, ")
+    assert compiled.turns(told) == {"body": 9, "condition": 9}
+
+
+def test_a_collective_beside_products_counts_once():
+    """As TPUs' programs name it: where it starts, in the fusions that it runs beside, and where it is done."""
+    gather = "  %all-gather.{} = bf16[64,768]{{1,0}} all-gather(%p), channel_id=3, replica_groups={{{{0,1,2,3}}}}\n"
+    target = ('  ROOT %custom-call.{0} = bf16[64,768] custom-call(%all-gather.{0}), '
+              'custom_call_target="AsyncCollective{1}"\n')
+    parts = ("start", gather.format(7) + target.format(7, "Start")), ("async_collective_fusion.1", gather.format(8)), (
+        "done", gather.format(9) + target.format(9, "Done"))
+    head = "".join(f"%{name} (p: bf16[16,768]) -> bf16[64,768] {{\n{text}}}\n\n" for name, text in parts)
+    entry = "".join(f"  %fusion.{i} = bf16[64,768] fusion(%w), calls=%{name}\n" for i, (name, _) in enumerate(parts))
+    program = f"{head}ENTRY %main (w: bf16[16,768]) -> bf16[64,768] {{\n{entry}}}\n"
+    found = [(one.kind, one.bytes, one.group, one.hidden) for one in compiled.collectives(program)]
+    assert found == [("all-gather", GATHERED, 4, True)]
+
+
 def test_what_lives_while_a_loop_runs():
-    """A gathered weight of before the loop that is read after it, and the one of a turn; that of the next turn, gathered
-    in this one, lives all the time."""
+    """A gathered weight of before the loop that is read after it, and the one of a turn; that of the next turn, which
+    is gathered in this one, lives all the time."""
     assert compiled.most_alive(LOOP, compiled.gathers) == GATHERED // 2 + GATHERED
     sooner = LOOP.replace("%a = bf16[8,64]{1,0} bitcast(%all-gather.2)", "%a = bf16[8,64]{1,0} bitcast(%w.1)")
     assert compiled.most_alive(sooner, compiled.gathers) == GATHERED
@@ -181,8 +204,8 @@ def test_only_weights_are_gathered(shape, scan):
 
 @pytest.mark.parametrize("shape, scan", [((2, 4, 1), "on"), UNROLLED])
 def test_weights_stay_no_longer_than_their_layer(shape, scan):
-    """Gathered weights in memory at once: at most those of a layer, not of the model; and no loop hands them on, stacked
-    over its turns."""
+    """Gathered weights in memory at once: at most those of a layer, not of the model; and no loop hands them on,
+    stacked over its turns."""
     train_step, text = program(shape, scan)
     every = {name: math.prod(x.shape) * 4 for name, x in train_step.shapes.params.items()}
     whole = sum(n for name, n in every.items() if train_step.placements[name].gathered)

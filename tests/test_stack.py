@@ -77,8 +77,9 @@ def test_as_layers_in_turn(kind, remat, count):
     (graph, state), config = built(kind), KINDS[kind][0]
     noise = np.random.default_rng(3).random((count, config.layers, 2, 2), np.float32)
     factors = stochastic_depth(noise, 0.5, config)
+    runs = functools.partial(scanned, remat=REMATS[remat]), stack.in_turn
     found, expected = (jax.jit(jax.value_and_grad(functools.partial(loss_of, graph, run), has_aux=True))(
-        state, clips(config, count), factors) for run in (functools.partial(scanned, remat=REMATS[remat]), stack.in_turn))
+        state, clips(config, count), factors) for run in runs)
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6, err_msg=jax.tree_util.keystr(path))
     assert len(found[0][1][1].layers) == config.layers

@@ -71,8 +71,8 @@ class Encoder(nnx.Module):
 
     Inputs are normalised images [B, H, W, 3] and log-mels [B, mels, frames(, 1)]; `*_keep` [B, K] names the visible
     patches. Not `fused`: without fusion tokens, so that neither stream sees the other. `factors` [B, layers, 2, 2] of
-    `stochastic_depth` multiply the residual branches of both streams' blocks (fusion blocks have none). `remat` wraps
-    one layer for rematerialisation in training (None: keep everything).
+    `stochastic_depth` multiply the residual branches of both streams' blocks (fusion blocks have none). `run`
+    takes the layers one after the other (models/stack.py); a training step sets its own.
     """
 
     def __init__(self, config: AVMAEConfig, *, rngs: nnx.Rngs):
@@ -126,7 +126,8 @@ class Encoder(nnx.Module):
         tokens = self.start(image, audio, image_keep, audio_keep, fused)[:3]
         (image, audio, fusion), layers = self.run(step, [self.parts(number) for number in numbers], tokens, inputs)
         fusion = fusion if self.fusion_norm is None else self.fusion_norm(fusion)
-        return Tokens(self.image.norm(image), self.audio.norm(audio), fusion, tuple(Tokens(*x) for x in layers if x is not None))
+        layers = tuple(Tokens(*layer) for layer in layers) if return_layers else ()
+        return Tokens(self.image.norm(image), self.audio.norm(audio), fusion, layers)
 
 
 def stochastic_depth(noise: jax.Array, rate: float, config: AVMAEConfig) -> jax.Array:

@@ -1,7 +1,7 @@
 """Layers one after the other: `in_turn` as they stand, `run_layers` as a training step wants them.
 
-Both take (step, layers, carry, inputs), where step(layer, carry, input) → (carry, output) is taken over `layers`, a list
-of modules or of tuples of modules, and `inputs`, one for each. They return the last carry and the list of outputs.
+Both take (step, layers, carry, inputs), where step(layer, carry, input) → (carry, output) is taken over `layers`, a
+list of modules or of tuples of modules, and `inputs`, one for each. They return the last carry and the list of outputs.
 """
 
 import itertools
