@@ -108,10 +108,11 @@ def plot(curves: dict[str, dict[str, list[dict]]], path) -> None:
     figure = Figure(figsize=(1.5 + 4 * len(curves), 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(name for lines in curves.values() for name in lines))  # a colour each, in all panels
     for axes, (chip, lines) in zip(panels, curves.items(), strict=True):
         for name, rows in lines.items():
             line = [row["chips"] for row in rows], [row["efficiency"] for row in rows]
-            axes.semilogx(*line, marker="o", base=2, label=name)
+            axes.semilogx(*line, marker="o", base=2, label=name, color=f"C{names.index(name)}")
         axes.set(title=chip, xlabel="chips", ylim=(0, 1.05))
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.grid(alpha=0.3)
