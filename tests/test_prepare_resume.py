@@ -1,5 +1,6 @@
 """A preparation that is killed in any moment: the same set in the end, nothing left. Corrupted clips; stores."""
 
+import contextlib
 import os
 import pathlib
 import random
@@ -19,7 +20,7 @@ from av_mae.errors import UserError
 from av_mae.preparation import run, shards
 from av_mae.storage import Folder
 
-CLIPS = 24
+CLIPS = 120
 
 
 def _source(folder: pathlib.Path, clips: int) -> pathlib.Path:
@@ -62,15 +63,23 @@ def _wait_for_end(pids: set[int]) -> set[int]:
     return alive
 
 
+def _signal_all(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(group, number)
+
+
 def _killed(source: pathlib.Path, output: pathlib.Path, root: pathlib.Path, moment: float) -> bool:
     """Kills the command at a moment (a share of its shards); whether a part of the set was there then."""
-    process = subprocess.Popen(_command(source, output), cwd=root, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(_command(source, output), cwd=root, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               start_new_session=True)
     while process.poll() is None and len(list(output.glob("*array_record*"))) < moment * CLIPS / 2:
         time.sleep(0.01)
     time.sleep(random.Random(moment).uniform(0, 0.05))
+    _signal_all(process.pid, signal.SIGSTOP)  # or it would be done before its children are found
     children = _children(process.pid)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
+    _signal_all(process.pid, signal.SIGCONT)
     assert not _wait_for_end(children)
     if not (output / "dataset_info.json").exists():
         with pytest.raises(UserError, match="is not complete; run the command that prepares it again"):
