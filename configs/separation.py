@@ -21,7 +21,7 @@ Variant `demo`: Toy Band mixtures (python -m av_mae.prepare --dataset=toy_band -
 --clips=4000). The mask is a source's share of the mixture: with the published ratio, which ends at .5 and does not tell
 quiet from silent as well, the same steps give 2.3 dB less. Hardware: 2 CPU cores, about 8 minutes of training. One seed
 gave on 200 test clips: SDR improvement mean 8.2 dB, median 6.9 dB (ideal mask: 17.8 dB), 10.5 dB less SDR with a swapped
-image.
+image; random weights at equal steps 6.4 dB and 4.8 dB.
 """
 
 from av_mae import recipes
