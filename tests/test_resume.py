@@ -31,7 +31,7 @@ def whole(training):
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_killed_and_asked_to_stop_is_bit_identical(training, whole, number):
     """kill -9 at a random step, started again, SIGTERM at a later one, started again, and run to the end."""
-    workdir, step = f"killed{number}", random.randint(5, 60)
+    workdir, step = f"killed{number}", random.randint(5, 45)
     process = training.start(workdir)
     training.wait_for_step(workdir, step, process)
     process.kill()
@@ -39,7 +39,7 @@ def test_killed_and_asked_to_stop_is_bit_identical(training, whole, number):
     assert process.returncode == -signal.SIGKILL, f"meant to kill it at step {step}"
 
     process = training.start(workdir)
-    training.wait_for_step(workdir, step + 25, process)
+    training.wait_for_step(workdir, step + 20, process)
     process.terminate()
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 0 and "asked to stop: step" in message, message

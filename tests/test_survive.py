@@ -177,7 +177,7 @@ def ended_or_killed(processes: list[subprocess.Popen], patience: float = 60) -> 
 def some_moment(training: Hosts, workdir: str, processes: list[subprocess.Popen]) -> None:
     """Waits for a random one: before the processes have met, or in or after a step, at times in a checkpoint."""
     if random.random() < 0.2:
-        time.sleep(random.uniform(0.1, 6))
+        time.sleep(random.uniform(0.1, 2.5))
         return
     lines = training.metrics(workdir)
     training.wait_for_step(workdir, (lines[-1]["step"] if lines else 0) + random.randint(1, 4), processes[0])
@@ -185,9 +185,9 @@ def some_moment(training: Hosts, workdir: str, processes: list[subprocess.Popen]
 
 
 def test_ten_faults_at_random_moments(training):
-    options = ["--config.steps=80", f"--config.checkpoint_local={training.folder / 'disk'}",
+    options = ["--config.steps=200", f"--config.checkpoint_local={training.folder / 'disk'}",
                "--config.checkpoint_local_every=3"]
-    statuses, messages = ended(training.start_all("whole80", 2, *options))
+    statuses, messages = ended(training.start_all("whole200", 2, *options))
     assert statuses == [0, 0], messages
     workdir, faults = "ten", random.choices(["kill 0", "kill 1", "stop"], k=10)
     for fault in faults:
@@ -201,9 +201,9 @@ def test_ten_faults_at_random_moments(training):
         assert set(statuses) <= allowed, (fault, messages)
     statuses, messages = ended(training.start_all(workdir, 2, *options))
     assert statuses == [0, 0] and "resuming after step" in messages[0], (faults, messages)
-    assert training.metrics(workdir) == training.metrics("whole80"), faults
-    assert_same_arrays(training.arrays(workdir), training.arrays("whole80"))
-    assert set(training.clips(workdir)) == set(training.clips("whole80"))
+    assert training.metrics(workdir) == training.metrics("whole200"), faults
+    assert_same_arrays(training.arrays(workdir), training.arrays("whole200"))
+    assert set(training.clips(workdir)) == set(training.clips("whole200"))
 
 
 # Python as the launch scripts want it, which makes environments by copying itself.

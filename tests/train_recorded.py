@@ -1,7 +1,8 @@
 """`python tests/train_recorded.py FOLDER [FAULT:PROCESS:STEP] …`: av_mae.train that writes down which clips it takes.
 
 FOLDER gets a file of each process with a JSON line [place, id] of each clip it takes. FAULT in one process, once it
-takes the batch of STEP: `sleep` (the input never comes), `raise` (a programmer's error).
+takes the batch of STEP: `sleep` (the input never comes), `raise` (a programmer's error). A step takes at least PACE,
+so that a test which stops the run at a step does so long before the run ends, on any machine.
 """
 
 import json
@@ -14,6 +15,8 @@ from av_mae import train
 from av_mae.errors import run_command
 from av_mae.training import run
 from av_mae.training.feed import Feed
+
+PACE = 0.05  # seconds
 
 
 def recording(folder: pathlib.Path, fault: str, victim: int, at: int) -> type[Feed]:
@@ -33,6 +36,7 @@ def recording(folder: pathlib.Path, fault: str, victim: int, at: int) -> type[Fe
                 if fault == "raise":
                     raise RuntimeError("a programmer's error")
                 time.sleep(1000)
+            time.sleep(PACE)
             return host, batch
 
     return Recording
