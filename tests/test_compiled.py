@@ -299,35 +299,3 @@ def test_projections_take_clips_and_tokens_as_rows():
     graph, state = step.nnx.split(linear)
     jaxpr = jax.make_jaxpr(lambda x: step.nnx.merge(graph, state)(x))(jnp.zeros((6, 49, 24)))
     assert list(compiled.products(jaxpr.jaxpr)) == [(1, 6 * 49, 24, 40)]
-
-
-@pytest.mark.parametrize("shape, dtype, bias, fused", [
-    ((2, 49, 3, 64), jnp.bfloat16, False, True), ((2, 49, 3, 64), jnp.float32, False, False),
-    ((2, 49, 3, 12), jnp.bfloat16, False, False), ((2, 49, 3, 64), jnp.bfloat16, True, False)])
-def test_fused_attention_on_gpus(monkeypatch, shape, dtype, bias, fused):
-    """What cuDNN takes goes to it (its XLA counterpart stands in here), and comes out as from the plain path."""
-    q, k, v = (jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 3))
-    bias = jnp.ones((1, 3, 49, 49), dtype) if bias else None
-    expected, asked = layers.attend(q, k, v, 0.125, bias), []
-
-    def stand_in(q, k, v, *, scale, implementation, attention=jax.nn.dot_product_attention):
-        asked.append(implementation)
-        return attention(q, k, v, scale=scale, implementation="xla")
-
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    ours = layers.attend(q, k, v, 0.125, bias)
-    assert asked == ["cudnn"] * fused
-    np.testing.assert_allclose(ours.astype(jnp.float32), expected.astype(jnp.float32), atol=0.02 if fused else 0)
-
-
-def test_gelu():
-    """x Φ(x) and its slope, against the error function of the standard library."""
-    x = np.array([-6.0, -2.5, -1.0, -0.125, 0.0, 0.25, 1.75, 5.0], np.float32)
-    phi = np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()])
-    slope = phi + x * np.exp(-x.astype(float) ** 2 / 2) / math.sqrt(2 * math.pi)
-    np.testing.assert_allclose(layers.gelu(x), x * phi, rtol=1e-6, atol=4e-7)
-    np.testing.assert_allclose(jax.vjp(layers.gelu, jnp.asarray(x))[1](jnp.ones(8))[0], slope, rtol=1e-6, atol=4e-7)
-    half = layers.gelu(jnp.asarray(x, jnp.bfloat16))
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(half, jnp.asarray(x * phi, jnp.bfloat16).at[0].set(half[0]))
