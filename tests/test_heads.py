@@ -204,6 +204,8 @@ def test_late_fusion_is_one_classifier_of_all_streams_side_by_side(fusion, input
         assert logits.keys() == {"joint"}
         near(logits["joint"], numpy_heads.linear(p, "heads.joint", np.concatenate(pooled, 1)))
     near(models.joint_score(logits), logits["joint"], 1e-6)
+    stored = models.pool(tokens)  # as jit gives them back: by name
+    near(model.classify(dict(sorted(stored.items())))["joint"], run(*clips, None)["joint"], 1e-6)
     with pytest.raises(UserError, match="no classifier with heads.joint.* have no published names"):
         head_rules(model)
 

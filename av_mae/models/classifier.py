@@ -26,6 +26,7 @@ class Classifier(nnx.Module):
         widths = {"image": config.image.width, "audio": config.audio.width}
         if config.fusion.kind != "none":
             widths["fusion"] = config.fusion_width
+        self.streams = tuple(widths)
         self.norms = nnx.Dict({name: BatchNorm(width, eps=1e-6, affine=False)
                                for name, width in widths.items() if head.input_norm})
         read = {JOINT: sum(widths.values())} if head.concatenate else widths
@@ -35,8 +36,8 @@ class Classifier(nnx.Module):
         """Logits of pooled features [B, D] by stream: all that a frozen encoder leaves to do."""
         if self.head.input_norm:
             features = {name: self.norms[name](x, train_rows) for name, x in features.items()}
-        if self.head.concatenate:
-            features = {JOINT: jnp.concatenate(list(features.values()), axis=-1)}
+        if self.head.concatenate:  # in an order of its own: features that come out of a jit are sorted by name
+            features = {JOINT: jnp.concatenate([features[name] for name in self.streams], axis=-1)}
         return {name: head(features[name]) for name, head in self.heads.items()}
 
     def __call__(self, image: jax.Array, audio: jax.Array,
