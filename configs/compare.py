@@ -18,8 +18,8 @@ joint: their mean; `late fusion`, the same encoders under one linear classifier 
 say just what that mean can; `token fusion` and `early fusion` (factorized), pretrained with fusion tokens. All see the
 same clips, noise and seeds.
 
-Hardware: 2 CPU cores. A cell of the demo takes 3 to 3.5 minutes of them when nothing else runs, so the table of 15 takes
-50; of those about 3 are training, which reads new noise in every step (555 clips/s, both cores busy).
+Hardware: 2 CPU cores. A cell of the demo takes 2 to 3 minutes of them, so the table of 15 takes about 35. Measured
+(docs/tasks.md), joint accuracy: random .417, unimodal .771, late fusion .783, token fusion .828, early fusion .894.
 """
 
 from av_mae import recipes

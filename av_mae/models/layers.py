@@ -206,9 +206,16 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Arr
     """
     if fused_on_gpu(q, v, bias):
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
-    half = jnp.dtype(v.dtype).itemsize < 4
-    attention = jax.checkpoint(plain_attention, static_argnums=(3,)) if half else plain_attention
-    return attention(q, k, v, scale, bias)
+    if jnp.dtype(v.dtype).itemsize >= 4:
+        return plain_attention(q, k, v, scale, bias)
+
+    @jax.checkpoint
+    def attention(q, k, v, bias):
+        return plain_attention(*(split_heads(x, heads) for x in (q, k, v)), scale, bias)
+
+    # what is kept has its heads side by side: TPUs fill up a last dimension of 32 or 64 to 128 numbers
+    heads = q.shape[2]
+    return attention(*map(merge_heads, (q, k, v)), bias)
 
 
 class Attention(nnx.Module):
