@@ -47,6 +47,17 @@ def test_slices_lie_along_data(slices, per_slice, shape):
     assert mesh.slices_of(MeshConfig(), hosts) == [hosts]
 
 
+@pytest.mark.parametrize("shape", [(4, 4, 1), (16, 1, 1), (2, 8, 1), (1, 8, 2)])
+def test_a_torus_of_4_x_4_takes_every_mesh(shape):
+    """Also those for which an axis of the torus is split; along fsdp the first two chips are neighbours."""
+    chips = [SimpleNamespace(id=4 * y + x, coords=(x, y, 0), core_on_chip=0, platform="tpu", process_index=0,
+                             device_kind="TPU v5 lite") for y in range(4) for x in range(4)]
+    arranged = mesh.arranged(shape, chips)
+    assert arranged.shape == shape and {chip.id for chip in arranged.flat} == set(range(16))
+    along = arranged.reshape(-1, shape[1], shape[2])[0, :2, 0]
+    assert sum(abs(one - other) for one, other in zip(along[0].coords, along[-1].coords, strict=True)) in (0, 1)
+
+
 def test_slices_told_by_the_configuration():
     made = mesh.make_mesh(MeshConfig(4, 2, 1, slices=2))
     assert [device.id for device in made.devices[:2].flat] == [device.id for device in jax.devices()[:4]]

@@ -91,6 +91,14 @@ def fitted(config: MeshConfig, devices: Sequence[jax.Device], parameters: int, m
     return dataclasses.replace(config, fsdp=fitting[0])
 
 
+def arranged(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of a slice in `shape`, neighbours of the last axes beside one another in the slice's torus."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # an axis of the torus has to be split, as for fsdp=8 in 4 × 4 chips
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over the given devices (None: all devices of all processes).
 
@@ -101,7 +109,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     slices = slices_of(config, jax.devices() if devices is None else devices)
     data, fsdp, tensor = mesh_shape(config, sum(map(len, slices)), len(slices))
-    inside = [mesh_utils.create_device_mesh((data // len(slices), fsdp, tensor), part) for part in slices]
+    inside = [arranged((data // len(slices), fsdp, tensor), part) for part in slices]
     return Mesh(np.concatenate(inside), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
