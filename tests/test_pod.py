@@ -8,6 +8,7 @@ import importlib.util
 import json
 
 import jax
+import numpy as np
 import pytest
 from tiny_training import make_step, on_mesh, recipe
 
@@ -149,21 +150,28 @@ def test_parameters_counted_by_layers():
     assert scaling.count_layers(deep) == step.count_parameters(objective.Pretraining(deep))
 
 
+def test_the_program_comes_with_its_text():
+    compiled, program = pod.compile_step(jax.jit(lambda x: (x @ x).sum()).lower(np.ones((8, 8), np.float32)))
+    assert program == compiled.as_text() and "ENTRY" in program
+    np.testing.assert_allclose(compiled(np.ones((8, 8), np.float32)), 512)
+
+
 @pytest.mark.slow
-def test_compiles_for_a_slice_that_is_not_there(tmp_path, capsys):
+@pytest.mark.parametrize("topology, batch, share", [("v5e:2x2", 64, 0.2), ("v5p:2x2x1", 128, 0.35)])
+def test_compiles_for_a_slice_that_is_not_there(topology, batch, share, tmp_path, capsys):
     """The whole command at the tiny size: its keys, FLOPs as in the closed form, one sum of all gradients."""
     pytest.importorskip("libtpu", reason="libtpu (the `tpu` extra) is not installed: no TPU program is compiled here")
     model = ("image.depth=4", "audio.depth=4", "decoder.depth=1")
-    command = ["pod", "--topology=v5e:2x2", "--config=configs/pretrain.py:tiny", "--config.batch_size=64",
-               "--config.mesh.fsdp=4", *(f"--config.model.{key}" for key in model)]
+    command = ["pod", f"--topology={topology}", "--config=configs/pretrain.py:tiny",
+               f"--config.batch_size={batch}", "--config.mesh.fsdp=4", *(f"--config.model.{key}" for key in model)]
     benchmark.main([*command, f"--json={tmp_path}/pod.json", f"--plot={tmp_path}/pod.png", "--clips=1000"])
     figures = json.loads((tmp_path / "pod.json").read_text())
-    assert figures["fits"] and figures["chips"] == 4 and figures["topology"] == "v5e:2x2"
+    assert figures["fits"] and figures["chips"] == 4 and figures["topology"] == topology
     assert figures["matmul_flops"] == pytest.approx(figures["closed_form_flops"], rel=0.05)
     assert figures["flops"] == pytest.approx(figures["closed_form_flops"], rel=0.15)  # narrow: more elementwise work
     gathered = figures["collectives"]["all-gather"]["bytes"]
     whole = 2 * figures["parameters"]  # bfloat16
     assert 1.5 * whole < gathered <= 2 * whole  # forward, and backward but for the embeddings
-    assert figures["gathered_bytes"] < 0.2 * whole  # of a loop over four layers; 0.14 with libtpu 0.0.52
+    assert figures["gathered_bytes"] < share * whole  # of loops over four layers; 0.14 and 0.31 with libtpu 0.0.52
     assert figures["predicted_step_seconds"] > 0 and 0 < figures["predicted_mfu"] < 1
     assert (tmp_path / "pod.png").stat().st_size > 1000 and "largest batch that fits" in capsys.readouterr().out

@@ -7,7 +7,9 @@ the times are predictions by the roofline of roofline.py.
 import dataclasses
 import importlib.util
 import os
+import pathlib
 import re
+import tempfile
 
 import jax
 import numpy as np
@@ -102,6 +104,18 @@ def does_not_fit(error: Exception, config: TrainConfig, train_step: TrainStep, n
                        f"{(used - memory) / 1e9:.1f} GB more than the {memory / 1e9:.1f} GB there are: {setting}"}
 
 
+def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """The compiled program and its text, as the compiler itself writes it down.
+
+    What `as_text` gives is read by JAX's own XLA, which does not know all that libtpu's writes: gathers that v5p and
+    v6e leave to their SparseCores.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        texts = list(pathlib.Path(folder).glob("*.after_codegen.txt"))
+        return compiled, texts[0].read_text() if len(texts) == 1 else compiled.as_text()
+
+
 def prepare(config: TrainConfig, name: str, slices: int) -> tuple[TrainStep, Chip, tuple[int, ...]]:
     """The step of a recipe on the devices of a topology, with their chip and the shape of a slice.
 
@@ -123,12 +137,12 @@ def measure(config: TrainConfig, name: str, slices: int = 1) -> dict:
         lowered = traced.lower()
         progress.update(stage="lowered")
         try:
-            compiled = lowered.compile()
+            compiled, program = compile_step(lowered)
         except jax.errors.JaxRuntimeError as error:
             return does_not_fit(error, config, train_step, name)
         progress.update(stage="compiled")
     chips, memory, cost = train_step.mesh.size, compiled.memory_analysis(), compiled.cost_analysis()
-    program, products = compiled.as_text(), list(programs.products(traced.jaxpr.jaxpr))
+    products = list(programs.products(traced.jaxpr.jaxpr))
     more_flops, more_bytes = programs.further_turns(program)
     bytes_accessed = cost["bytes accessed"] + more_bytes
     flops, padded = programs.matmul_flops(products), programs.matmul_flops(products, chip.tile)
