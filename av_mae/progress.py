@@ -23,7 +23,8 @@ def format_figures(figures: dict) -> str:
 class Progress:
     """Shows how far work of `total` units is, its rate and the time left.
 
-    `initial` units were done before (a resumed run) and count for the share done, not for the rate.
+    `initial` units were done before (a resumed run) and count for the share done, not for the rate. Nor does what came
+    before the end of the first update: a first step compiles.
     """
 
     def __init__(self, total: int, description: str, unit: str = "clips", initial: int = 0,
@@ -34,6 +35,7 @@ class Progress:
         self._bar = None
         self._figures: dict = {}
         self._started = self._last_line = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first update came, and what was done then
         self._printed = -1
 
     def __enter__(self) -> "Progress":
@@ -54,6 +56,7 @@ class Progress:
     def update(self, n: int = 1, **figures) -> None:
         """Counts `n` more units; `figures` (name=number or text) are shown behind."""
         self.done += n
+        self._first = self._first or (time.monotonic(), self.done)
         self._figures.update(figures)
         if self._bar is not None:
             self._bar.set_postfix_str(format_figures(self._figures), refresh=False)
@@ -70,9 +73,12 @@ class Progress:
 
     def line(self) -> str:
         """What a plain line says now."""
-        seconds = time.monotonic() - self._started
-        rate = (self.done - self.initial) / seconds if seconds > 0 else 0.0
-        known = rate > 0 and self.done < self.total
+        now = time.monotonic()
+        seconds = now - self._started
+        later = self._first is not None and self.done > self._first[1]
+        began, before = self._first if later else (self._started, self.initial)
+        rate = (self.done - before) / (now - began) if now > began else 0.0
+        known = later and rate > 0 and self.done < self.total
         left = f", {format_duration((self.total - self.done) / rate)} left" if known else ""
         share = f" ({100 * self.done / self.total:.0f} %)" if self.total > 0 else ""
         figures = f" {format_figures(self._figures)}" if self._figures else ""

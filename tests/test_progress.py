@@ -35,6 +35,19 @@ def test_plain_lines_come_every_ten_seconds_and_at_the_end(monkeypatch):
     ]
 
 
+def test_a_first_step_that_compiles_does_not_count_for_the_rate(monkeypatch):
+    clock, stream = Clock(), io.StringIO()
+    monkeypatch.setattr(progress, "time", clock)
+    with progress.Progress(300, "train", unit="steps", stream=stream) as bar:
+        for seconds in (26, *[1] * 20):
+            clock.now += seconds
+            bar.update(1)
+    assert stream.getvalue().splitlines()[:2] == [
+        "train: 1/300 steps (0 %), 0.03846 steps/s, 0:26 elapsed",
+        "train: 11/300 steps (4 %), 1 steps/s, 0:36 elapsed, 4:49 left",
+    ]
+
+
 def test_a_resumed_run_counts_earlier_work_but_not_its_rate(monkeypatch):
     clock, stream = Clock(), io.StringIO()
     monkeypatch.setattr(progress, "time", clock)
