@@ -284,10 +284,10 @@ def test_loop_benchmark(tmp_path, monkeypatch, capsys):
     """Figures of the shape that is asked for; the loop's steps are real ones."""
     monkeypatch.setattr(loop_benchmark, "make_mesh", lambda _: make_step(recipe(unfused())).mesh)
     monkeypatch.setattr(loop_benchmark.recipes, "load_recipe", lambda *_: recipe(unfused()))
-    loop_benchmark.main(["--config=any", "--steps=3", "--rounds=2", f"--json={tmp_path / 'loop.json'}"])
+    loop_benchmark.main(["--config=any", "--steps=5", "--block=2", f"--json={tmp_path / 'loop.json'}"])
     figures = json.loads((tmp_path / "loop.json").read_text())
-    assert figures["steps"] == 3 and figures["rounds"] == 2
+    assert figures["steps"] == 5 and figures["bare_steps"] == 4
     assert figures["bare_step_seconds"] > 0 and figures["loop_step_seconds"] > 0
     assert "overhead_share" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--steps=0 and --rounds=5 must be at least 1"):
+    with pytest.raises(UserError, match="--block=10 must be from 1 to --steps=0"):
         loop_benchmark.main(["--config=any", "--steps=0"])

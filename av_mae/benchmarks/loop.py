@@ -1,17 +1,20 @@
 """`python -m av_mae.benchmarks.loop`: what the loop costs beside its steps: hooks, metrics, input thread, checkpoints.
 
-The same compiled step is called bare and by the training loop with everything that a run has, in turn; the share is
-the median over rounds of (loop - bare) / bare, of the time that passed and of the processors' time (which other work
-on the machine does not disturb). Batches are made once: reading clips is `benchmark input`'s matter.
+A run with everything that runs have, start and last checkpoint included; after every few of its steps the same compiled
+step is called bare as often, so that both see the machine alike. The share is (loop - bare) / bare, of the time that
+passed and of the processors' time (which other work on the machine disturbs less). Batches are made once: reading clips
+is `benchmark input`'s matter.
 """
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
 import pathlib
 import tempfile
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import jax
@@ -21,13 +24,12 @@ from av_mae import recipes
 from av_mae.benchmarks import timing
 from av_mae.config import TrainConfig
 from av_mae.errors import UserError, run_command
-from av_mae.progress import Progress
 from av_mae.training.checkpoint import Checkpoints, Restored, quiet_libraries
 from av_mae.training.feed import Feed
 from av_mae.training.mesh import make_mesh
 from av_mae.training.optimizer import run_length
 from av_mae.training.run import train_from
-from av_mae.training.step import TrainState, TrainStep
+from av_mae.training.step import Metrics, TrainState, TrainStep
 
 
 def host_batch(config: TrainConfig) -> dict[str, np.ndarray]:
@@ -43,50 +45,64 @@ def clocks() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def bare(step: TrainStep, state: TrainState, batch: dict, steps: int) -> tuple[TrainState, np.ndarray]:
-    """The state after `steps` calls of the step, and how far both clocks went."""
-    began = clocks()
-    for _ in range(steps):
-        state, metrics = step.step(state, batch)
-    jax.block_until_ready((state, metrics))
-    return state, clocks() - began
+class Alternating:
+    """A step that after every `block` calls runs as many bare ones; `bare` is how far both clocks went in these.
+
+    The first ones come after half a block: what the loop starts at a multiple of `block` falls into its own time.
+    """
+
+    def __init__(self, step: Callable, batch: dict, block: int):
+        self.step, self.batch, self.block = step, batch, block
+        self.calls, self.bare_calls, self.bare = 0, 0, np.zeros(2)
+
+    def __call__(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+        if self.calls % self.block == (self.block + 1) // 2:
+            state = self.run_bare(state)
+        self.calls += 1
+        return self.step(state, batch)
+
+    def run_bare(self, state: TrainState) -> TrainState:
+        jax.block_until_ready(state)
+        began = clocks()
+        for _ in range(self.block):
+            state, metrics = self.step(state, self.batch)
+        jax.block_until_ready((state, metrics))
+        self.bare += clocks() - began
+        self.bare_calls += self.block
+        return state
 
 
-def looped(step: TrainStep, state: TrainState, host: dict, steps: int,
-           folder: pathlib.Path) -> tuple[TrainState, np.ndarray]:
-    """The same by the loop of a run in `folder`, whose last checkpoint is waited for."""
-    first = int(state.step)
+def looped(step: TrainStep, state: TrainState, host: dict, steps: int, folder: pathlib.Path) -> np.ndarray:
+    """How far both clocks went in a run of so many steps in `folder`, whose last checkpoint is waited for."""
     folder.mkdir()
     data = SimpleNamespace(batches=lambda position: itertools.repeat(host), clips=1000)
     checkpoints = Checkpoints(folder / "checkpoints")
     began = clocks()
-    end = train_from(step.config, folder, step, Restored(state, {"step": first, "position": 0, "skipped": 0}), data,
-                     first + steps, checkpoints, "loop")
+    train_from(step.config, folder, step, Restored(state, {"step": 0, "position": 0, "skipped": 0}), data, steps,
+               checkpoints, "loop")
     seconds = clocks() - began
     checkpoints.close()
-    return end.state, seconds
+    return seconds
 
 
-def measure(config: TrainConfig, steps: int, rounds: int) -> dict:
+def measure(config: TrainConfig, steps: int, block: int) -> dict:
     """Seconds per step of both, and the loop's overhead as a share of a bare step."""
     step = TrainStep(config, make_mesh(config.mesh), run_length(config, 1000))
     host = host_batch(config)
     feed = Feed(itertools.repeat(host), step.rows)
     batch = next(feed)[1]
     feed.close()
-    seconds = {"bare": [], "loop": []}
-    with tempfile.TemporaryDirectory() as folder, Progress(rounds, "loop and bare steps", "rounds") as progress:
-        state, _ = looped(step, step.init(), host, 3, pathlib.Path(folder) / "first")  # compiles, checkpoints too
-        for number in range(rounds):
-            state, plain = bare(step, state, batch, steps)
-            state, loop = looped(step, state, host, steps, pathlib.Path(folder) / str(number))
-            seconds["bare"].append(plain / steps)
-            seconds["loop"].append(loop / steps)
-            progress.update(1)
-    plain, loop = (np.array(seconds[name]) for name in ("bare", "loop"))  # [rounds, clocks]
-    overhead = np.median(loop / plain - 1, axis=0)
-    return {"device": jax.devices()[0].device_kind, "batch_size": config.batch_size, "steps": steps, "rounds": rounds,
-            "bare_step_seconds": float(np.median(plain[:, 0])), "loop_step_seconds": float(np.median(loop[:, 0])),
+    with tempfile.TemporaryDirectory() as folder:
+        looped(step, step.init(), host, 3, pathlib.Path(folder) / "first")  # compiles, checkpoints too
+        turns = Alternating(step.step, batch, block)
+        state, step = step.init(), copy.copy(step)
+        step.step = turns
+        total = looped(step, state, host, steps, pathlib.Path(folder) / "run")
+    bare, loop = turns.bare / turns.bare_calls, (total - turns.bare) / steps
+    overhead = loop / bare - 1
+    return {"device": jax.devices()[0].device_kind, "batch_size": config.batch_size, "steps": steps,
+            "bare_steps": turns.bare_calls, "checkpoint_every": config.checkpoint_every,
+            "bare_step_seconds": float(bare[0]), "loop_step_seconds": float(loop[0]),
             "overhead_share": float(overhead[0]), "processor_overhead_share": float(overhead[1])}
 
 
@@ -94,19 +110,18 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m av_mae.benchmarks.loop", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m av_mae.benchmarks.loop --config=configs/demo.py --steps=100 --rounds=5")
+        epilog="example: python -m av_mae.benchmarks.loop --config=configs/demo.py --config.checkpoint_every=100")
     recipes.add_config_argument(parser)
-    parser.add_argument("--steps", type=int, default=100, help="of each round; one checkpoint at their end (100)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
+    parser.add_argument("--steps", type=int, default=200, help="of the run (200)")
+    parser.add_argument("--block", type=int, default=10, help="steps of the run, then bare ones, in turn (10)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     arguments, overrides = recipes.parse_arguments(parser, argv)
-    if min(arguments.steps, arguments.rounds) < 1:
-        raise UserError(f"--steps={arguments.steps} and --rounds={arguments.rounds} must be at least 1")
+    if not 1 <= arguments.block <= arguments.steps:
+        raise UserError(f"--block={arguments.block} must be from 1 to --steps={arguments.steps}")
     config = recipes.load_recipe(arguments.config, overrides)
     quiet_libraries()
-    total = 3 + 2 * arguments.steps * arguments.rounds
-    config = dataclasses.replace(config, steps=total, epochs=0.0, checkpoint_every=arguments.steps, images_every=0)
-    figures = {"config": arguments.config} | measure(config, arguments.steps, arguments.rounds)
+    config = dataclasses.replace(config, steps=arguments.steps, epochs=0.0, images_every=0)
+    figures = {"config": arguments.config} | measure(config, arguments.steps, arguments.block)
     print(timing.table([("figure", "value"), *((name, f"{x:.4g}" if isinstance(x, float) else str(x))
                                                for name, x in figures.items())]))
     if arguments.json:
