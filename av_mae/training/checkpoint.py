@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from av_mae import recipes
@@ -68,7 +69,8 @@ def arrays_handler() -> ocp.PyTreeCheckpointHandler:
     on the sharding of each of a thousand arrays, which nobody reads: who restores says on which shardings.
     """
     handler = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False, array_metadata_store=None)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, handler), (np.ndarray, ocp.type_handlers.NumpyHandler()))
     return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
 
