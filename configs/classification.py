@@ -21,7 +21,7 @@ Variants (published protocols; the command is the one above with the variant's n
                2 CPU cores, about 2 minutes. Figures: docs/tasks.md.
     digits_probe, digits_finetune
                Spoken Digits with an encoder of their own (docs/tasks.md has the commands). 2 CPU cores, about 4 and 10
-               minutes. One seed gave on 300 test clips: joint .337 and .603 (.427 with a blank image).
+               minutes. One seed gave on 300 test clips: joint .453 and .663 (.487 with a blank image).
     folder     Fine-tuning on your own clips: a prepared set with labels and the splits train and test; set
                `--config.head.classes` to as many as it has. The encoder learns at a tenth of the head's rate; frames are
                cropped and mirrored, the volume is changed. Hardware: 2 CPU cores with the demo's encoder, some minutes.
