@@ -56,7 +56,7 @@ class Alternating:
         self.calls, self.bare_calls, self.bare = 0, 0, np.zeros(2)
 
     def __call__(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
-        if self.calls % self.block == (self.block + 1) // 2:
+        if self.calls % self.block == self.block // 2:
             state = self.run_bare(state)
         self.calls += 1
         return self.step(state, batch)
