@@ -289,5 +289,7 @@ def test_loop_benchmark(tmp_path, monkeypatch, capsys):
     assert figures["steps"] == 5 and figures["bare_steps"] == 4
     assert figures["bare_step_seconds"] > 0 and figures["loop_step_seconds"] > 0
     assert "overhead_share" in capsys.readouterr().out
+    loop_benchmark.main(["--config=any", "--steps=1", "--block=1"])
+    assert "bare_steps" in capsys.readouterr().out
     with pytest.raises(UserError, match="--block=10 must be from 1 to --steps=0"):
         loop_benchmark.main(["--config=any", "--steps=0"])

@@ -65,8 +65,8 @@ def checksum(arrays: Arrays) -> jax.Array:
 def arrays_handler() -> ocp.PyTreeCheckpointHandler:
     """Writes the arrays as they are, and nothing about them but shape and dtype.
 
-    Of Orbax's defaults, zstd makes float32 weights 8 % smaller and takes as long as writing them; notes on the sharding of
-    each of a thousand arrays take a third of a small checkpoint's time and are read by nobody: who restores says on
+    Of Orbax's defaults, zstd makes float32 weights 8 % smaller and takes as long as writing them; notes on the sharding
+    of each of a thousand arrays take a third of a small checkpoint's time and are read by nobody: who restores says on
     which shardings.
     """
     handler = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False, array_metadata_store=None)
