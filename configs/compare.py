@@ -10,7 +10,7 @@ The checkpoints are made before, in 10 to 12 minutes each on 2 CPU cores:
 
 Variants:
     demo    Linear probe on degraded Toy Band (configs/classification.py:demo), three seeds.
-    tasks   Segmentation after 200 steps and separation after 700 steps, one seed (scenes and mixtures: see
+    tasks   Segmentation after 200 steps and separation after 400 steps, one seed (scenes and mixtures: see
             configs/segmentation.py and configs/separation.py).
 
 Rows: `random` weights in the early-fusion encoder; `unimodal`, two encoders that do not meet, a linear classifier each,

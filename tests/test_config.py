@@ -34,6 +34,14 @@ def test_audioset_is_the_published_recipe():
     assert (config.model.image.width, config.model.image.depth) == (768, 12)
 
 
+@pytest.mark.parametrize("variant, sets, hidden", [
+    ("", 2, 0.90), (":demo", 2, 0.90), (":band", 3, 0.80), (":digits", 3, 0.75)])
+def test_encoders_of_the_demo_sets(variant, sets, hidden):
+    config = recipes.load_recipe(f"{DEMO}{variant}")
+    assert len(config.data.path.split(",")) == len(config.data.weights) == sets
+    assert config.model.audio.mask_ratio == hidden and config.model.image.mask_ratio == 0.75
+
+
 @pytest.mark.parametrize("variant,width,depth,kind", [
     ("tiny", 128, 4, "factorized"), ("small_dense", 384, 12, "dense"), ("base_token", 768, 12, "token"),
     ("large_none", 1024, 24, "none"), ("huge_bilinear", 1280, 32, "bilinear")])
