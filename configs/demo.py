@@ -8,8 +8,8 @@ Hardware: 2 CPU cores, float32. Expected time: 9½ minutes (240 clips/s). Expect
 
 Variants:
     demo      Both sets, single objects: the command above, and the encoder of the other configs' demo variants.
-    band      All three variants of Toy Band, 5,000 steps, 12 minutes: for separation, and better for segmentation. Its
-              frames and sounds are those of these tasks, and 0.80 of the sound is hidden instead of 0.90.
+    band      All three variants of Toy Band, 5,000 steps, 12 minutes, 0.80 of the sound hidden: for separation, whose
+              mixtures it has heard.
     digits    All three variants of Spoken Digits, 5,000 steps, 12 minutes, 0.75 of the sound hidden: what a word is lies
               in the order of its parts, and 0.90 never shows more than two of them.
 docs/tasks.md has the commands that prepare their data, and what each gave.
