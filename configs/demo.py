@@ -7,7 +7,8 @@ Hardware: 2 CPU cores, float32. Expected time: 9½ minutes (240 clips/s). Expect
 0.66 × its baseline (mean of each mel row), image 0.82 × (interpolation), sound on Spoken Digits 0.51 ×; see README.md.
 
 Variants:
-    demo      Both sets, single objects: the command above, and the encoder of the other configs' demo variants.
+    demo      Both sets, single objects: the command above, and the encoder of the other demo variants
+              except separation's.
     band      All three variants of Toy Band, 5,000 steps, 12 minutes, 0.80 of the sound hidden: for separation, whose
               mixtures it has heard.
     digits    All three variants of Spoken Digits, 5,000 steps, 12 minutes, 0.75 of the sound hidden: what a word is lies
