@@ -1,5 +1,6 @@
 """The train step: against a plain formulation, over meshes, accumulation, precision, invalid clips, compilation."""
 
+import dataclasses
 import functools
 
 import jax
@@ -44,9 +45,14 @@ def test_same_masks_on_every_mesh():
     assert not np.array_equal(first, later) and len(np.unique(np.asarray(first), axis=0)) == config.batch_size
 
 
-def test_step_against_a_plain_one():
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 3.0)])
+def test_step_against_a_plain_one(weights):
     """Loss, gradient norm and new parameters, computed clip by clip from the model and NumPy's AdamW."""
-    config = recipe(unfused(), batch_size=4)
+    model = unfused()
+    model = dataclasses.replace(model, **{
+        name: dataclasses.replace(getattr(model, name), loss_weight=weight)
+        for name, weight in zip(("image", "audio"), weights, strict=True)})
+    config = recipe(model, batch_size=4)
     train_step = make_step(config)
     batch = batches(config, 2)[1]
     before = first_parameters(config.model)
@@ -57,14 +63,15 @@ def test_step_against_a_plain_one():
         model = train_step.definition.merge(params)
         image = (batch["image"][good] / np.float32(255) - models.IMAGENET_MEAN) / models.IMAGENET_DEVIATION
         image_loss, audio_loss = model.losses(image, batch["audio"][good], *(noise[good] for noise in noises))
-        return sum(image_loss[i] + audio_loss[i] for i in range(3)) / 3
+        return sum(weights[0] * image_loss[i] + weights[1] * audio_loss[i] for i in range(3)) / 3
 
     loss, gradient = jax.jit(jax.value_and_grad(plain)).lower(before).compile(FAST_COMPILE)(before)
     state, (metrics,) = run_steps(train_step, [batch])
     norm = np.sqrt(sum(float(jnp.sum(g ** 2)) for g in gradient.values()))
     assert metrics["valid"] == 3
     np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
-    np.testing.assert_allclose(metrics["loss"], metrics["image_loss"] + metrics["audio_loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], weights[0] * metrics["image_loss"] + weights[1] * metrics["audio_loss"],
+                               rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     moments = state.opt_state[1].mu
     for name, g in gradient.items():

@@ -43,7 +43,10 @@ def fit_window(grid: tuple[int, int], window: tuple[int, int]) -> tuple[int, int
 
 @dataclasses.dataclass(frozen=True)
 class StreamConfig:
-    """One ViT stream: input size (rows, columns), patch (an int, or (rows, columns)), encoder sizes, masking."""
+    """One ViT stream: input size (rows, columns), patch (an int, or (rows, columns)), encoder sizes, masking.
+
+    `loss_weight` multiplies the stream's masked error in the loss of pretraining (1, published).
+    """
 
     size: tuple[int, int] = (224, 224)
     channels: int = 3
@@ -54,6 +57,7 @@ class StreamConfig:
     mlp_ratio: float = 4.0
     mask_ratio: float = 0.75
     normalize_targets: bool = True
+    loss_weight: float = 1.0
 
     def __post_init__(self):
         require(len(self.size) == 2 and len(self.patch_size) == 2,
@@ -69,6 +73,7 @@ class StreamConfig:
         require(not self.normalize_targets or self.patch_values > 1,
                 f"normalize_targets=True needs at least 2 values per patch, patch={self.patch} of {self.channels} "
                 "channel has 1")
+        require(0 < self.loss_weight < math.inf, f"loss_weight={self.loss_weight} must be positive and finite")
         require(0 < self.mask_ratio < 1, f"mask_ratio={self.mask_ratio} must be between 0 and 1, both excluded")
         require(0 < self.keep < self.tokens,
                 f"mask_ratio={self.mask_ratio} keeps {self.keep} of {self.tokens} patches; "

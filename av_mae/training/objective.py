@@ -53,7 +53,7 @@ class Objective(abc.ABC):
 
 
 class Pretraining(Objective):
-    """Masked reconstruction: the sum of both streams' losses (paper section 3.3).
+    """Masked reconstruction: the sum of both streams' losses, each times its `loss_weight` (paper section 3.3: 1).
 
     `pretrained` streams ('image', 'audio') come from unimodal encoders: their learning rates rise over the first half.
     """
@@ -74,7 +74,8 @@ class Pretraining(Objective):
     def losses(self, model: models.AVMAE, rows: Rows) -> tuple[jax.Array, Rows]:
         image = models.normalize_image(rows["image"])
         image_loss, audio_loss = model.losses(image, rows["audio"], rows["image_noise"], rows["audio_noise"])
-        return image_loss + audio_loss, {"image_loss": image_loss, "audio_loss": audio_loss}
+        loss = self.config.image.loss_weight * image_loss + self.config.audio.loss_weight * audio_loss
+        return loss, {"image_loss": image_loss, "audio_loss": audio_loss}
 
     def multipliers(self, params: Rows, length: Length) -> Multipliers:
         return pretrained_multipliers(params, self.pretrained, length)
