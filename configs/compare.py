@@ -3,7 +3,7 @@
 Command (again: it goes on where it stopped):
     python -m av_mae.evaluate --config=configs/compare.py:demo --workdir=runs/compare
 
-The checkpoints are made before, in 10 to 12 minutes each on 2 CPU cores:
+The checkpoints are made before, in 8 to 15 minutes each on 2 CPU cores:
     bash launch/demo.sh
     python -m av_mae.train --config=configs/demo.py --workdir=runs/demo_unimodal --config.model.fusion.kind=none
     python -m av_mae.train --config=configs/demo.py --workdir=runs/demo_token --config.model.fusion.kind=token
@@ -18,8 +18,8 @@ joint: their mean; `late fusion`, the same encoders under one linear classifier 
 say just what that mean can; `token fusion` and `early fusion` (factorized), pretrained with fusion tokens. All see the
 same clips, noise and seeds.
 
-Hardware: 2 CPU cores. A cell of the demo takes 2 to 3 minutes of them, so the table of 15 takes about 35. Measured
-(docs/tasks.md), joint accuracy: random .417, unimodal .771, late fusion .783, token fusion .828, early fusion .894.
+Hardware: 2 CPU cores. A cell of the demo takes 2 to 3 minutes of one, so the table of 15 takes about 40. Measured
+(docs/tasks.md), joint accuracy: random .379, unimodal .764, late fusion .787, token fusion .886, early fusion .923.
 """
 
 from av_mae import recipes

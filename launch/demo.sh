@@ -19,7 +19,7 @@ cd "$root"
 data=$workdir/data
 mkdir -p "$data"
 
-"$python" -m av_mae.prepare --dataset=toy_band --output="$data/toy_band" --clips=3000 --test_clips=300
+"$python" -m av_mae.prepare --dataset=toy_band --output="$data/toy_band" --clips=3000 --test_clips=1500
 "$python" -m av_mae.prepare --dataset=spoken_digits --output="$data/spoken_digits" --clips=1500 --test_clips=300
 paths=$data/toy_band,$data/spoken_digits
 "$python" -m av_mae.train --config=configs/demo.py --workdir="$workdir" --config.data.path="$paths" "$@"

@@ -34,12 +34,14 @@ def test_audioset_is_the_published_recipe():
     assert (config.model.image.width, config.model.image.depth) == (768, 12)
 
 
-@pytest.mark.parametrize("variant, sets, hidden", [
-    ("", 2, 0.90), (":demo", 2, 0.90), (":band", 3, 0.80), (":digits", 3, 0.75)])
-def test_encoders_of_the_demo_sets(variant, sets, hidden):
+@pytest.mark.parametrize("variant, sets, hidden, weight", [
+    ("", 2, (0.55, 0.90), 3), (":demo", 2, (0.55, 0.90), 3), (":band", 3, (0.75, 0.80), 1),
+    (":digits", 3, (0.75, 0.75), 1)])
+def test_encoders_of_the_demo_sets(variant, sets, hidden, weight):
     config = recipes.load_recipe(f"{DEMO}{variant}")
     assert len(config.data.path.split(",")) == len(config.data.weights) == sets
-    assert config.model.audio.mask_ratio == hidden and config.model.image.mask_ratio == 0.75
+    assert (config.model.image.mask_ratio, config.model.audio.mask_ratio) == hidden
+    assert (config.model.image.loss_weight, config.model.audio.loss_weight) == (1, weight)
 
 
 @pytest.mark.parametrize("variant,width,depth,kind", [
