@@ -1,8 +1,8 @@
-"""The training recipe as frozen dataclasses. `configs/*.py` build it; below `main` nothing else is passed on."""
+"""The named model sizes, in one place: encoder width, depth, heads; decoders of 512 × 8 (tiny: 96 × 2)."""
 
 import dataclasses
 
-from av_mae.models.config import AVMAEConfig, require
+from av_mae.models.config import FUSION_KINDS, AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig, require
 
 DTYPES = ("bfloat16", "float32")
 TRUTHS = ("label", "labels", "mask", "objects", "sources", "waveforms")
@@ -25,9 +25,10 @@ class SoundConfig:
     std: float = 1.0
 
     def __post_init__(self):
-        require(min(self.rate, self.n_fft, self.hop, self.mels) > 0,
-                f"data.sound: rate={self.rate}, n_fft={self.n_fft}, hop={self.hop} and mels={self.mels} must be "
-                "positive")
+        require(
+            min(self.rate, self.n_fft, self.hop, self.mels) > 0,
+            f"data.sound: rate={self.rate}, n_fft={self.n_fft}, hop={self.hop} and mels={self.mels} must be positive",
+        )
         require(self.log_floor > 0, f"data.sound.log_floor={self.log_floor} must be above 0")
         require(self.std > 0, f"data.sound.std={self.std} must be above 0")
 
@@ -37,8 +38,8 @@ class DataConfig:
     """Where clips come from and how they are augmented.
 
     `path` names prepared sets, separated by commas; `weights` mixes them (None: by size). `balanced` draws clips so
-    that rare classes come as often as common ones (data/balance.py). `cache` is how many gigabytes of records each process
-    that reads keeps in memory. `truth` names what batches carry of what is known about a clip (data/truth.py), of
+    that rare classes come as often as common ones (data/pipeline.py). `cache` is how many gigabytes of records each process
+    that reads keeps in memory. `truth` names what batches carry of what is known about a clip (data/loading.py), of
     `classes` labels or, in masks, of pixels (0: labels are not counted and masks are binary). `mix` clips' sounds are
     added to one, the first clip being the source that is looked for. `image_noise` is the deviation of white noise on
     normalised images, `sound_snr` the decibels of a sound over white noise (None: without noise).
@@ -75,21 +76,26 @@ class DataConfig:
         require(self.cache >= 0, f"data.cache={self.cache} must be 0 (none) or more gigabytes in each process")
         require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be at least 1")
         smallest, largest = self.crop_scale
-        require(0 < smallest <= largest <= 1,
-                f"data.crop_scale={self.crop_scale} must be (smallest, largest) share of the area, "
-                "with 0 < smallest <= largest <= 1")
+        require(
+            0 < smallest <= largest <= 1,
+            f"data.crop_scale={self.crop_scale} must be (smallest, largest) share of the area, "
+            "with 0 < smallest <= largest <= 1",
+        )
         require(self.volume_db >= 0, f"data.volume_db={self.volume_db} must be 0 or more decibels")
-        require(0 <= self.max_failure_share <= 1,
-                f"data.max_failure_share={self.max_failure_share} must be between 0 and 1")
+        require(
+            0 <= self.max_failure_share <= 1, f"data.max_failure_share={self.max_failure_share} must be between 0 and 1"
+        )
         self._check_weights()
 
     def _check_weights(self):
         if self.weights is None or not self.path:
             return
         sets = len(self.paths)
-        require(len(self.weights) == sets and min(self.weights) > 0,
-                f"data.weights={self.weights} must hold one positive weight for each of the {sets} sets in "
-                f"data.path={self.path!r}")
+        require(
+            len(self.weights) == sets and min(self.weights) > 0,
+            f"data.weights={self.weights} must hold one positive weight for each of the {sets} sets in "
+            f"data.path={self.path!r}",
+        )
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -115,9 +121,11 @@ class MeshConfig:
     def __post_init__(self):
         sizes = (self.data, self.fsdp or 1, self.tensor)
         require(self.slices >= 0, f"mesh.slices={self.slices} must be 0 (as the devices tell) or more")
-        require(all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
-                f"mesh axes data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} must be positive, "
-                "at most one of them -1 (what is left)")
+        require(
+            all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
+            f"mesh axes data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} must be positive, "
+            "at most one of them -1 (what is left)",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +149,15 @@ class OptimizerConfig:
     def __post_init__(self):
         require(self.kind in OPTIMIZERS, f"optimizer.kind={self.kind!r} must be one of {', '.join(OPTIMIZERS)}")
         require(self.base_lr > 0, f"optimizer.base_lr={self.base_lr} must be above 0")
-        require(min(self.warmup, self.weight_decay, self.clip_norm) >= 0,
-                f"optimizer.warmup={self.warmup}, weight_decay={self.weight_decay} and clip_norm={self.clip_norm} "
-                "must be 0 or more")
-        require(0 <= self.b1 < 1 and 0 <= self.b2 < 1,
-                f"optimizer.b1={self.b1} and b2={self.b2} must be at least 0 and below 1")
+        require(
+            min(self.warmup, self.weight_decay, self.clip_norm) >= 0,
+            f"optimizer.warmup={self.warmup}, weight_decay={self.weight_decay} and clip_norm={self.clip_norm} "
+            "must be 0 or more",
+        )
+        require(
+            0 <= self.b1 < 1 and 0 <= self.b2 < 1,
+            f"optimizer.b1={self.b1} and b2={self.b2} must be at least 0 and below 1",
+        )
         require(0 <= self.momentum < 1, f"optimizer.momentum={self.momentum} must be at least 0 and below 1")
         require(self.trust > 0, f"optimizer.trust={self.trust} must be above 0")
 
@@ -190,27 +202,38 @@ class RunConfig:
 
     def __post_init__(self):
         require(self.seed >= 0, f"seed={self.seed} must be 0 or more")
-        require((self.steps > 0) != (self.epochs > 0) and min(self.steps, self.epochs) >= 0,
-                f"set exactly one of steps={self.steps} and epochs={self.epochs} above 0, the other to 0")
+        require(
+            (self.steps > 0) != (self.epochs > 0) and min(self.steps, self.epochs) >= 0,
+            f"set exactly one of steps={self.steps} and epochs={self.epochs} above 0, the other to 0",
+        )
         require(self.batch_size > 0, f"batch_size={self.batch_size} must be at least 1")
-        require(self.grad_accumulation > 0 and self.batch_size % self.grad_accumulation == 0,
-                f"grad_accumulation={self.grad_accumulation} must be positive and divide "
-                f"batch_size={self.batch_size}")
+        require(
+            self.grad_accumulation > 0 and self.batch_size % self.grad_accumulation == 0,
+            f"grad_accumulation={self.grad_accumulation} must be positive and divide batch_size={self.batch_size}",
+        )
         require(self.dtype in DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         require(self.remat in REMATS, f"remat={self.remat!r} must be one of {', '.join(REMATS)}")
         require(self.scan_layers in SCANS, f"scan_layers={self.scan_layers!r} must be one of {', '.join(SCANS)}")
-        require(min(self.checkpoint_every, self.checkpoint_local_every, self.keep_last, self.log_every) > 0,
-                f"checkpoint_every={self.checkpoint_every}, checkpoint_local_every={self.checkpoint_local_every}, "
-                f"keep_last={self.keep_last} and log_every={self.log_every} must be at least 1")
-        require(min(self.max_failed_saves, self.max_grad_norm, self.max_skipped_updates) >= 0,
-                f"max_failed_saves={self.max_failed_saves}, max_grad_norm={self.max_grad_norm} and "
-                f"max_skipped_updates={self.max_skipped_updates} must be 0 or more")
-        require(min(self.keep_every, self.images_every, self.profile_at) >= 0,
-                f"keep_every={self.keep_every}, images_every={self.images_every} and "
-                f"profile_at={self.profile_at} must be 0 (never) or more")
-        require(self.hang_seconds >= 0 and self.hang_factor >= 1,
-                f"hang_seconds={self.hang_seconds} must be 0 (never) or more, and hang_factor={self.hang_factor} at "
-                "least 1")
+        require(
+            min(self.checkpoint_every, self.checkpoint_local_every, self.keep_last, self.log_every) > 0,
+            f"checkpoint_every={self.checkpoint_every}, checkpoint_local_every={self.checkpoint_local_every}, "
+            f"keep_last={self.keep_last} and log_every={self.log_every} must be at least 1",
+        )
+        require(
+            min(self.max_failed_saves, self.max_grad_norm, self.max_skipped_updates) >= 0,
+            f"max_failed_saves={self.max_failed_saves}, max_grad_norm={self.max_grad_norm} and "
+            f"max_skipped_updates={self.max_skipped_updates} must be 0 or more",
+        )
+        require(
+            min(self.keep_every, self.images_every, self.profile_at) >= 0,
+            f"keep_every={self.keep_every}, images_every={self.images_every} and "
+            f"profile_at={self.profile_at} must be 0 (never) or more",
+        )
+        require(
+            self.hang_seconds >= 0 and self.hang_factor >= 1,
+            f"hang_seconds={self.hang_seconds} must be 0 (never) or more, and hang_factor={self.hang_factor} at "
+            "least 1",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,13 +257,17 @@ class TrainConfig(RunConfig):
         require(self.neighbours_every >= 0, f"neighbours_every={self.neighbours_every} must be 0 (never) or more")
         require(self.neighbours_clips > 1, f"neighbours_clips={self.neighbours_clips} must be at least 2")
         require(bool(self.neighbours_split), "neighbours_split must name a split of the prepared sets, e.g. test")
-        require(not (self.init and self.pretrained), f"init={self.init!r} is a checkpoint of both streams: set either "
-                                                     "init, or init_image and init_audio")
+        require(
+            not (self.init and self.pretrained),
+            f"init={self.init!r} is a checkpoint of both streams: set either init, or init_image and init_audio",
+        )
         image, audio = self.model.image, self.model.audio
         require(image.channels == 3, f"model.image.channels={image.channels} must be 3: clips have colour frames")
         require(audio.channels == 1, f"model.audio.channels={audio.channels} must be 1: clips have one log-mel")
-        require(audio.size[0] == self.data.sound.mels,
-                f"model.audio.size={audio.size} must have as many rows as data.sound.mels={self.data.sound.mels}")
+        require(
+            audio.size[0] == self.data.sound.mels,
+            f"model.audio.size={audio.size} must have as many rows as data.sound.mels={self.data.sound.mels}",
+        )
 
     @property
     def pretrained(self) -> dict[str, str]:
@@ -284,3 +311,41 @@ class EvaluationConfig:
         require(self.batch_size > 0, f"batch_size={self.batch_size} must be at least 1")
         require(self.bootstrap >= 100, f"bootstrap={self.bootstrap} must be at least 100 for 95 % intervals")
         require(self.pictures >= 0, f"pictures={self.pictures} must be 0 (none) or more")
+
+
+SIZES = {
+    "tiny": {"width": 128, "depth": 4, "heads": 4},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+    "huge": {"width": 1280, "depth": 32, "heads": 16},
+}
+TINY_DECODER = DecoderConfig(width=96, depth=2, heads=4)
+
+
+def sized_model(size: str, fusion: str = "factorized") -> AVMAEConfig:
+    """The published input and masking with a named encoder size (`SIZES`) and fusion kind (`FUSION_KINDS`).
+
+    Image 224×224 in patches of 16, sound 128 mels × 192 frames, attention ratio 0.25 and MLP ratio 1 in the fusion
+    blocks. `bilinear` pairs do not separate and run in chunks.
+    """
+    encoder = SIZES[size]
+    return AVMAEConfig(
+        image=StreamConfig(size=(224, 224), channels=3, patch=16, mask_ratio=0.75, **encoder),
+        audio=StreamConfig(size=(128, 192), channels=1, patch=16, mask_ratio=0.80, **encoder),
+        fusion=FusionConfig(
+            kind=fusion,
+            layers="all",
+            tokens=(16, 8, 8),
+            heads=encoder["heads"],
+            attention_ratio=0.25,
+            mlp_ratio=1.0,
+            pair_attention="chunked" if fusion == "bilinear" else "separable",
+        ),
+        decoder=TINY_DECODER if size == "tiny" else DecoderConfig(),
+    )
+
+
+def size_variants() -> tuple[str, ...]:
+    """Every `size` and `size_fusion`."""
+    return tuple(SIZES) + tuple(f"{size}_{kind}" for size in SIZES for kind in FUSION_KINDS)

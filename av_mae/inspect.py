@@ -10,19 +10,23 @@ from typing import Any
 import numpy as np
 
 from av_mae.config import SoundConfig
-from av_mae.data import frames, sound
-from av_mae.data.failures import ClipFailure, stage
-from av_mae.data.labels import Labels
+from av_mae.console import Progress
+from av_mae.data import audio as sound
+from av_mae.data import frames
 from av_mae.data.loading import ClipSource
-from av_mae.errors import UserError, run_command
-from av_mae.progress import Progress
+from av_mae.data.records import Labels
+from av_mae.errors import ClipFailure, UserError, run_command, stage
 
 SHEET, REPORT = "contact_sheet.png", "report.json"
 EXAMPLE = "example: python -m av_mae.inspect runs/toy_band --clips=8 --sheet=toy_band.png"
 # Lower edges of the bins of each histogram.
-EDGES = {"seconds": (0, 0.5, 1, 2, 3, 4, 5, 7, 9, 11, 15, 30, 60, 300), "frames": (0, 1, 2, 3, 5, 7, 9, 11, 16, 31),
-         "labels": (0, 1, 2, 3, 4, 6, 8, 11), "shorter side (pixels)": (0, 1, 64, 128, 192, 256, 257, 512),
-         "kB": (0, 10, 30, 100, 200, 300, 500, 1000, 3000)}
+EDGES = {
+    "seconds": (0, 0.5, 1, 2, 3, 4, 5, 7, 9, 11, 15, 30, 60, 300),
+    "frames": (0, 1, 2, 3, 5, 7, 9, 11, 16, 31),
+    "labels": (0, 1, 2, 3, 4, 6, 8, 11),
+    "shorter side (pixels)": (0, 1, 64, 128, 192, 256, 257, 512),
+    "kB": (0, 10, 30, 100, 200, 300, 500, 1000, 3000),
+}
 BAR = 40  # characters of the longest bar
 CLASSES = 12  # named with their counts: the most and the least frequent
 SOUND, LONGEST = SoundConfig(mels=96), 10.0  # of spectrograms, and their seconds at most
@@ -34,16 +38,22 @@ def facts(record: Mapping[str, Any]) -> dict[str, float]:
     with stage("frame"):
         sides = [min(frames.frame_size(frame)) for frame in record["frames"][:1]]
     pictures = sum(map(len, (*record["frames"], *record["masks"])))
-    return {"seconds": float(record["duration"]), "frames": len(record["frames"]), "labels": len(record["labels"]),
-            "shorter side (pixels)": sides[0] if sides else 0,
-            "kB": (pictures + len(record["sound"]) + sum(map(len, record["sources"]))) / 1000}
+    return {
+        "seconds": float(record["duration"]),
+        "frames": len(record["frames"]),
+        "labels": len(record["labels"]),
+        "shorter side (pixels)": sides[0] if sides else 0,
+        "kB": (pictures + len(record["sound"]) + sum(map(len, record["sources"]))) / 1000,
+    }
 
 
 def bars(names: Sequence[str], counts: Sequence[int]) -> list[str]:
     """Lines with a bar for each count."""
     width, longest = max(map(len, names), default=0), max(counts, default=0)
-    return [f"    {name:>{width}} {count:>9,} {'█' * -(-BAR * count // max(1, longest))}".rstrip()
-            for name, count in zip(names, counts, strict=True)]
+    return [
+        f"    {name:>{width}} {count:>9,} {'█' * -(-BAR * count // max(1, longest))}".rstrip()
+        for name, count in zip(names, counts, strict=True)
+    ]
 
 
 def histogram(values: Iterable[float], edges: Sequence[float]) -> list[str]:
@@ -54,14 +64,14 @@ def histogram(values: Iterable[float], edges: Sequence[float]) -> list[str]:
         return []
     bins = range(filled[0], filled[-1] + 1)
     names = [f"{edges[b]:g} …" if b + 1 == len(edges) else f"{edges[b]:g} … {edges[b + 1]:g}" for b in bins]
-    return bars(names, counts[bins.start:bins.stop].tolist())
+    return bars(names, counts[bins.start : bins.stop].tolist())
 
 
 def class_lines(classes: Sequence[str], labels: Labels) -> list[str]:
     """How often the classes occur."""
     counts = np.bincount(labels.values, minlength=len(classes))
     order = np.argsort(-counts, kind="stable")
-    shown = order if len(order) <= CLASSES else np.concatenate([order[:CLASSES // 2], order[-(CLASSES // 2):]])
+    shown = order if len(order) <= CLASSES else np.concatenate([order[: CLASSES // 2], order[-(CLASSES // 2) :]])
     lines = bars([classes[number] for number in shown], counts[shown].tolist())
     if len(order) > len(shown):
         lines.insert(CLASSES // 2, f"    … {len(order) - len(shown)} more classes …")
@@ -91,8 +101,10 @@ def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
     for name, edges in EDGES.items():
         lines += [f"  {name}{whole}:", *histogram(found[name], edges)]
     if failures:
-        lines += [f"  {len(failures)} of {len(numbers)} clips cannot be read:",
-                  *(f"    {text}" for text in failures[:5])]
+        lines += [
+            f"  {len(failures)} of {len(numbers)} clips cannot be read:",
+            *(f"    {text}" for text in failures[:5]),
+        ]
     return lines
 
 
@@ -120,8 +132,11 @@ def report_lines(folder: pathlib.Path) -> list[str]:
     named = {cause: count for cause, count in causes.items() if count}
     if not named:
         return ["", "preparation: nothing was wrong"]
-    return ["", f"preparation found ({folder / 'report.html'} names the clips):",
-            *bars(list(named), list(named.values()))]
+    return [
+        "",
+        f"preparation found ({folder / 'report.html'} names the clips):",
+        *bars(list(named), list(named.values())),
+    ]
 
 
 def contact_sheet(path: str, split: str, clips: int, seed: int) -> np.ndarray:
@@ -129,7 +144,7 @@ def contact_sheet(path: str, split: str, clips: int, seed: int) -> np.ndarray:
 
     Raises UserError where none of the clips drawn can be shown.
     """
-    from av_mae import pictures
+    from av_mae import plots as pictures
     from av_mae.data import records
 
     source = ClipSource(path, records.open_source(path, split))
@@ -178,7 +193,7 @@ def inspect(path: str, splits: Sequence[str], clips: int, sampled: int, seed: in
 
     Raises UserError where the set cannot be opened, has no such split, or the sheet cannot be written.
     """
-    from av_mae import pictures
+    from av_mae import plots as pictures
     from av_mae.data import records
 
     known = records.describe(path)
@@ -215,8 +230,16 @@ def main(argv: list[str]) -> None:
     if options.seed < 0:
         raise UserError(f"--seed={options.seed} must be 0 or more")
     splits = [split.strip() for split in options.splits.split(",") if split.strip()]
-    print(inspect(options.data, splits, options.clips, options.sample, options.seed,
-                  options.sheet or pathlib.Path(options.data, SHEET)))
+    print(
+        inspect(
+            options.data,
+            splits,
+            options.clips,
+            options.sample,
+            options.seed,
+            options.sheet or pathlib.Path(options.data, SHEET),
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models from checkpoints: the one entry for notebooks, export and evaluation, and the forward pass that they share."""
+"""From a pretraining run's folder to its model."""
 
 import os
 import pathlib
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from av_mae import models, registry
-from av_mae.config import SoundConfig
+from av_mae.checkpoint import open_checkpoint
+from av_mae.config import SoundConfig, TrainConfig
 from av_mae.errors import UserError
 from av_mae.models import kinds
-from av_mae.training.stored import open_checkpoint
 
 
 class Encoding(NamedTuple):
@@ -40,7 +40,7 @@ def load(path: str | os.PathLike) -> nnx.Module:
     """
     path = registry.resolve(path)
     if pathlib.Path(path).is_file():
-        from av_mae.published.source import load_published
+        from av_mae.convert.source import load_published
 
         model = load_published(path)
         model.sound = SoundConfig(mels=model.config.audio.size[0])
@@ -48,8 +48,10 @@ def load(path: str | os.PathLike) -> nnx.Module:
     stored = open_checkpoint(os.fspath(path))
     if stored.kind in kinds.STREAMS:
         stream = kinds.STREAMS[stored.kind]
-        raise UserError(f"{path} holds a unimodal {stream} encoder, which is no whole model: start a run from it with "
-                        f"--config.init_{stream}={path}")
+        raise UserError(
+            f"{path} holds a unimodal {stream} encoder, which is no whole model: start a run from it with "
+            f"--config.init_{stream}={path}"
+        )
     definition, arrays = stored.load()
     model = definition.merge(arrays)
     model.sound = stored.config.data.sound
@@ -75,3 +77,17 @@ def forward(encoder: models.Encoder, image: jax.Array, audio: jax.Array, return_
 
 
 _encode = nnx.jit(forward)
+
+
+def load_run(path: str) -> tuple[TrainConfig, models.AVMAE]:
+    """The recipe of a pretraining checkpoint, and its model as `av_mae.load` gives it.
+
+    path: a run's workdir (its newest checkpoint), its `checkpoints`, or one of them. Raises UserError when there is
+    none, it cannot be read, or it holds another kind of model.
+    """
+    if not path:
+        raise UserError("no checkpoint: set --config.init=DIR to a run's workdir or one of its checkpoints")
+    stored = open_checkpoint(path)
+    if stored.kind != kinds.PRETRAINING:
+        raise UserError(f"init={path} must be a pretraining checkpoint, with decoders; it holds: {stored.kind}")
+    return stored.config, load(path)

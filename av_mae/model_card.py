@@ -11,10 +11,11 @@ from typing import Any
 
 import av_mae
 from av_mae import recipes, registry
+from av_mae.checkpoint import find_checkpoint
 from av_mae.config import TrainConfig
-from av_mae.evaluation.figures import Report
-from av_mae.pictures import read_metrics
-from av_mae.training.checkpoint import find_checkpoint, note
+from av_mae.console import note
+from av_mae.evaluate.bootstrap import Report
+from av_mae.plots import read_metrics
 
 CARD, README = "card.json", "README.md"
 MARK = "<!-- Written by av_mae from card.json; remove this line to keep your own text. -->"
@@ -30,11 +31,19 @@ def write_card(workdir: pathlib.Path, config: TrainConfig, parameters: int) -> N
     folder, known = find_checkpoint(os.fspath(workdir)), read_card(workdir) or {}
     metrics = workdir / "metrics.jsonl"
     last = next(reversed(read_metrics(metrics)), {}) if metrics.is_file() else {}  # a full disk may have kept it out
-    _save(workdir, {"av_mae": av_mae.__version__, "checkpoint": str(folder.relative_to(workdir.absolute())),
-                    "sha256": registry.checksum(folder), "parameters": parameters,
-                    "licence": known.get("licence", ""),
-                    "training": {name: last[name] for name in TRAINING if name in last},
-                    "evaluations": known.get("evaluations", {}), "config": recipes.to_dict(config)})
+    _save(
+        workdir,
+        {
+            "av_mae": av_mae.__version__,
+            "checkpoint": str(folder.relative_to(workdir.absolute())),
+            "sha256": registry.checksum(folder),
+            "parameters": parameters,
+            "licence": known.get("licence", ""),
+            "training": {name: last[name] for name in TRAINING if name in last},
+            "evaluations": known.get("evaluations", {}),
+            "config": recipes.to_dict(config),
+        },
+    )
 
 
 def add_evaluation(checkpoint: str, workdir: pathlib.Path, task: str, data: str, report: Report) -> None:
@@ -47,9 +56,14 @@ def add_evaluation(checkpoint: str, workdir: pathlib.Path, task: str, data: str,
     card = read_card(run)
     if card is not None:
         figures = {name: figure.to_json() for name, figure in report.figures.items()}
-        card["evaluations"][os.fspath(workdir)] = {"task": task, "data": data, "checkpoint": folder.name,
-                                                   "clips": report.clips, "skipped": report.skipped,
-                                                   "figures": figures}
+        card["evaluations"][os.fspath(workdir)] = {
+            "task": task,
+            "data": data,
+            "checkpoint": folder.name,
+            "clips": report.clips,
+            "skipped": report.skipped,
+            "figures": figures,
+        }
         _save(run, card)
 
 
@@ -77,33 +91,77 @@ def render(card: Mapping[str, Any]) -> str:
     config = card["config"]
     model, data = config["model"], config["data"]
     fusion = model["fusion"]
-    streams = [(name, "×".join(map(str, model[name]["size"])), *(model[name][key] for key in (
-        "patch", "width", "depth", "heads", "mask_ratio"))) for name in ("image", "audio")]
+    streams = [
+        (
+            name,
+            "×".join(map(str, model[name]["size"])),
+            *(model[name][key] for key in ("patch", "width", "depth", "heads", "mask_ratio")),
+        )
+        for name in ("image", "audio")
+    ]
     length = f"{config['steps']} steps" if config["steps"] else f"{config['epochs']:g} epochs"
-    lines = ["# Audio-visual masked autoencoder", "", MARK, "",
-             f"Pretrained by masked reconstruction with early fusion, by av_mae {card['av_mae']}.",
-             f"{card['parameters'] / 1e6:.1f} million parameters; licence: {card['licence'] or 'not stated'}.", "",
-             "```python", "import av_mae", f'model = av_mae.load("…/{card["checkpoint"]}")', "```", "", "## Model", "",
-             *_table(("stream", "input", "patch", "width", "depth", "heads", "masked"), streams), "",
-             f"Fusion `{fusion['kind']}`, tokens {fusion['tokens']}, layers {fusion['layers']}. Sound: "
-             + ", ".join(f"{name} {value}" for name, value in data["sound"].items()) + ".", "",
-             "## Data and training", "",
-             f"`{data['path']}`, split `{data['split']}`; {length} of {config['batch_size']} clips, "
-             f"{config['optimizer']['kind']}, base learning rate {config['optimizer']['base_lr']:g}, "
-             f"seed {config['seed']}.", "",
-             *_table(("at the end", "value"), [(name, f"{x:.4g}") for name, x in card["training"].items()])]
+    lines = [
+        "# Audio-visual masked autoencoder",
+        "",
+        MARK,
+        "",
+        f"Pretrained by masked reconstruction with early fusion, by av_mae {card['av_mae']}.",
+        f"{card['parameters'] / 1e6:.1f} million parameters; licence: {card['licence'] or 'not stated'}.",
+        "",
+        "```python",
+        "import av_mae",
+        f'model = av_mae.load("…/{card["checkpoint"]}")',
+        "```",
+        "",
+        "## Model",
+        "",
+        *_table(("stream", "input", "patch", "width", "depth", "heads", "masked"), streams),
+        "",
+        f"Fusion `{fusion['kind']}`, tokens {fusion['tokens']}, layers {fusion['layers']}. Sound: "
+        + ", ".join(f"{name} {value}" for name, value in data["sound"].items())
+        + ".",
+        "",
+        "## Data and training",
+        "",
+        f"`{data['path']}`, split `{data['split']}`; {length} of {config['batch_size']} clips, "
+        f"{config['optimizer']['kind']}, base learning rate {config['optimizer']['base_lr']:g}, "
+        f"seed {config['seed']}.",
+        "",
+        *_table(("at the end", "value"), [(name, f"{x:.4g}") for name, x in card["training"].items()]),
+    ]
     for place, found in card["evaluations"].items():
-        lines += ["", f"## {found['task'].capitalize()} on `{found['data']}`", "",
-                  f"Checkpoint {found['checkpoint']}, {found['clips']} clips ({found['skipped']} skipped), "
-                  f"95 % intervals; from `{place}`.", "",
-                  *_table(("figure", *BOUNDS), [
-                      (name, *("–" if figure[key] is None else f"{figure[key]:.4g}" for key in BOUNDS))
-                      for name, figure in found["figures"].items()])]
-    lines += ["", "## Registry entry", "", "```toml", "[name]", 'path = "…"', f'sha256 = "{card["sha256"]}"',
-              f'licence = "{card["licence"]}"', "```"]
+        lines += [
+            "",
+            f"## {found['task'].capitalize()} on `{found['data']}`",
+            "",
+            f"Checkpoint {found['checkpoint']}, {found['clips']} clips ({found['skipped']} skipped), "
+            f"95 % intervals; from `{place}`.",
+            "",
+            *_table(
+                ("figure", *BOUNDS),
+                [
+                    (name, *("–" if figure[key] is None else f"{figure[key]:.4g}" for key in BOUNDS))
+                    for name, figure in found["figures"].items()
+                ],
+            ),
+        ]
+    lines += [
+        "",
+        "## Registry entry",
+        "",
+        "```toml",
+        "[name]",
+        'path = "…"',
+        f'sha256 = "{card["sha256"]}"',
+        f'licence = "{card["licence"]}"',
+        "```",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence]) -> list[str]:
-    return ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads),
-            *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+    return [
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
+        *("| " + " | ".join(map(str, row)) + " |" for row in rows),
+    ]

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from av_mae.config import SoundConfig
-from av_mae.data import bounded, frames, media
-from av_mae.data import sound as sounds
-from av_mae.data.failures import ClipFailure, stage
-from av_mae.errors import UserError
+from av_mae.data import audio as sounds
+from av_mae.data import frames
+from av_mae.errors import ClipFailure, UserError, stage
+from av_mae.media import bounded
+from av_mae.media import decode as media
 
 VERSION = 1  # counts changes of what is made of the same clip, here and in evaluation: stored with embeddings
 LOUDEST = 8.0  # decoders overshoot 1 a little; 16-bit samples given as floats go far beyond
@@ -24,10 +25,20 @@ MOST_CHANNELS = 64
 _local = threading.local()
 
 
-def load(path: str | os.PathLike | None = None, start: float | None = None, duration: float = 3.0, *,
-         frame: np.ndarray | None = None, waveform: np.ndarray | None = None, rate: int | None = None,
-         sound: SoundConfig = SoundConfig(), image_size: tuple[int, int] = (224, 224), missing: str = "error",
-         time_limit: float = 20.0, end: float | None = None) -> dict[str, np.ndarray]:
+def load(
+    path: str | os.PathLike | None = None,
+    start: float | None = None,
+    duration: float = 3.0,
+    *,
+    frame: np.ndarray | None = None,
+    waveform: np.ndarray | None = None,
+    rate: int | None = None,
+    sound: SoundConfig = SoundConfig(),
+    image_size: tuple[int, int] = (224, 224),
+    missing: str = "error",
+    time_limit: float = 20.0,
+    end: float | None = None,
+) -> dict[str, np.ndarray]:
     """One clip as the model takes it, from a media file or from arrays.
 
     path: a file that FFmpeg can read. Instead of it, frame: uint8 [H, W, 3], and waveform: [samples] or
@@ -48,8 +59,9 @@ def load(path: str | os.PathLike | None = None, start: float | None = None, dura
     arrays = {"frame": frame, "waveform": waveform, "rate": rate}
     given = [name for name, value in ({"path": path} | arrays).items() if value is not None]
     if not given or path is not None and len(given) > 1:
-        raise UserError("give either a path, or frame and waveform with its rate; got "
-                        f"{' and '.join(given) or 'none of them'}")
+        raise UserError(
+            f"give either a path, or frame and waveform with its rate; got {' and '.join(given) or 'none of them'}"
+        )
     name = "" if path is None else _file_name(path)
     try:
         if path is None:
@@ -58,7 +70,7 @@ def load(path: str | os.PathLike | None = None, start: float | None = None, dura
             length = seconds if end is None else min(seconds, end - start)
             clip = _decode(media.read_excerpt, name, start, length, time_limit=time_limit)
             if length < seconds and clip.waveform is not None:
-                clip = clip._replace(waveform=clip.waveform[:clip.first + math.ceil(length * clip.rate)])
+                clip = clip._replace(waveform=clip.waveform[: clip.first + math.ceil(length * clip.rate)])
         return _batch(name, clip, samples, sound, image_size, missing)
     except ClipFailure as failure:
         raise UserError(f"{name}: {failure}" if name else str(failure)) from failure
@@ -83,8 +95,9 @@ def _decode(function: Callable[..., Any], name: str, *arguments: Any, time_limit
     return _local.worker.call(function, os.path.abspath(name), *arguments, time_limit=time_limit)
 
 
-def _batch(name: str, clip: media.Excerpt, samples: int, sound: SoundConfig, image_size: tuple[int, int],
-           missing: str) -> dict[str, np.ndarray]:
+def _batch(
+    name: str, clip: media.Excerpt, samples: int, sound: SoundConfig, image_size: tuple[int, int], missing: str
+) -> dict[str, np.ndarray]:
     image = np.zeros((*image_size, 3), np.uint8)
     audio = np.zeros((sound.mels, samples // sound.hop), np.float32)
     for part, value in (("frame", clip.frame), ("sound", clip.waveform)):
@@ -98,9 +111,14 @@ def _batch(name: str, clip: media.Excerpt, samples: int, sound: SoundConfig, ima
         with stage("features"):
             waveform = sounds.cut(clip.waveform, clip.rate, sound.rate, clip.first, samples)
             audio = sounds.features(waveform, sound)
-    return {"image": image[None], "audio": audio[None], "id": np.array([name], object),
-            "start": np.array([clip.start], np.float32), "has_image": np.array([clip.frame is not None]),
-            "has_audio": np.array([clip.waveform is not None])}
+    return {
+        "image": image[None],
+        "audio": audio[None],
+        "id": np.array([name], object),
+        "start": np.array([clip.start], np.float32),
+        "has_image": np.array([clip.frame is not None]),
+        "has_audio": np.array([clip.waveform is not None]),
+    }
 
 
 def _from_arrays(frame: Any, waveform: Any, rate: Any, start: float | None, seconds: float) -> media.Excerpt:
@@ -119,8 +137,9 @@ def _from_arrays(frame: Any, waveform: Any, rate: Any, start: float | None, seco
     return media.Excerpt(frame, mono, int(rate), first, first / rate)
 
 
-def _check_settings(start: Any, duration: Any, sound: SoundConfig, image_size: Any, missing: Any,
-                    time_limit: Any) -> None:
+def _check_settings(
+    start: Any, duration: Any, sound: SoundConfig, image_size: Any, missing: Any, time_limit: Any
+) -> None:
     if start is not None and not (_is_number(start) and start >= 0):
         raise UserError(f"start={start!r} must be 0 or more seconds, or None for the middle of the clip")
     for name, value in (("duration", duration), ("time_limit", time_limit)):
@@ -165,13 +184,17 @@ def _check_frame(frame: np.ndarray) -> np.ndarray:
 def _check_waveform(waveform: np.ndarray) -> np.ndarray:
     """The waveform with its channels averaged: float32 [samples]."""
     if waveform.dtype not in (np.int16, np.float16, np.float32, np.float64) or waveform.ndim not in (1, 2):
-        raise UserError("waveform must be floats or int16, [samples] or [channels, samples], got "
-                        f"{waveform.dtype} {list(waveform.shape)}")
+        raise UserError(
+            "waveform must be floats or int16, [samples] or [channels, samples], got "
+            f"{waveform.dtype} {list(waveform.shape)}"
+        )
     if waveform.size == 0:
         raise UserError(f"waveform holds no samples: {list(waveform.shape)}")
     if waveform.ndim == 2 and len(waveform) > MOST_CHANNELS:
-        raise UserError(f"waveform {list(waveform.shape)} has {len(waveform)} channels, at most {MOST_CHANNELS} make "
-                        "sense; transpose [samples, channels]")
+        raise UserError(
+            f"waveform {list(waveform.shape)} has {len(waveform)} channels, at most {MOST_CHANNELS} make "
+            "sense; transpose [samples, channels]"
+        )
     if waveform.dtype == np.int16:
         waveform = waveform / np.float32(32768)
     bad = int(np.sum(~np.isfinite(waveform)))
@@ -179,6 +202,7 @@ def _check_waveform(waveform: np.ndarray) -> np.ndarray:
         raise UserError(f"{bad} of the waveform's {waveform.size} samples are not finite")
     loudest = float(np.abs(waveform).max())
     if loudest > LOUDEST:
-        raise UserError(f"the waveform reaches {loudest:g}, but floats must lie in -1…1; divide 16-bit samples "
-                        "by 32768")
+        raise UserError(
+            f"the waveform reaches {loudest:g}, but floats must lie in -1…1; divide 16-bit samples by 32768"
+        )
     return np.atleast_2d(waveform).mean(axis=0, dtype=np.float32)

@@ -98,9 +98,13 @@ def keys(kind: type, prefix: str = "") -> list[str]:
 def add_config_argument(parser: argparse.ArgumentParser, *kinds: type) -> None:
     """Adds `--config`; the help says how single values are overridden, and names the keys of the given dataclasses."""
     names = dict.fromkeys(name for kind in kinds or (TrainConfig,) for name in keys(kind))
-    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]",
-                        help="recipe, e.g. configs/demo.py; override single values with --config.KEY=VALUE, "
-                             f"e.g. --config.batch_size=128; keys: {', '.join(names)}")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:VARIANT]",
+        help="recipe, e.g. configs/demo.py; override single values with --config.KEY=VALUE, "
+        f"e.g. --config.batch_size=128; keys: {', '.join(names)}",
+    )
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -139,8 +143,9 @@ def _call_get_config(spec: str) -> ml_collections.ConfigDict:
         raise UserError(f"{path} is no recipe: it defines no get_config(variant)")
     variants = getattr(module, "VARIANTS", None)
     if variants is not None and variant and variant not in variants:
-        raise UserError(f"{name} has no variant {variant!r}{_nearest(variant, variants)}; "
-                        f"variants: {', '.join(variants)}")
+        raise UserError(
+            f"{name} has no variant {variant!r}{_nearest(variant, variants)}; variants: {', '.join(variants)}"
+        )
     if variant and not inspect.signature(get_config).parameters:
         raise UserError(f"{name} has no variants, got {variant!r}")
     return get_config(variant) if variant else get_config()
@@ -150,7 +155,7 @@ def _apply(kind: type, values: dict, override: str) -> None:
     """Writes one `--config.a.b=value` into nested dicts, its text read as the field's type."""
     if not override.startswith(PREFIX) or "=" not in override:
         raise UserError(f"an override reads --config.KEY=VALUE, got {override!r}")
-    dotted, text = override[len(PREFIX):].split("=", 1)
+    dotted, text = override[len(PREFIX) :].split("=", 1)
     known = keys(kind)
     if dotted not in known:
         raise UserError(_unknown_key(dotted, known))

@@ -17,13 +17,13 @@ import pathlib
 import tomllib
 from collections.abc import Mapping
 
+from av_mae.checkpoint import find_checkpoint
 from av_mae.errors import UserError
-from av_mae.training.checkpoint import find_checkpoint
 
 VARIABLE = "AV_MAE_REGISTRY"
 PARTS = ("model", "meta")  # of a checkpoint: what its model depends on
 FIELDS = {"path": str, "sha256": str, "licence": str, "figures": dict}
-CHUNK = 2 ** 24  # bytes
+CHUNK = 2**24  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,16 @@ def entries() -> dict[str, Entry]:
 
 def _entry(file: pathlib.Path, name: str, value: object) -> Entry:
     fields = value if isinstance(value, dict) else {}
-    wrong = [field for field, kind in FIELDS.items()
-             if not isinstance(fields.get(field, {} if field == "figures" else None), kind)]
+    wrong = [
+        field
+        for field, kind in FIELDS.items()
+        if not isinstance(fields.get(field, {} if field == "figures" else None), kind)
+    ]
     if wrong or set(fields) - set(FIELDS):
-        raise UserError(f"registry {file}: [{name}] needs path, sha256 and licence (text), and may have figures "
-                        f"(a table); wrong: {', '.join([*wrong, *sorted(set(fields) - set(FIELDS))])}")
+        raise UserError(
+            f"registry {file}: [{name}] needs path, sha256 and licence (text), and may have figures "
+            f"(a table); wrong: {', '.join([*wrong, *sorted(set(fields) - set(FIELDS))])}"
+        )
     return Entry(**{**fields, "path": str(file.parent / fields["path"])})
 
 
@@ -88,13 +93,16 @@ def resolve(path: str | os.PathLike) -> str:
     known = entries()
     if str(path) not in known:
         names = f"; registered names are {', '.join(known)}" if known else ""
-        raise UserError(f"there is no checkpoint in {str(path)!r}: name a work directory, its checkpoints/ or one of "
-                        f"them{names}")
+        raise UserError(
+            f"there is no checkpoint in {str(path)!r}: name a work directory, its checkpoints/ or one of them{names}"
+        )
     entry = known[str(path)]
     found = checksum(entry.path)
     if found != entry.sha256:
-        raise UserError(f"{path}: {entry.path} is not the model that was registered: its sha256 is {found}, the "
-                        f"registry says {entry.sha256}; restore the model, or correct the entry")
+        raise UserError(
+            f"{path}: {entry.path} is not the model that was registered: its sha256 is {found}, the "
+            f"registry says {entry.sha256}; restore the model, or correct the entry"
+        )
     return entry.path
 
 

@@ -7,14 +7,13 @@ import jax
 import numpy as np
 
 from av_mae import preprocess
-from av_mae.data.failures import ClipFailure
-from av_mae.errors import UserError, run_command
-from av_mae.exporting.embedder import Embedder, model_identity
-from av_mae.exporting.index import Hits, Index
-from av_mae.exporting.inputs import open_input
+from av_mae.console import note, quiet_libraries
+from av_mae.errors import ClipFailure, UserError, run_command
+from av_mae.export.embeddings import Embedder, model_identity
+from av_mae.export.index import Hits, Index
+from av_mae.export.inputs import open_input
 from av_mae.loading import load
-from av_mae.pictures import gallery, save_png
-from av_mae.training.checkpoint import note, quiet_libraries
+from av_mae.plots import gallery, save_png
 
 EXAMPLE = """examples:
   python -m av_mae.search --index=embeddings --query=clip.mp4 --modality=audio --top=5
@@ -31,16 +30,21 @@ def open_model(index: Index, checkpoint: str | None) -> Embedder:
     path = checkpoint or index.source["checkpoint"]
     model = load(path)
     if model_identity(model) != index.settings["model"]:
-        raise UserError(f"{path} is not the encoder that made {index.folder}: name that one with --checkpoint, or make "
-                        "the embeddings again")
+        raise UserError(
+            f"{path} is not the encoder that made {index.folder}: name that one with --checkpoint, or make "
+            "the embeddings again"
+        )
     if index.settings["preprocessing"] != preprocess.VERSION:
-        raise UserError(f"{index.folder} was made with version {index.settings['preprocessing']} of the preprocessing, "
-                        f"this is {preprocess.VERSION}: make the embeddings again")
+        raise UserError(
+            f"{index.folder} was made with version {index.settings['preprocessing']} of the preprocessing, "
+            f"this is {preprocess.VERSION}: make the embeddings again"
+        )
     return Embedder(model)
 
 
-def embed_query(embedder: Embedder, path: str, start: float | None, modality: str
-                ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def embed_query(
+    embedder: Embedder, path: str, start: float | None, modality: str
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The query's embedding [1, D], and its clip as `preprocess.load` gives it; zeros stand for what it lacks.
 
     Raises:
@@ -87,8 +91,10 @@ def lines(index: Index, hits: Hits) -> list[str]:
     """The hits as text: rank, cosine, id, start and label."""
     found = [index.describe(int(row)) for row in hits.row[0]]
     width = max(len(row["id"]) for row in found)
-    return [f"{number:>4}  {similarity:.4f}  {row['id']:<{width}}  {row['start']:8.2f} s  {_label(row)}".rstrip()
-            for number, (row, similarity) in enumerate(zip(found, hits.similarity[0]), 1)]
+    return [
+        f"{number:>4}  {similarity:.4f}  {row['id']:<{width}}  {row['start']:8.2f} s  {_label(row)}".rstrip()
+        for number, (row, similarity) in enumerate(zip(found, hits.similarity[0]), 1)
+    ]
 
 
 def _label(row: dict) -> str:
@@ -97,23 +103,44 @@ def _label(row: dict) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m av_mae.search", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Finds the clips of an export that are closest to a clip, by cosine, exactly.")
-    parser.add_argument("--index", required=True, type=pathlib.Path, metavar="DIR",
-                        help="embeddings that python -m av_mae.export wrote")
+        prog="python -m av_mae.search",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Finds the clips of an export that are closest to a clip, by cosine, exactly.",
+    )
+    parser.add_argument(
+        "--index", required=True, type=pathlib.Path, metavar="DIR", help="embeddings that python -m av_mae.export wrote"
+    )
     parser.add_argument("--query", metavar="FILE", help="a media file")
-    parser.add_argument("--start", type=float, metavar="SECONDS",
-                        help="where the query's window begins (the middle of the file)")
-    parser.add_argument("--modality", default="fusion", metavar="NAME",
-                        help="audio, image or fusion: which embeddings are compared (%(default)s)")
-    parser.add_argument("--whiten", action="store_true",
-                        help="cosines in units of the index's own spread: what all clips share counts less")
+    parser.add_argument(
+        "--start", type=float, metavar="SECONDS", help="where the query's window begins (the middle of the file)"
+    )
+    parser.add_argument(
+        "--modality",
+        default="fusion",
+        metavar="NAME",
+        help="audio, image or fusion: which embeddings are compared (%(default)s)",
+    )
+    parser.add_argument(
+        "--whiten",
+        action="store_true",
+        help="cosines in units of the index's own spread: what all clips share counts less",
+    )
     parser.add_argument("--top", type=int, default=10, help="hits (%(default)s)")
     parser.add_argument("--checkpoint", metavar="DIR", help="the encoder, if it is not where it was then")
-    parser.add_argument("--sheet", type=pathlib.Path, default=pathlib.Path("hits.png"), metavar="FILE",
-                        help="contact sheet of the hits (%(default)s)")
-    parser.add_argument("--faiss", type=pathlib.Path, metavar="FILE",
-                        help="write the modality's vectors as float32 .npy or .fvecs, which FAISS reads, and their ids")
+    parser.add_argument(
+        "--sheet",
+        type=pathlib.Path,
+        default=pathlib.Path("hits.png"),
+        metavar="FILE",
+        help="contact sheet of the hits (%(default)s)",
+    )
+    parser.add_argument(
+        "--faiss",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="write the modality's vectors as float32 .npy or .fvecs, which FAISS reads, and their ids",
+    )
     return parser.parse_args(argv)
 
 

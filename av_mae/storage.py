@@ -33,8 +33,11 @@ class Folder:
         """All files below a subfolder, sorted; none where it is not there. Hidden files and folders are left out."""
         if self.is_local:
             root = pathlib.Path(self.path(below) if below else self.url)
-            found = [os.path.relpath(os.path.join(folder, name), self.url).replace(os.sep, "/")
-                     for folder, files in _walk(root) for name in files]
+            found = [
+                os.path.relpath(os.path.join(folder, name), self.url).replace(os.sep, "/")
+                for folder, files in _walk(root)
+                for name in files
+            ]
         else:
             self._system.invalidate_cache()  # others write here too
             start = self._stripped(self.path(below) if below else self.url)

@@ -34,60 +34,101 @@ import dataclasses
 
 from av_mae import recipes
 from av_mae.config import DataConfig, OptimizerConfig
-from av_mae.models.head_config import ClassificationSettings, ClassifierConfig
-from av_mae.task_config import ClassificationConfig
+from av_mae.evaluate.config import ClassificationConfig
+from av_mae.models.config import ClassificationSettings, ClassifierConfig
 
-VARIANTS = ("vggsound_probe", "vggsound_finetune", "audioset_probe", "audioset_finetune", "demo", "digits_probe",
-            "digits_finetune", "folder")
+VARIANTS = (
+    "vggsound_probe",
+    "vggsound_finetune",
+    "audioset_probe",
+    "audioset_finetune",
+    "demo",
+    "digits_probe",
+    "digits_finetune",
+    "folder",
+)
 CLASSES = {"vggsound": 309, "audioset": 527}
 
 
 def probe(dataset):
     audioset = dataset == "audioset"
     return ClassificationConfig(
-        epochs=300.0 if audioset else 60.0, batch_size=256, encoder_rate=0.0,
-        head=ClassifierConfig(CLASSES[dataset], input_norm=True), settings=ClassificationSettings(multi_label=audioset),
+        epochs=300.0 if audioset else 60.0,
+        batch_size=256,
+        encoder_rate=0.0,
+        head=ClassifierConfig(CLASSES[dataset], input_norm=True),
+        settings=ClassificationSettings(multi_label=audioset),
         data=DataConfig(workers=16, split="balanced" if audioset else "train"),
-        optimizer=OptimizerConfig(kind="lars", base_lr=0.3, warmup=20.0 if audioset else 10.0, weight_decay=0.0))
+        optimizer=OptimizerConfig(kind="lars", base_lr=0.3, warmup=20.0 if audioset else 10.0, weight_decay=0.0),
+    )
 
 
 def finetune(dataset):
     audioset = dataset == "audioset"
     return ClassificationConfig(
-        epochs=100.0, batch_size=256, layer_decay=0.75, head=ClassifierConfig(CLASSES[dataset]), windows=10,
-        settings=ClassificationSettings(label_smoothing=0.1, mixup=1.0, drop_path=0.2, balanced=True, log_odds=True,
-                                        multi_label=audioset),
+        epochs=100.0,
+        batch_size=256,
+        layer_decay=0.75,
+        head=ClassifierConfig(CLASSES[dataset]),
+        windows=10,
+        settings=ClassificationSettings(
+            label_smoothing=0.1, mixup=1.0, drop_path=0.2, balanced=True, log_odds=True, multi_label=audioset
+        ),
         data=DataConfig(workers=16, split="balanced" if audioset else "train"),
-        optimizer=OptimizerConfig(base_lr=3e-4, warmup=20.0, weight_decay=0.05, b2=0.999))
+        optimizer=OptimizerConfig(base_lr=3e-4, warmup=20.0, weight_decay=0.05, b2=0.999),
+    )
 
 
 def demo():
     return ClassificationConfig(
-        steps=600, batch_size=64, dtype="float32", init="runs/demo", encoder_rate=0.0,
+        steps=600,
+        batch_size=64,
+        dtype="float32",
+        init="runs/demo",
+        encoder_rate=0.0,
         head=ClassifierConfig(8, input_norm=True),
-        data=DataConfig(path="runs/demo/data/toy_band", crop_scale=(1.0, 1.0), volume_db=0.0, image_noise=2.0,
-                        sound_snr=-10.0),
-        optimizer=OptimizerConfig(base_lr=4e-2, warmup=50.0, weight_decay=0.0, b2=0.999), checkpoint_every=300)
+        data=DataConfig(
+            path="runs/demo/data/toy_band", crop_scale=(1.0, 1.0), volume_db=0.0, image_noise=2.0, sound_snr=-10.0
+        ),
+        optimizer=OptimizerConfig(base_lr=4e-2, warmup=50.0, weight_decay=0.0, b2=0.999),
+        checkpoint_every=300,
+    )
 
 
 def digits(protocol):
     probed = dataclasses.replace(
-        demo(), steps=1500, init="runs/digits", head=ClassifierConfig(10, input_norm=True),
-        data=DataConfig(path="runs/spoken_digits", crop_scale=(1.0, 1.0), volume_db=0.0, flip=False))
+        demo(),
+        steps=1500,
+        init="runs/digits",
+        head=ClassifierConfig(10, input_norm=True),
+        data=DataConfig(path="runs/spoken_digits", crop_scale=(1.0, 1.0), volume_db=0.0, flip=False),
+    )
     if protocol == "probe":
         return probed
     return dataclasses.replace(
-        probed, steps=2400, batch_size=32, encoder_rate=1.0, head=ClassifierConfig(10), checkpoint_every=600,
+        probed,
+        steps=2400,
+        batch_size=32,
+        encoder_rate=1.0,
+        head=ClassifierConfig(10),
+        checkpoint_every=600,
         data=dataclasses.replace(probed.data, crop_scale=(0.7, 1.0)),
         settings=ClassificationSettings(label_smoothing=0.1, mixup=1.0, drop_path=0.1),
-        optimizer=OptimizerConfig(base_lr=8e-3, warmup=100.0, weight_decay=0.05, b2=0.999))
+        optimizer=OptimizerConfig(base_lr=8e-3, warmup=100.0, weight_decay=0.05, b2=0.999),
+    )
 
 
 def folder():
     return ClassificationConfig(
-        steps=300, batch_size=32, dtype="float32", init="runs/demo", encoder_rate=0.1,
-        head=ClassifierConfig(input_norm=True), optimizer=OptimizerConfig(base_lr=1e-2, warmup=20.0, b2=0.999),
-        checkpoint_every=100)
+        steps=300,
+        batch_size=32,
+        dtype="float32",
+        init="runs/demo",
+        encoder_rate=0.1,
+        head=ClassifierConfig(input_norm=True),
+        optimizer=OptimizerConfig(base_lr=1e-2, warmup=20.0, b2=0.999),
+        checkpoint_every=100,
+    )
 
 
 def get_config(variant="vggsound_probe"):

@@ -23,7 +23,7 @@ Hardware: 2 CPU cores. A cell of the demo takes 2 to 3 minutes of one, so the ta
 """
 
 from av_mae import recipes
-from av_mae.task_config import CompareConfig, ComparedRow, ComparedTask
+from av_mae.evaluate.config import CompareConfig, ComparedRow, ComparedTask
 
 VARIANTS = ("demo", "tasks")
 PRETRAIN = "python -m av_mae.train --config=configs/demo.py --workdir=runs/demo_{0} --config.model.fusion.kind={1}"
@@ -32,17 +32,33 @@ UNIMODAL = PRETRAIN.format("unimodal", "none")
 
 
 def get_config(variant="demo"):
-    probe = ComparedTask("classification", "configs/classification.py:demo", "demo/data/toy_band",
-                         tuple(f"accuracy/{stream}" for stream in ("image", "audio", "fusion", "joint")))
-    dense = (ComparedTask("segmentation", "configs/segmentation.py:demo", "scene",
-                          ("iou", "swapped/iou", "right_object"), ("steps=200",)),
-             ComparedTask("separation", "configs/separation.py:demo", "mixture", ("sdr_improvement",)))
+    probe = ComparedTask(
+        "classification",
+        "configs/classification.py:demo",
+        "demo/data/toy_band",
+        tuple(f"accuracy/{stream}" for stream in ("image", "audio", "fusion", "joint")),
+    )
+    dense = (
+        ComparedTask(
+            "segmentation",
+            "configs/segmentation.py:demo",
+            "scene",
+            ("iou", "swapped/iou", "right_object"),
+            ("steps=200",),
+        ),
+        ComparedTask("separation", "configs/separation.py:demo", "mixture", ("sdr_improvement",)),
+    )
     late = (ComparedRow("late fusion", "demo_unimodal", UNIMODAL, overrides=("head.concatenate=True",)),)
-    return recipes.as_recipe(CompareConfig(
-        seeds=(0, 1, 2) if variant == "demo" else (0,),
-        rows=(ComparedRow("random", "demo", DEMO, random_weights=True),
-              ComparedRow("unimodal", "demo_unimodal", UNIMODAL),
-              *(late if variant == "demo" else ()),
-              ComparedRow("token fusion", "demo_token", PRETRAIN.format("token", "token")),
-              ComparedRow("early fusion", "demo", DEMO)),
-        tasks=(probe,) if variant == "demo" else dense))
+    return recipes.as_recipe(
+        CompareConfig(
+            seeds=(0, 1, 2) if variant == "demo" else (0,),
+            rows=(
+                ComparedRow("random", "demo", DEMO, random_weights=True),
+                ComparedRow("unimodal", "demo_unimodal", UNIMODAL),
+                *(late if variant == "demo" else ()),
+                ComparedRow("token fusion", "demo_token", PRETRAIN.format("token", "token")),
+                ComparedRow("early fusion", "demo", DEMO),
+            ),
+            tasks=(probe,) if variant == "demo" else dense,
+        )
+    )

@@ -24,14 +24,15 @@ Batches are small, because in minutes the number of steps is what counts.
 """
 
 from av_mae import recipes
-from av_mae.config import DataConfig, OptimizerConfig, SoundConfig, TrainConfig
+from av_mae.config import SIZES, TINY_DECODER, DataConfig, OptimizerConfig, SoundConfig, TrainConfig
 from av_mae.models.config import AVMAEConfig, FusionConfig, StreamConfig
-from av_mae.sizes import SIZES, TINY_DECODER
 
 VARIANTS = ("demo", "band", "digits")
-PATHS = {"demo": "runs/demo/data/toy_band,runs/demo/data/spoken_digits",
-         "band": "runs/demo/data/toy_band,runs/mixture,runs/scene",
-         "digits": "runs/spoken_digits,runs/digits_mixture,runs/digits_scene"}
+PATHS = {
+    "demo": "runs/demo/data/toy_band,runs/demo/data/spoken_digits",
+    "band": "runs/demo/data/toy_band,runs/mixture,runs/scene",
+    "digits": "runs/spoken_digits,runs/digits_mixture,runs/digits_scene",
+}
 WEIGHTS = {"demo": (0.9, 0.1), "band": (1.0, 1.0, 1.0), "digits": (1.0, 1.0, 1.0)}
 HIDDEN = {"demo": (0.55, 0.90), "band": (0.75, 0.80), "digits": (0.75, 0.75)}  # of the frame, of the sound
 SOUND_LOSS = {"demo": 3.0, "band": 1.0, "digits": 1.0}
@@ -40,24 +41,37 @@ SOUND_LOSS = {"demo": 3.0, "band": 1.0, "digits": 1.0}
 def get_config(variant="demo"):
     encoder = SIZES["tiny"]
     hidden_frame, hidden_sound = HIDDEN[variant]
-    return recipes.as_recipe(TrainConfig(
-        steps=5000,
-        batch_size=32,
-        dtype="float32",
-        data=DataConfig(
-            path=PATHS[variant],
-            weights=WEIGHTS[variant],
-            crop_scale=(1.0, 1.0),
-            volume_db=0.0,
-            sound=SoundConfig(rate=8000, n_fft=400, hop=125, mels=64, log_floor=1e-3, mean=-1.9, std=1.4)),
-        model=AVMAEConfig(
-            image=StreamConfig(size=(96, 96), channels=3, patch=16, mask_ratio=hidden_frame, normalize_targets=False,
-                               **encoder),
-            audio=StreamConfig(size=(64, 96), channels=1, patch=16, mask_ratio=hidden_sound, normalize_targets=False,
-                               loss_weight=SOUND_LOSS[variant], **encoder),
-            fusion=FusionConfig(kind="factorized", tokens=(8, 4, 4), heads=4, attention_ratio=0.25, mlp_ratio=1.0),
-            decoder=TINY_DECODER),
-        optimizer=OptimizerConfig(base_lr=1e-2, warmup=150.0),
-        checkpoint_every=1000,
-        log_every=50,
-        images_every=1000))
+    return recipes.as_recipe(
+        TrainConfig(
+            steps=5000,
+            batch_size=32,
+            dtype="float32",
+            data=DataConfig(
+                path=PATHS[variant],
+                weights=WEIGHTS[variant],
+                crop_scale=(1.0, 1.0),
+                volume_db=0.0,
+                sound=SoundConfig(rate=8000, n_fft=400, hop=125, mels=64, log_floor=1e-3, mean=-1.9, std=1.4),
+            ),
+            model=AVMAEConfig(
+                image=StreamConfig(
+                    size=(96, 96), channels=3, patch=16, mask_ratio=hidden_frame, normalize_targets=False, **encoder
+                ),
+                audio=StreamConfig(
+                    size=(64, 96),
+                    channels=1,
+                    patch=16,
+                    mask_ratio=hidden_sound,
+                    normalize_targets=False,
+                    loss_weight=SOUND_LOSS[variant],
+                    **encoder,
+                ),
+                fusion=FusionConfig(kind="factorized", tokens=(8, 4, 4), heads=4, attention_ratio=0.25, mlp_ratio=1.0),
+                decoder=TINY_DECODER,
+            ),
+            optimizer=OptimizerConfig(base_lr=1e-2, warmup=150.0),
+            checkpoint_every=1000,
+            log_every=50,
+            images_every=1000,
+        )
+    )

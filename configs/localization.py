@@ -20,37 +20,43 @@ Variants of the demo: `demo`, a head trained on Toy Band scenes (python -m av_ma
 
 from av_mae import recipes
 from av_mae.config import DataConfig, OptimizerConfig
-from av_mae.models.head_config import LocalizerConfig
-from av_mae.task_config import LocalizationConfig
+from av_mae.evaluate.config import LocalizationConfig
+from av_mae.models.config import LocalizerConfig
 
 VARIANTS = ("vggss", "flickr", "demo", "occlusion", "attention")
 
 
 def annotated(variant):
-    return recipes.as_recipe(LocalizationConfig(
-        epochs=10.0,
-        batch_size=256,
-        encoder_rate=0.1,
-        against="box",
-        top=0.5,
-        agreeing=2 if variant == "flickr" else 1,
-        data=DataConfig(workers=16),
-        optimizer=OptimizerConfig(base_lr=3e-4, warmup=1.0, weight_decay=0.05, b2=0.999)))
+    return recipes.as_recipe(
+        LocalizationConfig(
+            epochs=10.0,
+            batch_size=256,
+            encoder_rate=0.1,
+            against="box",
+            top=0.5,
+            agreeing=2 if variant == "flickr" else 1,
+            data=DataConfig(workers=16),
+            optimizer=OptimizerConfig(base_lr=3e-4, warmup=1.0, weight_decay=0.05, b2=0.999),
+        )
+    )
 
 
 def get_config(variant="demo"):
     if variant in ("vggss", "flickr"):
         return annotated(variant)
-    return recipes.as_recipe(LocalizationConfig(
-        steps=600,
-        batch_size=64,
-        dtype="float32",
-        encoder_rate=1.0,
-        shifts=2,
-        head=LocalizerConfig(temperature=0.05),
-        against="box",
-        init="runs/demo",
-        method="contrastive" if variant == "demo" else variant,
-        data=DataConfig(path="runs/scene", crop_scale=(1.0, 1.0), volume_db=0.0),
-        optimizer=OptimizerConfig(base_lr=8e-3, warmup=50.0, weight_decay=0.05, b2=0.999),
-        checkpoint_every=300))
+    return recipes.as_recipe(
+        LocalizationConfig(
+            steps=600,
+            batch_size=64,
+            dtype="float32",
+            encoder_rate=1.0,
+            shifts=2,
+            head=LocalizerConfig(temperature=0.05),
+            against="box",
+            init="runs/demo",
+            method="contrastive" if variant == "demo" else variant,
+            data=DataConfig(path="runs/scene", crop_scale=(1.0, 1.0), volume_db=0.0),
+            optimizer=OptimizerConfig(base_lr=8e-3, warmup=50.0, weight_decay=0.05, b2=0.999),
+            checkpoint_every=300,
+        )
+    )

@@ -15,13 +15,16 @@ The search goes block by block, so that 200,000 clips fit in memory (docs/benchm
 
 from av_mae import recipes
 from av_mae.config import DataConfig
-from av_mae.task_config import NeighboursConfig
+from av_mae.evaluate.config import NeighboursConfig
 
 VARIANTS = ("demo",)
 
 
 def get_config(variant=""):
     if variant == "demo":
-        return recipes.as_recipe(NeighboursConfig(
-            batch_size=64, dtype="float32", init="runs/demo", data=DataConfig(path="runs/demo/data/toy_band")))
+        return recipes.as_recipe(
+            NeighboursConfig(
+                batch_size=64, dtype="float32", init="runs/demo", data=DataConfig(path="runs/demo/data/toy_band")
+            )
+        )
     return recipes.as_recipe(NeighboursConfig(data=DataConfig(workers=16), test_batch_size=256))

@@ -19,7 +19,8 @@ as few of them as their memory asks for (`--config.mesh.fsdp=N`: over N). Predic
 Expected time and figures here: not measured yet; nobody has run these recipes to the end with this code.
 """
 
-from av_mae import recipes, sizes
+from av_mae import config as sizes
+from av_mae import recipes
 from av_mae.config import DataConfig, OptimizerConfig, TrainConfig
 
 VARIANTS = ("vggsound", "audioset") + sizes.size_variants()
@@ -27,16 +28,19 @@ VARIANTS = ("vggsound", "audioset") + sizes.size_variants()
 
 def get_config(variant="vggsound"):
     size, _, fusion = ("base" if variant in ("vggsound", "audioset") else variant).partition("_")
-    config = recipes.as_recipe(TrainConfig(
-        epochs=200.0,
-        batch_size=512,
-        dtype="bfloat16",
-        data=DataConfig(workers=16),
-        model=sizes.sized_model(size, fusion or "factorized"),
-        optimizer=OptimizerConfig(base_lr=1.5e-4, warmup=40.0, weight_decay=0.05, b1=0.9, b2=0.95),
-        checkpoint_every=1000,
-        log_every=50,
-        images_every=5000))
+    config = recipes.as_recipe(
+        TrainConfig(
+            epochs=200.0,
+            batch_size=512,
+            dtype="bfloat16",
+            data=DataConfig(workers=16),
+            model=sizes.sized_model(size, fusion or "factorized"),
+            optimizer=OptimizerConfig(base_lr=1.5e-4, warmup=40.0, weight_decay=0.05, b1=0.9, b2=0.95),
+            checkpoint_every=1000,
+            log_every=50,
+            images_every=5000,
+        )
+    )
     if variant == "audioset":
         config.batch_size = 2048
         config.model.fusion.attention_ratio = 1.0

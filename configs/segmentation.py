@@ -23,33 +23,39 @@ Variant `demo`: Toy Band scenes (python -m av_mae.prepare --dataset=toy_band --v
 
 from av_mae import recipes
 from av_mae.config import DataConfig, OptimizerConfig
-from av_mae.models.head_config import SegmenterConfig
-from av_mae.task_config import SegmentationConfig
+from av_mae.evaluate.config import SegmentationConfig
+from av_mae.models.config import SegmenterConfig
 
 CLASSES = {"s4": 1, "ms3": 1, "avss": 71}
 VARIANTS = (*CLASSES, "demo")
 
 
 def published(variant):
-    return recipes.as_recipe(SegmentationConfig(
-        epochs=100.0,
-        batch_size=128,
-        layer_decay=0.75,
-        head=SegmenterConfig(classes=CLASSES[variant]),
-        data=DataConfig(workers=16),
-        optimizer=OptimizerConfig(base_lr=2e-4, warmup=20.0, weight_decay=0.05, b2=0.999)))
+    return recipes.as_recipe(
+        SegmentationConfig(
+            epochs=100.0,
+            batch_size=128,
+            layer_decay=0.75,
+            head=SegmenterConfig(classes=CLASSES[variant]),
+            data=DataConfig(workers=16),
+            optimizer=OptimizerConfig(base_lr=2e-4, warmup=20.0, weight_decay=0.05, b2=0.999),
+        )
+    )
 
 
 def get_config(variant="demo"):
     if variant != "demo":
         return published(variant)
-    return recipes.as_recipe(SegmentationConfig(
-        steps=600,
-        batch_size=32,
-        dtype="float32",
-        encoder_rate=0.5,
-        init="runs/demo",
-        head=SegmenterConfig(width=32),
-        data=DataConfig(path="runs/scene", crop_scale=(1.0, 1.0), volume_db=0.0),
-        optimizer=OptimizerConfig(base_lr=8e-3, warmup=50.0, weight_decay=0.05, b2=0.999),
-        checkpoint_every=200))
+    return recipes.as_recipe(
+        SegmentationConfig(
+            steps=600,
+            batch_size=32,
+            dtype="float32",
+            encoder_rate=0.5,
+            init="runs/demo",
+            head=SegmenterConfig(width=32),
+            data=DataConfig(path="runs/scene", crop_scale=(1.0, 1.0), volume_db=0.0),
+            optimizer=OptimizerConfig(base_lr=8e-3, warmup=50.0, weight_decay=0.05, b2=0.999),
+            checkpoint_every=200,
+        )
+    )

@@ -28,32 +28,38 @@ dB (ideal mask: 17.8 dB), 10.6 dB less SDR with a swapped image; random weights 
 
 from av_mae import recipes
 from av_mae.config import DataConfig, OptimizerConfig
-from av_mae.models.head_config import SeparatorConfig
-from av_mae.task_config import SeparationConfig
+from av_mae.evaluate.config import SeparationConfig
+from av_mae.models.config import SeparatorConfig
 
 VARIANTS = ("vggsound_music", "music", "demo")
 
 
 def published():
-    return recipes.as_recipe(SeparationConfig(
-        epochs=300.0,
-        batch_size=128,
-        layer_decay=0.75,
-        head=SeparatorConfig(mask="ratio", weighted=True),
-        data=DataConfig(workers=16, mix=2),
-        optimizer=OptimizerConfig(base_lr=3e-4, warmup=40.0, weight_decay=0.05, b2=0.999)))
+    return recipes.as_recipe(
+        SeparationConfig(
+            epochs=300.0,
+            batch_size=128,
+            layer_decay=0.75,
+            head=SeparatorConfig(mask="ratio", weighted=True),
+            data=DataConfig(workers=16, mix=2),
+            optimizer=OptimizerConfig(base_lr=3e-4, warmup=40.0, weight_decay=0.05, b2=0.999),
+        )
+    )
 
 
 def get_config(variant="demo"):
     if variant != "demo":
         return published()
-    return recipes.as_recipe(SeparationConfig(
-        steps=400,
-        batch_size=64,
-        dtype="float32",
-        encoder_rate=0.5,
-        init="runs/band",
-        head=SeparatorConfig(mask="share", weighted=True),
-        data=DataConfig(path="runs/mixture", crop_scale=(1.0, 1.0), volume_db=0.0),
-        optimizer=OptimizerConfig(base_lr=4e-3, warmup=50.0, weight_decay=0.05, b2=0.999),
-        checkpoint_every=200))
+    return recipes.as_recipe(
+        SeparationConfig(
+            steps=400,
+            batch_size=64,
+            dtype="float32",
+            encoder_rate=0.5,
+            init="runs/band",
+            head=SeparatorConfig(mask="share", weighted=True),
+            data=DataConfig(path="runs/mixture", crop_scale=(1.0, 1.0), volume_db=0.0),
+            optimizer=OptimizerConfig(base_lr=4e-3, warmup=50.0, weight_decay=0.05, b2=0.999),
+            checkpoint_every=200,
+        )
+    )

@@ -13,26 +13,36 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from av_mae import models, sizes
+from av_mae import config as sizes
+from av_mae import models
 from av_mae.models import flops
 from av_mae.models.layers import softmax
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "figures"
 IMAGE, FUSION, AUDIO, GREY = "#3b7dd8", "#8a4fbe", "#d9822b", "#9aa3af"
-KINDS = {"dense, all pairs in memory": ("dense", "materialized", "#c0392b", "-"),
-         "factorized": ("factorized", "separable", FUSION, "-"), "dense": ("dense", "separable", IMAGE, "-"),
-         "token": ("token", "separable", AUDIO, "--")}
+KINDS = {
+    "dense, all pairs in memory": ("dense", "materialized", "#c0392b", "-"),
+    "factorized": ("factorized", "separable", FUSION, "-"),
+    "dense": ("dense", "separable", IMAGE, "-"),
+    "token": ("token", "separable", AUDIO, "--"),
+}
 
 
 def _box(axes: Axes, x: float, y: float, text: str, colour: str, width: float = 2.2) -> None:
-    axes.add_patch(FancyBboxPatch((x - width / 2, y - 0.32), width, 0.64, boxstyle="round,pad=0.06", facecolor=colour,
-                                  edgecolor="none"))
+    axes.add_patch(
+        FancyBboxPatch(
+            (x - width / 2, y - 0.32), width, 0.64, boxstyle="round,pad=0.06", facecolor=colour, edgecolor="none"
+        )
+    )
     axes.text(x, y, text, ha="center", va="center", color="white", fontsize=9)
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
-    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=colour, linewidth=1.3,
-                                   shrinkA=0, shrinkB=0))
+    axes.add_patch(
+        FancyArrowPatch(
+            start, end, arrowstyle="-|>", mutation_scale=11, color=colour, linewidth=1.3, shrinkA=0, shrinkB=0
+        )
+    )
 
 
 def layer() -> Figure:
@@ -66,8 +76,9 @@ def masking() -> Figure:
         noise = models.mask_noise(jax.random.key(place), 1, stream.tokens)
         kept = 1 - np.asarray(models.random_mask(noise, stream.keep).mask)[0].reshape(stream.grid)
         axes = figure.add_subplot(1, 2, place + 1)
-        axes.pcolormesh(kept, cmap="Blues" if place == 0 else "Oranges", vmin=-0.15, vmax=1.5, edgecolors="white",
-                        linewidth=1)
+        axes.pcolormesh(
+            kept, cmap="Blues" if place == 0 else "Oranges", vmin=-0.15, vmax=1.5, edgecolors="white", linewidth=1
+        )
         axes.set(aspect="equal", xticks=[], yticks=[])
         axes.set_title(f"{name}: {stream.keep} of {stream.tokens} patches are seen", fontsize=10)
     return figure
@@ -93,8 +104,9 @@ def pairs() -> Figure:
 def cost() -> Figure:
     """FLOPs of one ViT-B fusion block over the number of tokens it reads, two image tokens to one of sound."""
     figure = Figure(figsize=(7.6, 3.4), layout="constrained")
-    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="tokens read (image + sound)",
-                              ylabel="GFLOP per clip and block")
+    axes = figure.add_subplot(
+        xscale="log", yscale="log", xlabel="tokens read (image + sound)", ylabel="GFLOP per clip and block"
+    )
     audio = np.unique(np.geomspace(8, 1024, 40).astype(int))
     for label, (kind, implementation, colour, line) in KINDS.items():
         config = sizes.sized_model("base", kind)

@@ -10,10 +10,13 @@ import re
 import types
 import typing
 
-from av_mae import datasets, recipes, sizes, task_config
+from av_mae import config as sizes
+from av_mae import recipes
 from av_mae.config import EvaluationConfig, TrainConfig
+from av_mae.evaluate import config as task_config
 from av_mae.models import flops
 from av_mae.models.config import FUSION_KINDS
+from av_mae.prepare import readers as datasets
 
 DOCS = pathlib.Path(__file__).resolve().parent
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -83,8 +86,12 @@ def size_costs() -> str:
     rows = []
     for name in sizes.SIZES:
         config = sizes.sized_model(name)
-        parts = (flops.encoder_flops(config), flops.decoder_flops(config, config.image),
-                 flops.decoder_flops(config, config.audio), flops.closed_form_flops(config))
+        parts = (
+            flops.encoder_flops(config),
+            flops.decoder_flops(config, config.image),
+            flops.decoder_flops(config, config.audio),
+            flops.closed_form_flops(config),
+        )
         rows.append([name, *map(_gflop, parts)])
     return table(["size", "encoder", "image decoder", "sound decoder", "forward"], rows, right=True)
 
@@ -95,12 +102,16 @@ def dataset_sources() -> str:
     for name in datasets.NAMES[1:]:
         reader = datasets.reader(name)
         rows.setdefault((reader.description, reader.licence), []).append(f"`{name}`")
-    return table(["`--dataset`", "data set", "licence"],
-                 [[", ".join(names), *texts] for texts, names in rows.items()])
+    return table(["`--dataset`", "data set", "licence"], [[", ".join(names), *texts] for texts, names in rows.items()])
 
 
-PARTS = {"dataset_sources": dataset_sources, "training_keys": training_keys, "task_keys": task_keys,
-         "encoder_costs": encoder_costs, "size_costs": size_costs}
+PARTS = {
+    "dataset_sources": dataset_sources,
+    "training_keys": training_keys,
+    "task_keys": task_keys,
+    "encoder_costs": encoder_costs,
+    "size_costs": size_costs,
+}
 
 
 def filled(text: str) -> str:

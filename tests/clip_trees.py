@@ -5,11 +5,11 @@ import filecmp
 import os
 import pathlib
 
+import made_media
 import numpy as np
 
-import made_media
 from av_mae.data import records
-from av_mae.preparation import run
+from av_mae.prepare import run
 from av_mae.storage import Folder
 
 FPS, RATE = 5, 16000
@@ -34,8 +34,14 @@ def prepare(dataset: str, source: pathlib.Path, output: pathlib.Path, workers: i
     """Prepares a set and returns its report; `options` are fields of run.Job or of RecordOptions."""
     own = {field.name for field in dataclasses.fields(run.Job)}
     record = run.RecordOptions(**{name: value for name, value in options.items() if name not in own})
-    job = run.Job(dataset, Folder(source), Folder(output), record=record, workers=workers,
-                  **{name: value for name, value in options.items() if name in own})
+    job = run.Job(
+        dataset,
+        Folder(source),
+        Folder(output),
+        record=record,
+        workers=workers,
+        **{name: value for name, value in options.items() if name in own},
+    )
     return run.prepare(job)
 
 

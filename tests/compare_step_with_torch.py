@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional
 
 from av_mae import recipes
-from av_mae.benchmarks import step, timing
-from av_mae.training.mesh import make_mesh
-from av_mae.training.optimizer import Length
-from av_mae.training.step import TrainStep
+from av_mae.benchmark import step, timing
+from av_mae.train.optimizer import Length
+from av_mae.train.sharding import make_mesh
+from av_mae.train.step import TrainStep
 
 
 def attend(q, k, v, heads):
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
         x = torch.cat([x, self.mask.expand(len(x), restore.shape[1] - x.shape[1], -1)], 1)
         x = torch.gather(x, 1, restore[..., None].expand(-1, -1, x.shape[2])) + self.positions
         x = self.blocks(torch.cat([self.embed(fusion), x], 1))
-        return self.predict(self.norm(x)[:, fusion.shape[1]:])
+        return self.predict(self.norm(x)[:, fusion.shape[1] :])
 
 
 class MaskedAutoencoder(nn.Module):
@@ -98,8 +98,9 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.streams, width = (config.image, config.audio), config.image.width
         self.embeds = nn.ModuleList(nn.Linear(s.patch_values, width) for s in self.streams)
-        self.blocks = nn.ModuleList(nn.ModuleList(Block(width, s.heads, s.mlp_ratio) for _ in range(s.depth))
-                                    for s in self.streams)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(Block(width, s.heads, s.mlp_ratio) for _ in range(s.depth)) for s in self.streams
+        )
         self.fusions = nn.ModuleList(Fusion(width, config.fusion) for _ in range(config.layers))
         self.tokens = nn.Parameter(torch.randn(1, sum(config.fusion.tokens), width) * 0.02)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
@@ -108,12 +109,16 @@ class MaskedAutoencoder(nn.Module):
 
     def forward(self, patches):
         orders = [torch.rand(x.shape[:2]).argsort(1) for x in patches]
-        tokens = [torch.gather(embed(x) + positions, 1, order[:, :s.keep, None].expand(-1, -1, positions.shape[2]))
-                  for embed, x, positions, order, s in zip(self.embeds, patches, self.positions, orders, self.streams)]
+        tokens = [
+            torch.gather(embed(x) + positions, 1, order[:, : s.keep, None].expand(-1, -1, positions.shape[2]))
+            for embed, x, positions, order, s in zip(self.embeds, patches, self.positions, orders, self.streams)
+        ]
         fusion = self.tokens.expand(len(patches[0]), -1, -1)
         for number, fuse in enumerate(self.fusions):
-            new = [blocks[number](torch.cat([fusion, x], 1))[:, fusion.shape[1]:]
-                   for blocks, x in zip(self.blocks, tokens)]
+            new = [
+                blocks[number](torch.cat([fusion, x], 1))[:, fusion.shape[1] :]
+                for blocks, x in zip(self.blocks, tokens)
+            ]
             fusion, tokens = fuse(fusion, *tokens), new
         *tokens, fusion = (norm(x) for norm, x in zip(self.norms, (*tokens, fusion)))
         loss = 0.0
@@ -151,8 +156,10 @@ def main():
     ours = step.Runner(train_step.step, train_step.init(), batch)
     seconds = timing.in_turn({"ours": ours, "torch": torch_step(config)}, arguments.rounds)
     ratio = float(np.median(seconds["torch"] / seconds["ours"]))
-    print(f"jax {jax.__version__} {np.median(seconds['ours']):.3f} s, torch {torch.__version__} "
-          f"({torch.get_num_threads()} threads) {np.median(seconds['torch']):.3f} s: ours is {ratio:.2f} x as fast")
+    print(
+        f"jax {jax.__version__} {np.median(seconds['ours']):.3f} s, torch {torch.__version__} "
+        f"({torch.get_num_threads()} threads) {np.median(seconds['torch']):.3f} s: ours is {ratio:.2f} x as fast"
+    )
 
 
 if __name__ == "__main__":

@@ -20,16 +20,15 @@ import tempfile
 import warnings
 import zipfile
 
+import hostile_files
 import numpy as np
 import omegaconf
 import torch
-
-import hostile_files
 import weight_file_bytes
 
 DATA = pathlib.Path(__file__).resolve().parent / "data"
 GOOD, VERDICTS = DATA / "torch", DATA / "torch_verdicts.json"
-SECONDS, BYTES = 60, 2 ** 33
+SECONDS, BYTES = 60, 2**33
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
 WIDE_UNSIGNED = ("uint16", "uint32", "uint64")
 
@@ -45,11 +44,22 @@ def state_dict(dtypes: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return collections.OrderedDict(
         **{f"of.{dtype}": values((3, 4), dtype) for dtype in dtypes},
         **{f"strided.{dtype}": values((7, 6), dtype)[1::2, ::3].T for dtype in dtypes},
-        scalar=values(()), empty=torch.empty(0), empty_rows=torch.empty(3, 0, 2)[:, :, 1:], whole=whole, row=whole[2],
-        column=whole[:, 3], transposed=whole.T, reordered=values((2, 3, 4)).permute(2, 0, 1), same=whole,
-        expanded=values((3, 1)).expand(3, 4), one=values((1, 8))[:, 2:3], last=whole.view(-1)[29:],
+        scalar=values(()),
+        empty=torch.empty(0),
+        empty_rows=torch.empty(3, 0, 2)[:, :, 1:],
+        whole=whole,
+        row=whole[2],
+        column=whole[:, 3],
+        transposed=whole.T,
+        reordered=values((2, 3, 4)).permute(2, 0, 1),
+        same=whole,
+        expanded=values((3, 1)).expand(3, 4),
+        one=values((1, 8))[:, 2:3],
+        last=whole.view(-1)[29:],
         channels_last=values((2, 3, 4, 5)).to(memory_format=torch.channels_last),
-        parameter=torch.nn.Parameter(values((4,))), frozen=torch.nn.Parameter(values((2, 2)), requires_grad=False))
+        parameter=torch.nn.Parameter(values((4,))),
+        frozen=torch.nn.Parameter(values((2, 2)), requires_grad=False),
+    )
 
 
 def checkpoint(prefix: str) -> dict:
@@ -60,13 +70,33 @@ def checkpoint(prefix: str) -> dict:
     model(torch.randn(5, 3)).square().sum().backward()
     optimizer.step()
     state = model.state_dict(prefix=prefix)
-    args = argparse.Namespace(lr=1e-3, layers=[1, 2], betas=(0.9, 0.95), output=pathlib.PurePosixPath("runs/a"),
-                              device=torch.device("cpu"), dtype=torch.float32, kind=torch.optim.AdamW, nothing=None)
+    args = argparse.Namespace(
+        lr=1e-3,
+        layers=[1, 2],
+        betas=(0.9, 0.95),
+        output=pathlib.PurePosixPath("runs/a"),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        kind=torch.optim.AdamW,
+        nothing=None,
+    )
     config = omegaconf.OmegaConf.create({"model": {"width": 48, "layers": [1, 2]}, "lr": 1e-3, "name": "a"})
     scaler = {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7}
-    return {"model": state, "optimizer": optimizer.state_dict(), "scaler": scaler, "epoch": 3, "args": args,
-            "n_steps": torch.tensor(12), "name": "small", "loss": 0.25, "config": config, "best": np.float64(0.5),
-            "history": np.arange(3.0), "kinds": {1, 2}, "counts": collections.defaultdict(list, a=[1])}
+    return {
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler,
+        "epoch": 3,
+        "args": args,
+        "n_steps": torch.tensor(12),
+        "name": "small",
+        "loss": 0.25,
+        "config": config,
+        "best": np.float64(0.5),
+        "history": np.arange(3.0),
+        "kinds": {1, 2},
+        "counts": collections.defaultdict(list, a=[1]),
+    }
 
 
 def swap_bytes(little: pathlib.Path, big: pathlib.Path, state: dict[str, torch.Tensor]) -> None:

@@ -30,7 +30,7 @@ def load(path: pathlib.Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        values = torch.frombuffer(bytearray(data[start + begin:start + end]), dtype=TYPES[entry["dtype"]])
+        values = torch.frombuffer(bytearray(data[start + begin : start + end]), dtype=TYPES[entry["dtype"]])
         tensors[name] = values.reshape(entry["shape"])
     return tensors
 
@@ -42,8 +42,12 @@ def saved_by_torch(golden: pathlib.Path, folder: pathlib.Path) -> list[pathlib.P
     optimizer = torch.optim.AdamW(parameters)
     sum(parameter.square().sum() for parameter in parameters).backward()
     optimizer.step()
-    whole = {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 3,
-             "optimizer": optimizer.state_dict(), "scaler": torch.amp.GradScaler("cpu").state_dict()}
+    whole = {
+        "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
+        "epoch": 3,
+        "optimizer": optimizer.state_dict(),
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+    }
     torch.save(whole, folder / "distributed.pth")
     torch.save(whole, folder / "legacy.pth", _use_new_zipfile_serialization=False)
     for name, dtype in (("half", torch.float16), ("bfloat16", torch.bfloat16), ("double", torch.float64)):
@@ -56,10 +60,18 @@ def there_and_back(python: str, source: pathlib.Path, folder: pathlib.Path) -> i
     checkpoint, output = folder / f"{source.name}.converted", folder / f"{source.name}.safetensors"
     command = [python, "-m", "av_mae.convert"]
     root = pathlib.Path(__file__).resolve().parent.parent
-    subprocess.run([*command, f"--source={source}", f"--output={checkpoint}", *OPTIONS], check=True, cwd=root,
-                   stdout=subprocess.DEVNULL)
-    subprocess.run([*command, f"--source={checkpoint}", "--to=safetensors", f"--output={output}"], check=True, cwd=root,
-                   stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*command, f"--source={source}", f"--output={checkpoint}", *OPTIONS],
+        check=True,
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+    )
+    subprocess.run(
+        [*command, f"--source={checkpoint}", "--to=safetensors", f"--output={output}"],
+        check=True,
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+    )
     before, after = load(source), load(output)
     assert sorted(before) == sorted(after)
     assert source.suffix != ".pth" or list(before) == list(after)
@@ -67,7 +79,8 @@ def there_and_back(python: str, source: pathlib.Path, folder: pathlib.Path) -> i
         other = after[name]
         assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
         assert bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) == bytes(
-            other.reshape(-1).view(torch.uint8).numpy()), name
+            other.reshape(-1).view(torch.uint8).numpy()
+        ), name
     return len(before)
 
 

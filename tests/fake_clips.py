@@ -27,11 +27,16 @@ def record(name: str, index: int, size=(24, 32), seconds: float = 0.5, rate: int
     """Clip `index` of a set: noise as sound, smooth noise as frames; its label is its index."""
     generator = np.random.default_rng(index)
     small = generator.integers(0, 255, (size[0] // 8 + 1, size[1] // 8 + 1, 3), np.uint8)
-    image = np.ascontiguousarray(np.kron(small, np.ones((8, 8, 1), np.uint8))[:size[0], :size[1]])
+    image = np.ascontiguousarray(np.kron(small, np.ones((8, 8, 1), np.uint8))[: size[0], : size[1]])
     waveform = 0.1 * generator.standard_normal(int(seconds * rate)).astype(np.float32)
-    return {"id": f"{name}-{index}", "label": np.int64(index), "duration": np.float32(seconds),
-            "frames": [jpeg(image)] * frames, "sound": flac(waveform, rate),
-            "frame_times": np.linspace(0, seconds, frames, dtype=np.float32)}
+    return {
+        "id": f"{name}-{index}",
+        "label": np.int64(index),
+        "duration": np.float32(seconds),
+        "frames": [jpeg(image)] * frames,
+        "sound": flac(waveform, rate),
+        "frame_times": np.linspace(0, seconds, frames, dtype=np.float32),
+    }
 
 
 class FakeSet:
@@ -48,9 +53,9 @@ class FakeSet:
         if broken == "read":
             raise OSError("the shard breaks off")
         if broken == "sound":
-            clip["sound"] = clip["sound"][:len(clip["sound"]) // 2]
+            clip["sound"] = clip["sound"][: len(clip["sound"]) // 2]
         if broken == "frame":
-            clip["frames"] = [frame[:len(frame) // 2] for frame in clip["frames"]]
+            clip["frames"] = [frame[: len(frame) // 2] for frame in clip["frames"]]
         return clip
 
 

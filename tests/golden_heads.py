@@ -8,31 +8,45 @@ import numpy as np
 from flax import nnx
 
 from av_mae import models
-from av_mae.convert import load_published
+from av_mae.convert.__main__ import load_published
 
 VARIABLES = (nnx.Param, nnx.BatchStat)
 MODELS = {"classifier": models.Classifier, "separator": models.Separator, "segmenter": models.Segmenter}
-FILES = {"classifier_plain": "classifier", "classifier_norm": "classifier", "separation": "separator",
-         "segmentation5": "segmenter"}
+FILES = {
+    "classifier_plain": "classifier",
+    "classifier_norm": "classifier",
+    "separation": "separator",
+    "segmentation5": "segmenter",
+}
 
 
 def encoder_config(shared, name):
     """Configuration of the encoder in a golden head's file."""
     sizes = json.loads((shared / "golden" / "config.json").read_text())
     c, large = sizes["config"], name.startswith("segmentation")
-    stream = dict(width=sizes["seg_width"] if large else c["width"], depth=sizes["seg_depth"] if large else c["depth"],
-                  heads=c["heads"])
+    stream = dict(
+        width=sizes["seg_width"] if large else c["width"],
+        depth=sizes["seg_depth"] if large else c["depth"],
+        heads=c["heads"],
+    )
     return models.AVMAEConfig(
         image=models.StreamConfig(size=tuple(sizes["seg_image"] if large else c["image"]), channels=3, **stream),
         audio=models.StreamConfig(size=tuple(c["audio"]), channels=1, **stream),
-        fusion=models.FusionConfig(kind="factorized", tokens=tuple(c["tokens"]), heads=c["heads"],
-                                   attention_ratio=c["attn"], mlp_ratio=c["mlp"]))
+        fusion=models.FusionConfig(
+            kind="factorized",
+            tokens=tuple(c["tokens"]),
+            heads=c["heads"],
+            attention_ratio=c["attn"],
+            mlp_ratio=c["mlp"],
+        ),
+    )
 
 
 def flat_variables(model, kinds=VARIABLES):
     """Parameters and statistics by dotted path."""
-    return {".".join(map(str, path)): variable.get_value()
-            for path, variable in nnx.to_flat_state(nnx.state(model, kinds))}
+    return {
+        ".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, kinds))
+    }
 
 
 def set_variables(model, arrays):
@@ -42,8 +56,15 @@ def set_variables(model, arrays):
     assert set(names) == arrays.keys()
     for name, (_, variable) in zip(names, flat, strict=True):
         assert variable.shape == arrays[name].shape and variable.dtype == arrays[name].dtype, name
-    nnx.update(model, nnx.from_flat_state([(path, variable.replace(jnp.asarray(arrays[name])))
-                                           for name, (path, variable) in zip(names, flat, strict=True)]))
+    nnx.update(
+        model,
+        nnx.from_flat_state(
+            [
+                (path, variable.replace(jnp.asarray(arrays[name])))
+                for name, (path, variable) in zip(names, flat, strict=True)
+            ]
+        ),
+    )
     return model
 
 

@@ -10,9 +10,32 @@ import struct
 import sys
 import zlib
 
-from weight_file_bytes import (EMPTY_DICT, FALSE, FLOATS, NONE, ORDERED_DICT, call, checkpoint, entry, good_files,
-                               items, items_of_dict, legacy, member, members, name, number, numbers, safetensors,
-                               storage, tensor, text, torch_zip, weight, zip_bytes)
+from weight_file_bytes import (
+    EMPTY_DICT,
+    FALSE,
+    FLOATS,
+    NONE,
+    ORDERED_DICT,
+    call,
+    checkpoint,
+    entry,
+    good_files,
+    items,
+    items_of_dict,
+    legacy,
+    member,
+    members,
+    name,
+    number,
+    numbers,
+    safetensors,
+    storage,
+    tensor,
+    text,
+    torch_zip,
+    weight,
+    zip_bytes,
+)
 
 CANARY = "canary_of_an_executed_payload"
 TOUCH = f"touch {CANARY}"
@@ -76,8 +99,15 @@ def payloads() -> dict[str, bytes]:
 def bombs() -> dict[str, bytes]:
     """Pickles that are to cost memory, time, or the stack of the process."""
     many = 1_200_000
-    shape = call(name("torch._utils", "_rebuild_tensor_v2"), storage(), number(0), numbers((1,) * 8),
-                 numbers((1,) * 8), FALSE, ORDERED_DICT)
+    shape = call(
+        name("torch._utils", "_rebuild_tensor_v2"),
+        storage(),
+        number(0),
+        numbers((1,) * 8),
+        numbers((1,) * 8),
+        FALSE,
+        ORDERED_DICT,
+    )
     rebuild, arguments = shape[:-1].split(b"(", 1)
     again = b"h\x01h\x02R" * (many // 3)
     values = {
@@ -90,16 +120,16 @@ def bombs() -> dict[str, bytes]:
         "many_remembered_lists": b"]\x94" * many,
         "many_tensors": rebuild + b"q\x01(" + arguments + b"q\x02R" + again,
         "many_names": b"capackage\nname\n" * many,
-        "equal_hashes": EMPTY_DICT + b"(" + b"".join(number(i * (2 ** 61 - 1)) + NONE for i in range(30000)) + b"u",
+        "equal_hashes": EMPTY_DICT + b"(" + b"".join(number(i * (2**61 - 1)) + NONE for i in range(30000)) + b"u",
         "doubling_memo": b"](" + text("lol") * 10 + b"eq\x00" + b"](h\x00h\x00eq\x00" * 400_000,
         "list_within_itself_as_key": EMPTY_DICT + b"]q\x00h\x00a" + NONE + b"s",
-        "long4": b"\x8b" + struct.pack("<i", 2 ** 31 - 1) + b"0",
+        "long4": b"\x8b" + struct.pack("<i", 2**31 - 1) + b"0",
         "long4_negative": b"\x8b" + struct.pack("<i", -1),
         "long_integer": b"\x8a\xff" + b"\x7f" * 255,
         "long_decimal": b"L" + b"9" * 100_000 + b"L\n",
-        "binunicode": b"X" + struct.pack("<I", 2 ** 32 - 1) + b"0",
-        "binunicode8": b"\x8d" + struct.pack("<Q", 2 ** 62) + b"0",
-        "binbytes8": b"\x8e" + struct.pack("<Q", 2 ** 63 + 5) + b"0",
+        "binunicode": b"X" + struct.pack("<I", 2**32 - 1) + b"0",
+        "binunicode8": b"\x8d" + struct.pack("<Q", 2**62) + b"0",
+        "binbytes8": b"\x8e" + struct.pack("<Q", 2**63 + 5) + b"0",
         "binput_far": b"r\xff\xff\xff\xff",
         "binget_unknown": b"j\xff\xff\xff\xff",
         "endless_name": b"c" + b"a" * 100_000,
@@ -123,37 +153,51 @@ def tensors() -> dict[str, bytes]:
         "storage_missing": tensor(storage(key="7")),
         "storage_outside": tensor(storage(key="../0")),
         "storage_count_negative": tensor(storage(count=-4)),
-        "storage_count_huge": tensor(storage(count=2 ** 62)),
+        "storage_count_huge": tensor(storage(count=2**62)),
         "storage_two_types": ORDERED_DICT + items(("x", tensor()), ("y", tensor(storage(kind=half, count=8)))),
         "storage_quantized": tensor(storage(kind=("torch", "QInt8Storage"), count=16)),
         "storage_complex": tensor(storage(kind=("torch", "ComplexFloatStorage"), count=2)),
         "storage_of_os": tensor(storage(kind=("os", "system"))),
         "storage_of_text": tensor(text("storage")),
         "shape_negative": tensor(shape=(-4,)),
-        "shape_overflow": tensor(shape=(2 ** 32, 2 ** 32), strides=(0, 0)),
-        "shape_zero_overflow": tensor(shape=(0, 2 ** 40, 2 ** 40), strides=(1, 1, 1)),
-        "shape_above_64_bits": tensor(shape=(2 ** 70,)),
-        "shape_of_text": call(name("torch._utils", "_rebuild_tensor_v2"), storage(), number(0), text("4"), text("1"),
-                              FALSE, ORDERED_DICT),
+        "shape_overflow": tensor(shape=(2**32, 2**32), strides=(0, 0)),
+        "shape_zero_overflow": tensor(shape=(0, 2**40, 2**40), strides=(1, 1, 1)),
+        "shape_above_64_bits": tensor(shape=(2**70,)),
+        "shape_of_text": call(
+            name("torch._utils", "_rebuild_tensor_v2"), storage(), number(0), text("4"), text("1"), FALSE, ORDERED_DICT
+        ),
         "shape_of_floats": tensor().replace(numbers((4,)), b"(G" + struct.pack(">d", 4.0) + b"t", 1),
         "shape_too_long": tensor(shape=(5,)),
         "dimensions_many": tensor(shape=(1,) * 1000, strides=(1,) * 1000),
         "strides_negative": tensor(strides=(-1,), offset=3),
         "strides_too_long": tensor(strides=(2,)),
-        "strides_overflow": tensor(strides=(2 ** 62,)),
+        "strides_overflow": tensor(strides=(2**62,)),
         "strides_missing": tensor(strides=()),
         "offset_negative": tensor(offset=-1),
         "offset_too_far": tensor(offset=1),
-        "offset_overflow": tensor(offset=2 ** 63 - 1),
-        "expanded": tensor(shape=(2 ** 40,), strides=(0,)),
+        "offset_overflow": tensor(offset=2**63 - 1),
+        "expanded": tensor(shape=(2**40,), strides=(0,)),
         "arguments_missing": call(name("torch._utils", "_rebuild_tensor_v2"), storage()),
         "rebuild_qtensor": tensor(rebuild="_rebuild_qtensor"),
         "rebuild_sparse": tensor(rebuild="_rebuild_sparse_tensor"),
-        "rebuild_from_type": call(name("torch._tensor", "_rebuild_from_type_v2"), name("os", "system"),
-                                  name("torch", "Tensor"), text(TOUCH) + b"\x85", NONE),
-        "rebuild_type_unknown": call(name("torch._utils", "_rebuild_tensor_v3"),
-                                     storage(kind=("torch.storage", "UntypedStorage"), count=16), number(0),
-                                     numbers((4,)), numbers((1,)), FALSE, ORDERED_DICT, name("os", "system"), NONE),
+        "rebuild_from_type": call(
+            name("torch._tensor", "_rebuild_from_type_v2"),
+            name("os", "system"),
+            name("torch", "Tensor"),
+            text(TOUCH) + b"\x85",
+            NONE,
+        ),
+        "rebuild_type_unknown": call(
+            name("torch._utils", "_rebuild_tensor_v3"),
+            storage(kind=("torch.storage", "UntypedStorage"), count=16),
+            number(0),
+            numbers((4,)),
+            numbers((1,)),
+            FALSE,
+            ORDERED_DICT,
+            name("os", "system"),
+            NONE,
+        ),
         "parameter_of_text": call(name("torch._utils", "_rebuild_parameter"), text("x"), FALSE, ORDERED_DICT),
         "module_pickled_whole": name("torch.nn.modules.linear", "Linear") + b")\x81" + EMPTY_DICT + b"b",
     }
@@ -178,8 +222,8 @@ def zips() -> dict[str, bytes]:
     good = checkpoint()
     first, order, data, version = members(good)
     rest = [first, order, version]
-    packed = zlib.compress(bytes(2 ** 24))[2:-4]
-    bomb = {"size": 2 ** 24, "method": 8, "local_method": 8}
+    packed = zlib.compress(bytes(2**24))[2:-4]
+    bomb = {"size": 2**24, "method": 8, "local_method": 8}
     return {
         "name_dots": zip_bytes([*rest, data, member("archive/../../x", b"x")]),
         "name_absolute": zip_bytes([*rest, data, member("/etc/x", b"x")]),
@@ -195,27 +239,32 @@ def zips() -> dict[str, bytes]:
         "compressed_storage": zip_bytes([*rest, member("archive/data/0", packed, **bomb)]),
         "method_only_local": zip_bytes([*rest, data | {"local_method": 8}]),
         "encrypted": zip_bytes([*rest, data | {"flags": 1}]),
-        "size_huge": zip_bytes([*rest, data | {"size": 2 ** 31, "packed": 2 ** 31}]),
-        "size_64_missing": zip_bytes([*rest, data | {"size": 2 ** 32 - 1, "packed": 2 ** 32 - 1}]),
+        "size_huge": zip_bytes([*rest, data | {"size": 2**31, "packed": 2**31}]),
+        "size_64_missing": zip_bytes([*rest, data | {"size": 2**32 - 1, "packed": 2**32 - 1}]),
         "size_local_differs": zip_bytes([*rest, data | {"local_size": 4}]),
         "size_packed_differs": zip_bytes([*rest, data | {"packed": 4}]),
         "name_local_differs": zip_bytes([*rest, data | {"local_name": "archive/data/1"}]),
-        "offset_beyond": zip_bytes([*rest, data | {"offset": 10 ** 6}]),
-        "entries_overlap": zip_bytes([*rest, member("archive/data/0", FLOATS, size=76, packed=76, local_size=76),
-                                      member("archive/data/1", FLOATS)]),
+        "offset_beyond": zip_bytes([*rest, data | {"offset": 10**6}]),
+        "entries_overlap": zip_bytes(
+            [
+                *rest,
+                member("archive/data/0", FLOATS, size=76, packed=76, local_size=76),
+                member("archive/data/1", FLOATS),
+            ]
+        ),
         "count_differs": zip_bytes([*rest, data], count=1),
         "directory_size_differs": zip_bytes([*rest, data], directory_size=-1),
-        "directory_size_huge": zip_bytes([*rest, data], directory_size=2 ** 31),
-        "directory_elsewhere": zip_bytes([*rest, data], directory_offset=2 ** 31),
+        "directory_size_huge": zip_bytes([*rest, data], directory_size=2**31),
+        "directory_elsewhere": zip_bytes([*rest, data], directory_offset=2**31),
         "comment": zip_bytes([*rest, data], comment=b"PK\5\6"),
         "appended": zip_bytes([*rest, data]) + b"#!/bin/sh\n",
         "no_directory": zip_bytes([*rest, data])[:-22],
         "end_record_alone": zip_bytes([]),
         "many_entries": zip_bytes([member(f"archive/data/{i}", b"") for i in range(65_000)]),
         "byteorder_unknown": torch_zip(good, byteorder=b"middle"),
-        "byteorder_long": torch_zip(good, byteorder=b"l" * 10 ** 6),
+        "byteorder_long": torch_zip(good, byteorder=b"l" * 10**6),
         "torchscript": zip_bytes([*rest, data, member("archive/constants.pkl", good)]),
-        "pickle_too_large": torch_zip(checkpoint(("x", b"X" + struct.pack("<I", 2 ** 25) + bytes(2 ** 25)))),
+        "pickle_too_large": torch_zip(checkpoint(("x", b"X" + struct.pack("<I", 2**25) + bytes(2**25)))),
     }
 
 
@@ -224,12 +273,19 @@ def legacies() -> dict[str, bytes]:
     good = checkpoint()
     bare = b"\x80\x02" + call(name("os", "system"), text(TOUCH)) + b"."
     return {
-        "magic_differs": legacy(good, magic=5), "payload_before_magic": bare + legacy(good),
-        "plain_pickle": bare, "plain_pickle_of_weights": good, "big_endian": legacy(good, little=FALSE),
-        "keys_missing": legacy(good, keys=()), "keys_twice": legacy(good, keys=("0", "0")),
-        "keys_other": legacy(good, keys=("1",)), "keys_more": legacy(good, keys=("0", "1")),
-        "count_differs": legacy(good, count=5), "count_negative": legacy(good, count=-1),
-        "count_huge": legacy(good, count=2 ** 62), "data_short": legacy(good, data=FLOATS[:10]),
+        "magic_differs": legacy(good, magic=5),
+        "payload_before_magic": bare + legacy(good),
+        "plain_pickle": bare,
+        "plain_pickle_of_weights": good,
+        "big_endian": legacy(good, little=FALSE),
+        "keys_missing": legacy(good, keys=()),
+        "keys_twice": legacy(good, keys=("0", "0")),
+        "keys_other": legacy(good, keys=("1",)),
+        "keys_more": legacy(good, keys=("0", "1")),
+        "count_differs": legacy(good, count=5),
+        "count_negative": legacy(good, count=-1),
+        "count_huge": legacy(good, count=2**62),
+        "data_short": legacy(good, data=FLOATS[:10]),
         "data_long": legacy(good, data=FLOATS * 2),
         "sizes_differ": legacy(checkpoint(("b", tensor(storage(count=5))))),
         "storage_view": legacy(good).replace(NONE + b"tQ", b"(" + text("0") + number(1) + number(2) + b"ttQ"),
@@ -242,18 +298,18 @@ def safetensors_files() -> dict[str, bytes]:
     good, two = {"a": entry()}, {"a": entry((2,), offsets=(0, 8)), "b": entry((2,), offsets=(8, 16))}
     same = b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)
     return {
-        "length_huge": safetensors(good, length=2 ** 63),
+        "length_huge": safetensors(good, length=2**63),
         "length_beyond": safetensors(good, length=1000),
         "length_short": safetensors(good, length=10),
         "not_json": safetensors(b"{" + b"x" * 50),
         "not_utf8": safetensors(b'{"\xff": 1}'),
-        "nested": safetensors(b'{"a":' + b"[" * 10 ** 6),
-        "nested_objects": safetensors(b'{"a":' * 10 ** 5),
+        "nested": safetensors(b'{"a":' + b"[" * 10**6),
+        "nested_objects": safetensors(b'{"a":' * 10**5),
         "names_twice": safetensors(same),
-        "long_number": safetensors(b'{"a":' + b"9" * 10 ** 5 + b"}"),
+        "long_number": safetensors(b'{"a":' + b"9" * 10**5 + b"}"),
         "many_objects": safetensors(b'{"a":[' + b"{}," * 2_700_000 + b"{}]}"),
         "many_names": safetensors(b"{" + b",".join(b'"%d":{}' % i for i in range(600_000)) + b"}"),
-        "header_too_large": safetensors(b'{"__metadata__":{"a":"' + b"x" * 2 ** 23 + b'"}}'),
+        "header_too_large": safetensors(b'{"__metadata__":{"a":"' + b"x" * 2**23 + b'"}}'),
         "root_is_list": struct.pack("<Q", 12) + b"[1,2,3,4,5] " + FLOATS,
         "metadata_numbers": safetensors(good | {"__metadata__": {"a": 1}}),
         "name_of_escapes": safetensors({"\x1b[2J": entry()}),
@@ -266,12 +322,12 @@ def safetensors_files() -> dict[str, bytes]:
         "shape_float": safetensors({"a": entry((4.0,))}),
         "shape_bool": safetensors({"a": entry((True, 4))}),
         "shape_differs": safetensors({"a": entry((5,))}),
-        "shape_overflow": safetensors({"a": entry((2 ** 40, 2 ** 40))}),
-        "shape_zero_overflow": safetensors({"a": entry((0, 2 ** 40, 2 ** 40), offsets=(0, 0))}),
+        "shape_overflow": safetensors({"a": entry((2**40, 2**40))}),
+        "shape_zero_overflow": safetensors({"a": entry((0, 2**40, 2**40), offsets=(0, 0))}),
         "dimensions_many": safetensors({"a": entry((1,) * 1000 + (4,))}),
         "offsets_reversed": safetensors({"a": entry(offsets=(16, 0))}),
         "offsets_negative": safetensors({"a": entry(offsets=(-16, 0))}),
-        "offsets_beyond": safetensors({"a": entry(offsets=(10 ** 9, 10 ** 9 + 16))}),
+        "offsets_beyond": safetensors({"a": entry(offsets=(10**9, 10**9 + 16))}),
         "offsets_overlap": safetensors(two | {"b": entry((2,), offsets=(4, 12))}),
         "offsets_gap": safetensors({"b": entry((2,), offsets=(8, 16))}),
         "data_long": safetensors(good, FLOATS * 2),
@@ -281,8 +337,11 @@ def safetensors_files() -> dict[str, bytes]:
 
 def truncations() -> dict[str, bytes]:
     """Good files cut at a few places; the fuzz test cuts them at many more."""
-    return {f"cut_{part}_{path}": whole[:len(whole) * part // 8]
-            for path, whole in good_files().items() for part in (0, 1, 4, 7)}
+    return {
+        f"cut_{part}_{path}": whole[: len(whole) * part // 8]
+        for path, whole in good_files().items()
+        for part in (0, 1, 4, 7)
+    }
 
 
 def hostile_files() -> dict[str, bytes]:

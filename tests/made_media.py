@@ -45,8 +45,20 @@ def colours(frame: np.ndarray) -> np.ndarray:
     return np.abs(centres[:, :, None] - QUADRANTS.reshape(4, 3).astype(int)).sum(-1).argmin(-1)
 
 
-def write(file, frames, sound=None, *, fps: int = 5, rate: int = 16000, video: str = "libx264", audio: str = "aac",
-          format: str = "mp4", gop: int = 10, aspect: Fraction = Fraction(1), options: dict | None = None) -> None:
+def write(
+    file,
+    frames,
+    sound=None,
+    *,
+    fps: int = 5,
+    rate: int = 16000,
+    video: str = "libx264",
+    audio: str = "aac",
+    format: str = "mp4",
+    gop: int = 10,
+    aspect: Fraction = Fraction(1),
+    options: dict | None = None,
+) -> None:
     """Writes uint8 frames [k, H, W, 3] (None: no picture) and a mono sound (None: none) to a path or file object."""
     with av.open(file, "w", format=format, options=options or {}) as container:
         picture = None if frames is None else _picture(container, video, fps, frames[0].shape, gop, aspect)
@@ -59,7 +71,9 @@ def write(file, frames, sound=None, *, fps: int = 5, rate: int = 16000, video: s
                 frame.pts, frame.time_base = number, Fraction(1, fps)
                 container.mux(picture.encode(frame))
             if stream and number * block < len(sound):
-                container.mux(stream.encode(_block(stream, sound[number * block:(number + 1) * block], number * block)))
+                container.mux(
+                    stream.encode(_block(stream, sound[number * block : (number + 1) * block], number * block))
+                )
         for stream in filter(None, (picture, stream)):
             container.mux(stream.encode(None))
 
@@ -95,4 +109,4 @@ def with_matrix(mp4: bytes, a: int, b: int, c: int, d: int) -> bytes:
     """The mp4 with another display matrix in its first track: a point (x, y) is shown at (a x + c y, b x + d y)."""
     place = mp4.index(b"tkhd") + 4 + 40  # version 0: 40 bytes of other fields
     numbers = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
-    return mp4[:place] + b"".join(number.to_bytes(4, "big", signed=True) for number in numbers) + mp4[place + 36:]
+    return mp4[:place] + b"".join(number.to_bytes(4, "big", signed=True) for number in numbers) + mp4[place + 36 :]

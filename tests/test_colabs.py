@@ -9,24 +9,44 @@ import re
 import nbformat
 import numpy as np
 import pytest
-from PIL import Image
-
 import tiny_tasks
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
 CLIPS = {"CLIPS": 24, "TEST_CLIPS": 12}
-PRETRAINING = CLIPS | {"STEPS": 4, "OPTIONS": ["--config.batch_size=8", "--config.optimizer.warmup=1",
-                                               "--config.log_every=1", "--config.images_every=0"]}
-TASK = ["--config.steps=2", "--config.batch_size=8", "--config.test_batch_size=8", "--config.optimizer.warmup=1",
-        "--config.bootstrap=100", "--config.pictures=2"]
+PRETRAINING = CLIPS | {
+    "STEPS": 4,
+    "OPTIONS": [
+        "--config.batch_size=8",
+        "--config.optimizer.warmup=1",
+        "--config.log_every=1",
+        "--config.images_every=0",
+    ],
+}
+TASK = [
+    "--config.steps=2",
+    "--config.batch_size=8",
+    "--config.test_batch_size=8",
+    "--config.optimizer.warmup=1",
+    "--config.bootstrap=100",
+    "--config.pictures=2",
+]
 # Fast settings, and the pictures and sounds that each notebook shows.
 RUNS = {
     "embeddings": (CLIPS, 2, 0),
     "evaluate": (CLIPS | {"TASK_OPTIONS": TASK}, 4, 6),
-    "pods": ({"TOPOLOGY": "v5e:2x2", "OPTIONS": "--config.batch_size=16 --config.model.image.depth=1 "
-              "--config.model.audio.depth=1 --config.model.decoder.depth=1"}, 1, 0),
-    "pretrain": (PRETRAINING, 2, 0)}
+    "pods": (
+        {
+            "TOPOLOGY": "v5e:2x2",
+            "OPTIONS": "--config.batch_size=16 --config.model.image.depth=1 "
+            "--config.model.audio.depth=1 --config.model.decoder.depth=1",
+        },
+        1,
+        0,
+    ),
+    "pretrain": (PRETRAINING, 2, 0),
+}
 # What pods.ipynb prints where there is a compiler for TPUs (libtpu), and where there is none.
 COMPILED = r"\| memory of a chip +\| +bytes \|\n.*\n\| state +\| +\d\.\d+ GB \|"
 NOT_COMPILED = "compiling for TPUs needs libtpu: pip install"
@@ -62,8 +82,13 @@ def test_runs_from_top_to_bottom(name, tmp_path):
     parameters, pictures, sounds = RUNS[name]
     if "CHECKPOINT" in (ROOT / "colabs" / f"{name}.ipynb").read_text():  # its pretraining is that of pretrain.ipynb
         parameters = parameters | {"CHECKPOINT": str(tiny_tasks.pretrained(tmp_path / "tiny"))}
-    papermill.execute_notebook(ROOT / "colabs" / f"{name}.ipynb", tmp_path / "done.ipynb", cwd=ROOT, progress_bar=False,
-                               parameters=parameters | {"WORKDIR": str(tmp_path / "work")})
+    papermill.execute_notebook(
+        ROOT / "colabs" / f"{name}.ipynb",
+        tmp_path / "done.ipynb",
+        cwd=ROOT,
+        progress_bar=False,
+        parameters=parameters | {"WORKDIR": str(tmp_path / "work")},
+    )
     done = nbformat.read(tmp_path / "done.ipynb", 4)
     images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in shown(done, "image/png")]
     assert len(images) == pictures and all(image.std() > 5 for image in images)

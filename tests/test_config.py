@@ -34,9 +34,15 @@ def test_audioset_is_the_published_recipe():
     assert (config.model.image.width, config.model.image.depth) == (768, 12)
 
 
-@pytest.mark.parametrize("variant, sets, hidden, weight", [
-    ("", 2, (0.55, 0.90), 3), (":demo", 2, (0.55, 0.90), 3), (":band", 3, (0.75, 0.80), 1),
-    (":digits", 3, (0.75, 0.75), 1)])
+@pytest.mark.parametrize(
+    "variant, sets, hidden, weight",
+    [
+        ("", 2, (0.55, 0.90), 3),
+        (":demo", 2, (0.55, 0.90), 3),
+        (":band", 3, (0.75, 0.80), 1),
+        (":digits", 3, (0.75, 0.75), 1),
+    ],
+)
 def test_encoders_of_the_demo_sets(variant, sets, hidden, weight):
     config = recipes.load_recipe(f"{DEMO}{variant}")
     assert len(config.data.path.split(",")) == len(config.data.weights) == sets
@@ -44,16 +50,24 @@ def test_encoders_of_the_demo_sets(variant, sets, hidden, weight):
     assert (config.model.image.loss_weight, config.model.audio.loss_weight) == (1, weight)
 
 
-@pytest.mark.parametrize("variant,width,depth,kind", [
-    ("tiny", 128, 4, "factorized"), ("small_dense", 384, 12, "dense"), ("base_token", 768, 12, "token"),
-    ("large_none", 1024, 24, "none"), ("huge_bilinear", 1280, 32, "bilinear")])
+@pytest.mark.parametrize(
+    "variant,width,depth,kind",
+    [
+        ("tiny", 128, 4, "factorized"),
+        ("small_dense", 384, 12, "dense"),
+        ("base_token", 768, 12, "token"),
+        ("large_none", 1024, 24, "none"),
+        ("huge_bilinear", 1280, 32, "bilinear"),
+    ],
+)
 def test_size_variants(variant, width, depth, kind):
     model = recipes.load_recipe(f"configs/pretrain.py:{variant}").model
     assert (model.image.width, model.audio.depth, model.fusion.kind) == (width, depth, kind)
 
 
 def test_every_variant_loads(root):
-    from av_mae.sizes import size_variants
+    from av_mae.config import size_variants
+
     assert len(size_variants()) == 5 + 25
     for variant in size_variants():
         assert recipes.load_recipe(f"configs/pretrain.py:{variant}").epochs == 200
@@ -65,94 +79,109 @@ def test_recipe_is_locked():
         recipe.stepz = 3
 
 
-@pytest.mark.parametrize("override,read,value", [
-    ("steps=1e3", lambda c: c.steps, 1000),
-    ("optimizer.base_lr=1", lambda c: c.optimizer.base_lr, 1.0),
-    ("data.weights=None", lambda c: c.data.weights, None),
-    ("data.weights=(3, 1)", lambda c: c.data.weights, (3.0, 1.0)),
-    ("data.weights=3,1", lambda c: c.data.weights, (3.0, 1.0)),
-    ("data.crop_scale=[0.2,1]", lambda c: c.data.crop_scale, (0.2, 1.0)),
-    ("data.flip=false", lambda c: c.data.flip, False),
-    ("data.jitter=True", lambda c: c.data.jitter, True),
-    ("data.path=1,2", lambda c: c.data.path, "1,2"),
-    ("model.image.patch=8", lambda c: c.model.image.patch, 8),
-    ("model.image.patch=(8,16)", lambda c: c.model.image.patch, (8, 16)),
-    ("model.fusion.layers=all", lambda c: c.model.fusion.layers, "all"),
-    ("model.fusion.layers=(0,2)", lambda c: c.model.fusion.layers, (0, 2)),
-    ("model.fusion.layers=2", lambda c: c.model.fusion.layers, (2,)),
-    ("model.fusion.width=128", lambda c: c.model.fusion.width, 128),
-    ("model.fusion.tokens=[4,2,2]", lambda c: c.model.fusion.tokens, (4, 2, 2)),
-    ("mesh.fsdp=2", lambda c: c.mesh.fsdp, 2),
-])
+@pytest.mark.parametrize(
+    "override,read,value",
+    [
+        ("steps=1e3", lambda c: c.steps, 1000),
+        ("optimizer.base_lr=1", lambda c: c.optimizer.base_lr, 1.0),
+        ("data.weights=None", lambda c: c.data.weights, None),
+        ("data.weights=(3, 1)", lambda c: c.data.weights, (3.0, 1.0)),
+        ("data.weights=3,1", lambda c: c.data.weights, (3.0, 1.0)),
+        ("data.crop_scale=[0.2,1]", lambda c: c.data.crop_scale, (0.2, 1.0)),
+        ("data.flip=false", lambda c: c.data.flip, False),
+        ("data.jitter=True", lambda c: c.data.jitter, True),
+        ("data.path=1,2", lambda c: c.data.path, "1,2"),
+        ("model.image.patch=8", lambda c: c.model.image.patch, 8),
+        ("model.image.patch=(8,16)", lambda c: c.model.image.patch, (8, 16)),
+        ("model.fusion.layers=all", lambda c: c.model.fusion.layers, "all"),
+        ("model.fusion.layers=(0,2)", lambda c: c.model.fusion.layers, (0, 2)),
+        ("model.fusion.layers=2", lambda c: c.model.fusion.layers, (2,)),
+        ("model.fusion.width=128", lambda c: c.model.fusion.width, 128),
+        ("model.fusion.tokens=[4,2,2]", lambda c: c.model.fusion.tokens, (4, 2, 2)),
+        ("mesh.fsdp=2", lambda c: c.mesh.fsdp, 2),
+    ],
+)
 def test_override(override, read, value):
     got = read(_load(override))
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize("override,message", [
-    ("batchsize=8", "unknown config key 'batchsize'; did you mean 'batch_size'?"),
-    ("model.image.maskratio=0.5", "did you mean 'model.image.mask_ratio'?"),
-    ("optimizer.bas_lr=1", "did you mean 'optimizer.base_lr'?"),
-    ("mask_ratio=0.5", "mask_ratio'?"),
-    ("data.sound=3", "'data.sound' is a group of keys: set one of data.sound.rate"),
-    ("steps=many", "config key 'steps' must be a whole number, got 'many'"),
-    ("steps=1.5", "config key 'steps' must be a whole number, got 1.5"),
-    ("steps=True", "must be a whole number, got True"),
-    ("data.flip=3", "config key 'data.flip' must be true or false, got 3"),
-    ("data.crop_scale=(1,)", "config key 'data.crop_scale' must be"),
-    ("model.fusion.tokens=(4,2,a)", "config key 'model.fusion.tokens' must be"),
-])
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("batchsize=8", "unknown config key 'batchsize'; did you mean 'batch_size'?"),
+        ("model.image.maskratio=0.5", "did you mean 'model.image.mask_ratio'?"),
+        ("optimizer.bas_lr=1", "did you mean 'optimizer.base_lr'?"),
+        ("mask_ratio=0.5", "mask_ratio'?"),
+        ("data.sound=3", "'data.sound' is a group of keys: set one of data.sound.rate"),
+        ("steps=many", "config key 'steps' must be a whole number, got 'many'"),
+        ("steps=1.5", "config key 'steps' must be a whole number, got 1.5"),
+        ("steps=True", "must be a whole number, got True"),
+        ("data.flip=3", "config key 'data.flip' must be true or false, got 3"),
+        ("data.crop_scale=(1,)", "config key 'data.crop_scale' must be"),
+        ("model.fusion.tokens=(4,2,a)", "config key 'model.fusion.tokens' must be"),
+    ],
+)
 def test_wrong_key_or_type(override, message):
     with pytest.raises(UserError) as error:
         _load(override)
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("override,message", [
-    ("batch_size=0", "batch_size=0 must be at least 1"),
-    ("epochs=3", "set exactly one of steps=1600 and epochs=3.0"),
-    ("steps=0", "set exactly one of steps=0 and epochs=0.0"),
-    ("grad_accumulation=3", "grad_accumulation=3 must be positive and divide batch_size=64"),
-    ("dtype=float16", "dtype='float16' must be one of bfloat16, float32"),
-    ("remat=some", "remat='some' must be one of"),
-    ("scan_layers=yes", "scan_layers='yes' must be one of auto, on, off"),
-    ("model.image.mask_ratio=1", "mask_ratio=1.0 must be between 0 and 1"),
-    ("model.audio.mask_ratio=0", "mask_ratio=0.0 must be between 0 and 1"),
-    ("model.audio.size=(128,96)", "as many rows as data.sound.mels=64"),
-    ("model.image.channels=1", "model.image.channels=1 must be 3"),
-    ("model.audio.channels=3", "model.audio.channels=3 must be 1"),
-    ("model.image.patch=7", "patch=7 must divide size=(96, 96)"),
-    ("data.weights=(1,2,3)", "one positive weight for each of the 2 sets"),
-    ("data.weights=(1,-1)", "one positive weight for each of the 2 sets"),
-    ("data.crop_scale=(0.9,0.5)", "0 < smallest <= largest <= 1"),
-    ("data.workers=-1", "data.workers=-1"),
-    ("data.prefetch=0", "data.prefetch=0"),
-    ("data.split=", "data.split must name a split"),
-    ("data.volume_db=-1", "data.volume_db=-1.0"),
-    ("data.max_failure_share=2", "data.max_failure_share=2.0"),
-    ("data.sound.std=0", "data.sound.std=0.0"),
-    ("data.sound.log_floor=0", "data.sound.log_floor=0.0"),
-    ("data.sound.hop=0", "hop=0"),
-    ("mesh.data=0", "mesh axes data=0"),
-    ("mesh.fsdp=-1", "at most one of them -1"),
-    ("optimizer.base_lr=0", "optimizer.base_lr=0.0 must be above 0"),
-    ("optimizer.warmup=-1", "optimizer.warmup=-1.0"),
-    ("optimizer.b2=1", "b2=1.0 must be at least 0 and below 1"),
-    ("checkpoint_every=0", "checkpoint_every=0"),
-    ("images_every=-1", "images_every=-1"),
-    ("seed=-1", "seed=-1"),
-])
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("batch_size=0", "batch_size=0 must be at least 1"),
+        ("epochs=3", "set exactly one of steps=1600 and epochs=3.0"),
+        ("steps=0", "set exactly one of steps=0 and epochs=0.0"),
+        ("grad_accumulation=3", "grad_accumulation=3 must be positive and divide batch_size=64"),
+        ("dtype=float16", "dtype='float16' must be one of bfloat16, float32"),
+        ("remat=some", "remat='some' must be one of"),
+        ("scan_layers=yes", "scan_layers='yes' must be one of auto, on, off"),
+        ("model.image.mask_ratio=1", "mask_ratio=1.0 must be between 0 and 1"),
+        ("model.audio.mask_ratio=0", "mask_ratio=0.0 must be between 0 and 1"),
+        ("model.audio.size=(128,96)", "as many rows as data.sound.mels=64"),
+        ("model.image.channels=1", "model.image.channels=1 must be 3"),
+        ("model.audio.channels=3", "model.audio.channels=3 must be 1"),
+        ("model.image.patch=7", "patch=7 must divide size=(96, 96)"),
+        ("data.weights=(1,2,3)", "one positive weight for each of the 2 sets"),
+        ("data.weights=(1,-1)", "one positive weight for each of the 2 sets"),
+        ("data.crop_scale=(0.9,0.5)", "0 < smallest <= largest <= 1"),
+        ("data.workers=-1", "data.workers=-1"),
+        ("data.prefetch=0", "data.prefetch=0"),
+        ("data.split=", "data.split must name a split"),
+        ("data.volume_db=-1", "data.volume_db=-1.0"),
+        ("data.max_failure_share=2", "data.max_failure_share=2.0"),
+        ("data.sound.std=0", "data.sound.std=0.0"),
+        ("data.sound.log_floor=0", "data.sound.log_floor=0.0"),
+        ("data.sound.hop=0", "hop=0"),
+        ("mesh.data=0", "mesh axes data=0"),
+        ("mesh.fsdp=-1", "at most one of them -1"),
+        ("optimizer.base_lr=0", "optimizer.base_lr=0.0 must be above 0"),
+        ("optimizer.warmup=-1", "optimizer.warmup=-1.0"),
+        ("optimizer.b2=1", "b2=1.0 must be at least 0 and below 1"),
+        ("checkpoint_every=0", "checkpoint_every=0"),
+        ("images_every=-1", "images_every=-1"),
+        ("seed=-1", "seed=-1"),
+    ],
+)
 def test_values_are_checked(override, message):
     with pytest.raises(UserError) as error:
         _load(override)
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("spec,message", [
-    ("configs/demos.py", "no recipe 'configs/demos.py'; the recipes here are configs/classification.py, configs/compare.py"),
-    ("configs/pretrain.py:vgsound", "no variant 'vgsound'; did you mean 'vggsound'?; variants: vggsound"),
-    ("configs/demo.py:big", "has no variant 'big'"),
-])
+@pytest.mark.parametrize(
+    "spec,message",
+    [
+        (
+            "configs/demos.py",
+            "no recipe 'configs/demos.py'; the recipes here are configs/classification.py, configs/compare.py",
+        ),
+        ("configs/pretrain.py:vgsound", "no variant 'vgsound'; did you mean 'vggsound'?; variants: vggsound"),
+        ("configs/demo.py:big", "has no variant 'big'"),
+    ],
+)
 def test_wrong_recipe(spec, message):
     with pytest.raises(UserError) as error:
         recipes.load_recipe(spec)
@@ -166,9 +195,13 @@ def test_a_file_that_is_no_recipe(tmp_path):
 
 
 def test_json_round_trip():
-    config = TrainConfig(steps=3, data=DataConfig(path="a, b", weights=(1.0, 2.0)), mesh=MeshConfig(fsdp=2),
-                         model=AVMAEConfig(image=StreamConfig(patch=(16, 32))),
-                         optimizer=OptimizerConfig(clip_norm=1.0))
+    config = TrainConfig(
+        steps=3,
+        data=DataConfig(path="a, b", weights=(1.0, 2.0)),
+        mesh=MeshConfig(fsdp=2),
+        model=AVMAEConfig(image=StreamConfig(patch=(16, 32))),
+        optimizer=OptimizerConfig(clip_norm=1.0),
+    )
     assert recipes.from_dict(json.loads(json.dumps(recipes.to_dict(config)))) == config
     assert config.data.paths == ("a", "b")
 
@@ -191,10 +224,12 @@ def test_keys_name_every_value():
 
 def test_command_line():
     import argparse
+
     parser = argparse.ArgumentParser()
     recipes.add_config_argument(parser)
     arguments, overrides = recipes.parse_arguments(
-        parser, ["--config=configs/demo.py", "--config.steps=3", "--config.seed", "4"])
+        parser, ["--config=configs/demo.py", "--config.steps=3", "--config.seed", "4"]
+    )
     assert arguments.config == "configs/demo.py" and overrides == ["--config.steps=3", "--config.seed=4"]
     with pytest.raises(SystemExit):
         recipes.parse_arguments(parser, ["--config=configs/demo.py", "--steps=3"])

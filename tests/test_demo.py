@@ -6,11 +6,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from av_mae import evaluate, prepare, train
-from av_mae.evaluation.reconstruction import ROWS, STREAMS
+from av_mae.evaluate import __main__ as evaluate
+from av_mae.evaluate.reconstruction import ROWS, STREAMS
+from av_mae.prepare import __main__ as prepare
+from av_mae.train import __main__ as train
 
-SMALL = ["batch_size=8", "steps=3", "checkpoint_every=2", "images_every=2", "log_every=1", "optimizer.warmup=1",
-         "model.image.depth=1", "model.audio.depth=1", "model.decoder.depth=1"]
+SMALL = [
+    "batch_size=8",
+    "steps=3",
+    "checkpoint_every=2",
+    "images_every=2",
+    "log_every=1",
+    "optimizer.warmup=1",
+    "model.image.depth=1",
+    "model.audio.depth=1",
+    "model.decoder.depth=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +33,28 @@ def demo(tmp_path_factory):
         prepare.main([f"--dataset={path.name}", f"--output={path}", "--clips=10", "--test_clips=5", "--workers=1"])
     paths = f"--config.data.path={sets[0]},{sets[1]}"
     train.main(["--config=configs/demo.py", f"--workdir={folder}", paths, *(f"--config.{value}" for value in SMALL)])
-    evaluate.main(["--config=configs/reconstruction.py:demo", f"--workdir={folder / 'evaluation'}", paths,
-                   f"--config.init={folder}", "--config.batch_size=4", "--config.pictures=2"])
+    evaluate.main(
+        [
+            "--config=configs/reconstruction.py:demo",
+            f"--workdir={folder / 'evaluation'}",
+            paths,
+            f"--config.init={folder}",
+            "--config.batch_size=4",
+            "--config.pictures=2",
+        ]
+    )
     return folder
 
 
 def test_results(demo):
     results = json.loads((demo / "evaluation" / "results.json").read_text())
     assert results.pop("clips") == 10 and results.pop("skipped") == 0
-    assert set(results) == {f"{name}/{prefix}{stream}" for name in ("toy_band", "spoken_digits")
-                            for prefix in ROWS.values() for stream in STREAMS}
+    assert set(results) == {
+        f"{name}/{prefix}{stream}"
+        for name in ("toy_band", "spoken_digits")
+        for prefix in ROWS.values()
+        for stream in STREAMS
+    }
     for name, figure in results.items():
         assert figure["low"] <= figure["value"] <= figure["high"], name
         assert "minus" in name or figure["value"] > 0
@@ -59,14 +82,25 @@ def test_a_damaged_clip_is_skipped_and_counted(demo, monkeypatch, capsys, tmp_pa
     def damage(path, split, fields=None):
         source = open_source(path, split, fields)
         read = source.__class__.__getitem__
-        monkeypatch.setattr(source.__class__, "__getitem__",
-                            lambda self, index: read(self, index) | ({"sound": b"none"} if index == 1 else {}))
+        monkeypatch.setattr(
+            source.__class__,
+            "__getitem__",
+            lambda self, index: read(self, index) | ({"sound": b"none"} if index == 1 else {}),
+        )
         return source
 
     open_source = records.open_source
     monkeypatch.setattr(records, "open_source", damage)
-    evaluate.main(["--config=configs/reconstruction.py", f"--workdir={tmp_path}", f"--config.init={demo}",
-                   f"--config.data.path={demo / 'data' / 'toy_band'}", "--config.batch_size=4", "--config.pictures=0"])
+    evaluate.main(
+        [
+            "--config=configs/reconstruction.py",
+            f"--workdir={tmp_path}",
+            f"--config.init={demo}",
+            f"--config.data.path={demo / 'data' / 'toy_band'}",
+            "--config.batch_size=4",
+            "--config.pictures=0",
+        ]
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["clips"], results["skipped"]) == (4, 1)
     table = capsys.readouterr().out

@@ -10,13 +10,16 @@ import sys
 import jax
 import numpy as np
 import pytest
-
 import typed_commands
-from av_mae import recipes, sizes, task_config
+
+from av_mae import config as sizes
+from av_mae import recipes
 from av_mae.config import EvaluationConfig, TrainConfig
+from av_mae.evaluate import config as task_config
 from av_mae.models import flops
-from av_mae.training import mesh, run
-from av_mae.viewer.server import Server
+from av_mae.train import run
+from av_mae.train import sharding as mesh
+from av_mae.view.server import Server
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -28,10 +31,21 @@ def blocks(page: pathlib.Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-COMMANDS = sorted({(page.relative_to(ROOT).as_posix(), line) for page in BY_HAND for block in blocks(page, "bash")
-                   for line in block.splitlines() if "av_mae." in line})
-PYTHON = [(page.relative_to(ROOT).as_posix(), block) for page in BY_HAND if page != TUTORIAL
-          for block in blocks(page, "python")]
+COMMANDS = sorted(
+    {
+        (page.relative_to(ROOT).as_posix(), line)
+        for page in BY_HAND
+        for block in blocks(page, "bash")
+        for line in block.splitlines()
+        if "av_mae." in line
+    }
+)
+PYTHON = [
+    (page.relative_to(ROOT).as_posix(), block)
+    for page in BY_HAND
+    if page != TUTORIAL
+    for block in blocks(page, "python")
+]
 
 
 @pytest.fixture
@@ -60,13 +74,17 @@ def test_generated_parts_are_up_to_date(in_docs):
 
 
 def test_configuration_page_has_every_key_with_its_default():
-    rows = dict(re.findall(r"^\| `([\w.]+)` \| [^|]+ \| `(.*)` \|$",
-                           (ROOT / "docs/reference/config.md").read_text(), re.MULTILINE))
+    rows = dict(
+        re.findall(
+            r"^\| `([\w.]+)` \| [^|]+ \| `(.*)` \|$", (ROOT / "docs/reference/config.md").read_text(), re.MULTILINE
+        )
+    )
     for kind in (TrainConfig, EvaluationConfig, *task_config.CONFIGS.values()):
         assert set(recipes.keys(kind)) <= rows.keys()
     config = TrainConfig(steps=1)
     assert (rows["optimizer.base_lr"], rows["dtype"], rows["model.fusion.tokens"]) == tuple(
-        map(repr, (config.optimizer.base_lr, config.dtype, config.model.fusion.tokens)))
+        map(repr, (config.optimizer.base_lr, config.dtype, config.model.fusion.tokens))
+    )
 
 
 def test_figures_can_be_drawn(in_docs, tmp_path):
@@ -74,8 +92,10 @@ def test_figures_can_be_drawn(in_docs, tmp_path):
     figures = importlib.import_module("figures")
     figures.draw(tmp_path)
     for name in figures.FIGURES:
-        new, stored = (re.findall(r"<g id=\"(\w+)\"", (folder / f"{name}.svg").read_text())
-                       for folder in (tmp_path, ROOT / "docs" / "figures"))
+        new, stored = (
+            re.findall(r"<g id=\"(\w+)\"", (folder / f"{name}.svg").read_text())
+            for folder in (tmp_path, ROOT / "docs" / "figures")
+        )
         assert new == stored and len(new) > 5, f"{name}.svg: run python docs/figures.py"
 
 
@@ -93,8 +113,13 @@ def test_cost_of_pairs_projected_one_by_one():
 
 def test_site_is_built_without_warnings(tmp_path):
     """Strict: links between pages, anchors, files and names of the interface that are not there are errors."""
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "reference/api.html").read_text()
     assert "av_mae.load" in text and "separable" in text
@@ -107,8 +132,9 @@ def test_broken_link_is_found(tmp_path):
     (tmp_path / "docs/index.md").write_text("[there](nowhere.md) [anchor](#none)\n")
     config = (ROOT / "mkdocs.yml").read_text()
     (tmp_path / "mkdocs.yml").write_text(re.sub(r"nav:\n.*", "nav: [index.md]\n", config, flags=re.DOTALL))
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode != 0 and "nowhere.md" in done.stderr and "#none" in done.stderr
 
 

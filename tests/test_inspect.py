@@ -2,15 +2,16 @@
 
 import json
 
+import fake_clips
 import numpy as np
 import pytest
 from PIL import Image
 
-import fake_clips
 from av_mae import inspect
 from av_mae.data import records
-from av_mae.data.labels import Labels
+from av_mae.data.records import Labels
 from av_mae.errors import UserError
+from av_mae.prepare.tfds_files import write_set
 
 
 def clip(index: int, labels: list[int], **options) -> dict:
@@ -23,13 +24,26 @@ def folder(tmp_path_factory):
     """Seven training clips of three classes, one of which never occurs, and an empty split."""
     path = tmp_path_factory.mktemp("sets") / "set"
     path.mkdir()
-    clips = [clip(0, [0]), clip(1, [0, 2], seconds=2.5), clip(2, [0]), clip(3, [2]), clip(4, []),
-             clip(5, [0], size=(300, 100), frames=1), clip(6, [0])]
+    clips = [
+        clip(0, [0]),
+        clip(1, [0, 2], seconds=2.5),
+        clip(2, [0]),
+        clip(3, [2]),
+        clip(4, []),
+        clip(5, [0], size=(300, 100), frames=1),
+        clip(6, [0]),
+    ]
     clips[3]["frames"] = [frame[:20] for frame in clips[3]["frames"]]
     clips[4]["sound"] = b""
     clips[5] |= {"frames": [], "frame_times": []}
-    records.write_set(path, "made_up", "Clips made\nup.", ["drum", "flute", "bell"],
-                      {"train": lambda: iter(clips), "test": lambda: iter(clips[:1])}, 7)
+    write_set(
+        path,
+        "made_up",
+        "Clips made\nup.",
+        ["drum", "flute", "bell"],
+        {"train": lambda: iter(clips), "test": lambda: iter(clips[:1])},
+        7,
+    )
     return path
 
 
@@ -37,10 +51,18 @@ def test_it_tells_what_the_set_holds(folder, tmp_path, capsys):
     inspect.main([str(folder), f"--sheet={tmp_path / 'sheet.png'}"])
     lines = [line.rstrip("█ ").strip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == f"{folder}: made_up, records of version {records.VERSION}" and lines[1] == "Clips made up."
-    train = lines[next(i for i, line in enumerate(lines) if line.startswith("train: 7 clips in 1 shard, 0.0")):]
+    train = lines[next(i for i, line in enumerate(lines) if line.startswith("train: 7 clips in 1 shard, 0.0")) :]
     assert "classes: 3, of which 1 have no clip; 1 clips have no class" in train
-    for expected in ("drum         5", "bell         2", "flute         0", "0.5 … 1         5", "2 … 3         1",
-                     "0 … 1         1", "3 … 5         5", "64 … 128         5"):
+    for expected in (
+        "drum         5",
+        "bell         2",
+        "flute         0",
+        "0.5 … 1         5",
+        "2 … 3         1",
+        "0 … 1         1",
+        "3 … 5         5",
+        "64 … 128         5",
+    ):
         assert expected in train, expected
     assert "1 of 7 clips cannot be read:" in train
     assert any(line.startswith("clip c-3: frame: ") for line in train)
@@ -58,16 +80,19 @@ def test_the_sheet_shows_the_clips(tmp_path):
     frame[:60, :, 0], frame[60:, :, 2] = 255, 255
     waveform = np.zeros(32000)
     waveform[8000:24000] = 0.3 * np.random.default_rng(0).standard_normal(16000)
-    made = clip(0, [1]) | {"frames": [fake_clips.jpeg(frame)] * 3, "sound": fake_clips.flac(waveform, 16000),
-                           "duration": np.float32(2)}
-    records.write_set(path, "made_up", "made up", ["drum", "flute"], {"train": lambda: iter([made])}, 1)
+    made = clip(0, [1]) | {
+        "frames": [fake_clips.jpeg(frame)] * 3,
+        "sound": fake_clips.flac(waveform, 16000),
+        "duration": np.float32(2),
+    }
+    write_set(path, "made_up", "made up", ["drum", "flute"], {"train": lambda: iter([made])}, 1)
     shown, middle, last, sound = inspect._panels(records.open_source(path, "train")[0])
     assert shown.shape == (144, 192, 3)
     for picture in (shown, middle, last):
         assert np.abs(picture[5:66].mean((0, 1)) - [255, 0, 0]).max() < 8
         assert np.abs(picture[78:139].mean((0, 1)) - [0, 0, 255]).max() < 8
     columns = sound.shape[1]
-    quiet, loud = np.r_[:columns // 4 - 2, 3 * columns // 4 + 3:columns], slice(columns // 3, 2 * columns // 3)
+    quiet, loud = np.r_[: columns // 4 - 2, 3 * columns // 4 + 3 : columns], slice(columns // 3, 2 * columns // 3)
     assert sound[:, loud].min() > sound[:, quiet].max() + 2
     sheet = inspect.contact_sheet(str(path), "train", 4, 0)
     red = (sheet.astype(int) - [255, 0, 0]).__abs__().max(2) < 12
@@ -100,12 +125,16 @@ def test_histogram_against_numpy():
     assert counts == np.histogram(values, [*edges, np.inf])[0].tolist() and inspect.histogram([], edges) == []
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["no/such"], "no/such does not exist"),
-    (["{set}", "--splits=train,valid"], "no split 'valid'; it has test, train"),
-    (["{set}", "--clips=0"], "--clips=0 must be at least 1"), (["{set}", "--seed=-1"], "--seed=-1"),
-    (["{set}", "--sheet=/proc/no/sheet.png", "--clips=2"], "cannot write /proc/no/sheet.png: .*--sheet"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["no/such"], "no/such does not exist"),
+        (["{set}", "--splits=train,valid"], "no split 'valid'; it has test, train"),
+        (["{set}", "--clips=0"], "--clips=0 must be at least 1"),
+        (["{set}", "--seed=-1"], "--seed=-1"),
+        (["{set}", "--sheet=/proc/no/sheet.png", "--clips=2"], "cannot write /proc/no/sheet.png: .*--sheet"),
+    ],
+)
 def test_bad_options_are_named(folder, arguments, message):
     with pytest.raises(UserError, match=message):
         inspect.main([word.format(set=folder) for word in arguments])

@@ -33,10 +33,20 @@ def launch(root, tmp_path):
             path.write_text(STAND_IN.format(version=version, venv=venv) if version else "#!/bin/sh\nexit 127\n")
             path.chmod(0o755)
         calls.write_text("")
-        environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "AV_MAE_VENV": str(tmp_path / "venv"),
-                       "CALLS": str(calls), "HOME": os.environ.get("HOME", "/")}
-        done = subprocess.run(["bash", str(root / "launch" / script), *arguments], env=environment, cwd=tmp_path,
-                              capture_output=True, text=True, timeout=60)
+        environment = {
+            "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
+            "AV_MAE_VENV": str(tmp_path / "venv"),
+            "CALLS": str(calls),
+            "HOME": os.environ.get("HOME", "/"),
+        }
+        done = subprocess.run(
+            ["bash", str(root / "launch" / script), *arguments],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         return done.returncode, done.stderr, calls.read_text().splitlines()
 
     return run
@@ -46,8 +56,10 @@ def launch(root, tmp_path):
 def test_too_old_python(launch, script):
     status, message, calls = launch(script, pythons={"python3": "3.9", "python": "3.8"})
     assert status == 2 and not calls
-    assert message == ("error: av_mae needs Python 3.11 or newer; python3 is 3.9, python is 3.8, install one or name it "
-                       "with AV_MAE_PYTHON\n")
+    assert message == (
+        "error: av_mae needs Python 3.11 or newer; python3 is 3.9, python is 3.8, install one or name it "
+        "with AV_MAE_PYTHON\n"
+    )
 
 
 def test_no_python(launch):
@@ -85,17 +97,22 @@ def test_demo_runs_its_four_commands(launch, tmp_path, root):
     assert status == 0 and f"{out} holds checkpoints/" in message
     commands = calls[2:]
     assert [command.split()[1] for command in commands] == [
-        "av_mae.prepare", "av_mae.prepare", "av_mae.train", "av_mae.evaluate"]
+        "av_mae.prepare",
+        "av_mae.prepare",
+        "av_mae.train",
+        "av_mae.evaluate",
+    ]
     assert f"--dataset=toy_band --output={out}/data/toy_band" in commands[0]
-    assert commands[2].endswith(f"--workdir={out} --config.data.path={out}/data/toy_band,{out}/data/spoken_digits "
-                                "--config.steps=3")
+    assert commands[2].endswith(
+        f"--workdir={out} --config.data.path={out}/data/toy_band,{out}/data/spoken_digits --config.steps=3"
+    )
     assert f"--config.init={out}" in commands[3]
 
 
 def test_demo_stops_where_a_command_fails(launch, tmp_path):
     launch("test.sh", pythons={"python3.11": "3.11"})
     python = tmp_path / "venv" / "bin" / "python"
-    python.write_text(python.read_text().replace('  *) echo', '  *av_mae.train*) exit 2 ;;\n  *) echo'))
+    python.write_text(python.read_text().replace("  *) echo", "  *av_mae.train*) exit 2 ;;\n  *) echo"))
     status, message, calls = launch("demo.sh", "out", pythons={"python3.11": "3.11"})
     assert status == 2 and len(calls) == 2 and "holds checkpoints" not in message
 
@@ -114,12 +131,18 @@ def test_notebooks_install_what_is_missing(tmp_path, root):
         python.chmod(0o755)
         for extra in ([], ["tpu"]):
             calls.write_text("")
-            subprocess.run(["bash", str(root / "launch" / "colab.sh"), str(python), *extra], check=True, cwd=tmp_path,
-                           env=os.environ | {"CALLS": str(calls)})
+            subprocess.run(
+                ["bash", str(root / "launch" / "colab.sh"), str(python), *extra],
+                check=True,
+                cwd=tmp_path,
+                env=os.environ | {"CALLS": str(calls)},
+            )
             made = calls.read_text().splitlines()
             assert len(made) == wanted
-            assert all(call.startswith("-m pip install") and "--editable .[" + ",".join(["colab", *extra]) in call
-                       for call in made)
+            assert all(
+                call.startswith("-m pip install") and "--editable .[" + ",".join(["colab", *extra]) in call
+                for call in made
+            )
 
 
 def test_continuous_integration_calls_the_tests(root):

@@ -13,12 +13,24 @@ TRAIN = ["--config=configs/pretrain.py:base", "--workdir=/nfs/a b", "--config.se
 @pytest.fixture
 def dry(root, tmp_path):
     """dry(script, *options) → (exit status, stdout, stderr) of a dry run for TRAIN; nothing but bash may be needed."""
+
     def run(script, *options, train=TRAIN):
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
         done = subprocess.run(
-            ["bash", str(root / "launch" / script), "--dry-run", "--logs=/logs", *options,
-             *(["--", *train] if train else [])],
-            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            [
+                "bash",
+                str(root / "launch" / script),
+                "--dry-run",
+                "--logs=/logs",
+                *options,
+                *(["--", *train] if train else []),
+            ],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         return done.returncode, done.stdout, done.stderr
 
     return run
@@ -43,8 +55,13 @@ def test_ssh(dry):
     assert lines[1][-2:] == ["gpu1", "mkdir -p av_mae && tar -xzf av_mae.tar.gz -C av_mae"]
     for number, (host, line) in enumerate(zip(["gpu1", "me@gpu2"], lines[5:])):
         assert line[-2] == host and line[-1].startswith("cd av_mae && ") and "AV_MAE_EXTRA=cuda" in line[-1]
-        assert train_words(line[-1]) == ["--coordinator=gpu1:99", f"--process_id={number}", "--process_count=2",
-                                         "--stopped_status=75", *TRAIN]
+        assert train_words(line[-1]) == [
+            "--coordinator=gpu1:99",
+            f"--process_id={number}",
+            "--process_count=2",
+            "--stopped_status=75",
+            *TRAIN,
+        ]
 
 
 def test_tpu_vm(dry):
@@ -60,12 +77,29 @@ def test_tpu_vm(dry):
 
 
 def test_tpu_vm_asks_for_a_slice(dry):
-    status, out, _ = dry("tpu_vm.sh", "--name=pod", "--zone=z", "--workers=4", "--accelerator=v5litepod-16",
-                         "--version=v2-alpha-tpuv5-lite", "--spot")
+    status, out, _ = dry(
+        "tpu_vm.sh",
+        "--name=pod",
+        "--zone=z",
+        "--workers=4",
+        "--accelerator=v5litepod-16",
+        "--version=v2-alpha-tpuv5-lite",
+        "--spot",
+    )
     assert status == 0 and len(words(out)) == 8
-    assert words(out)[0] == ["gcloud", "compute", "tpus", "queued-resources", "create", "pod", "--zone=z",
-                             "--node-id=pod", "--accelerator-type=v5litepod-16",
-                             "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]
+    assert words(out)[0] == [
+        "gcloud",
+        "compute",
+        "tpus",
+        "queued-resources",
+        "create",
+        "pod",
+        "--zone=z",
+        "--node-id=pod",
+        "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+        "--spot",
+    ]
 
 
 def test_slurm(dry, root):
@@ -76,7 +110,7 @@ def test_slurm(dry, root):
     assert {"--requeue", "--signal=B:TERM@120", "--gpus-per-node=8"} <= set(sbatch)
     inside = shlex.split(sbatch[-1].removeprefix("--wrap="))
     assert inside[:2] == ["bash", str(root / "launch" / "slurm.sh")] and "--dry-run" not in inside
-    assert inside[inside.index("--") + 1:] == TRAIN
+    assert inside[inside.index("--") + 1 :] == TRAIN
     assert srun[:3] == ["srun", "--nodes=2", "--ntasks-per-node=8"]
     assert train_words(srun[-1]) == ["--stopped_status=75", *TRAIN]
 
@@ -89,8 +123,11 @@ def test_gpu_host(dry, root):
     status, out, _ = dry("gpu_host.sh", "--processes=2", "--deterministic")
     for number, line in enumerate(words(out)[1:]):
         assert f"CUDA_VISIBLE_DEVICES={number}" in line and any("xla_gpu_deterministic_ops=true" in w for w in line)
-        assert train_words(line[-1])[:3] == ["--coordinator=localhost:8476", f"--process_id={number}",
-                                             "--process_count=2"]
+        assert train_words(line[-1])[:3] == [
+            "--coordinator=localhost:8476",
+            f"--process_id={number}",
+            "--process_count=2",
+        ]
 
 
 def jobset(out: str) -> dict:
@@ -98,8 +135,14 @@ def jobset(out: str) -> dict:
 
 
 def test_gke_tpu(dry):
-    status, out, message = dry("gke.sh", "--image=images/av_mae:1", "--nodes=4", "--accelerator=tpu-v5-lite-podslice",
-                               "--topology=4x4", "--restarts=7")
+    status, out, message = dry(
+        "gke.sh",
+        "--image=images/av_mae:1",
+        "--nodes=4",
+        "--accelerator=tpu-v5-lite-podslice",
+        "--topology=4x4",
+        "--restarts=7",
+    )
     assert (status, message) == (0, "")
     build, push = words(out.partition("kubectl")[0])
     assert build[:4] == ["docker", "build", "--build-arg", "EXTRA=tpu"]
@@ -109,12 +152,14 @@ def test_gke_tpu(dry):
     assert made["spec"]["failurePolicy"]["maxRestarts"] == 7 and job["backoffLimit"] == 0
     assert job["parallelism"] == job["completions"] == 4 and job["completionMode"] == "Indexed"
     pod = job["template"]["spec"]
-    container, = pod["containers"]
-    assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
-                                   "cloud.google.com/gke-tpu-topology": "4x4"}
+    (container,) = pod["containers"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+    }
     assert container["args"] == ["--stopped_status=75", *TRAIN] and container["image"] == "images/av_mae:1"
     assert container["resources"]["limits"] == {"google.com/tpu": 4} and "env" not in container
-    rule, = job["podFailurePolicy"]["rules"]
+    (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
 
 
@@ -122,7 +167,7 @@ def test_gke_gpu(dry):
     train = [*TRAIN, '--config.data.path=a "quoted" \\ path']
     out = dry("gke.sh", "--image=i", "--name=run", "--nodes=2", "--gpus=8", train=train)[1]
     pod = jobset(out)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    container, = pod["containers"]
+    (container,) = pod["containers"]
     values = {entry["name"]: entry["value"] for entry in container["env"]}
     assert values["JAX_COORDINATOR_ADDRESS"] == "run-workers-0-0.run:8476" and values["JAX_NUM_PROCESSES"] == "2"
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8} and "nodeSelector" not in pod
@@ -137,18 +182,21 @@ def test_xpk(dry):
     assert command == ["python", "-m", "av_mae.train", "--coordinator=auto", "--stopped_status=75", *TRAIN]
 
 
-@pytest.mark.parametrize("script, options, message", [
-    ("ssh.sh", [], "no hosts: give --hosts=HOST,HOST"),
-    ("ssh.sh", ["--hosts=a", "--restarts=x"], "--restarts=x must be a whole number"),
-    ("ssh.sh", ["--hosts=a", "--steps=3"], "unknown option --steps=3; arguments of av_mae.train come after --"),
-    ("tpu_vm.sh", ["--zone=z"], "give --name=NAME and --zone=ZONE"),
-    ("tpu_vm.sh", ["--zone=z", "--name=n"], "how many hosts has it? give --workers=N"),
-    ("tpu_vm.sh", ["--zone=z", "--name=n", "--accelerator=v5p-8"], "needs its software: give --version=VERSION"),
-    ("gpu_host.sh", ["--processes=0"], "--processes=0 must be at least 1"),
-    ("gke.sh", ["--gpus=8"], "no image: give --image=IMAGE"),
-    ("gke.sh", ["--image=i"], "which nodes? give --accelerator=TYPE and --topology=AxB, or --gpus=N"),
-    ("gke.sh", ["--image=i", "--xpk=v5litepod-16"], "needs --cluster=NAME"),
-])
+@pytest.mark.parametrize(
+    "script, options, message",
+    [
+        ("ssh.sh", [], "no hosts: give --hosts=HOST,HOST"),
+        ("ssh.sh", ["--hosts=a", "--restarts=x"], "--restarts=x must be a whole number"),
+        ("ssh.sh", ["--hosts=a", "--steps=3"], "unknown option --steps=3; arguments of av_mae.train come after --"),
+        ("tpu_vm.sh", ["--zone=z"], "give --name=NAME and --zone=ZONE"),
+        ("tpu_vm.sh", ["--zone=z", "--name=n"], "how many hosts has it? give --workers=N"),
+        ("tpu_vm.sh", ["--zone=z", "--name=n", "--accelerator=v5p-8"], "needs its software: give --version=VERSION"),
+        ("gpu_host.sh", ["--processes=0"], "--processes=0 must be at least 1"),
+        ("gke.sh", ["--gpus=8"], "no image: give --image=IMAGE"),
+        ("gke.sh", ["--image=i"], "which nodes? give --accelerator=TYPE and --topology=AxB, or --gpus=N"),
+        ("gke.sh", ["--image=i", "--xpk=v5litepod-16"], "needs --cluster=NAME"),
+    ],
+)
 def test_refused(dry, script, options, message):
     status, _, said = dry(script, *options)
     assert status == 2 and said.startswith("error: ") and message in said and len(said.splitlines()) == 1
@@ -171,13 +219,27 @@ def test_docker_file_copies_what_is_there(root):
     assert all(f'"{extra}": [' in setup for extra in ("tpu", "cuda"))
 
 
-@pytest.mark.parametrize("statuses, verdict", [
-    ("0 0 0", "done"), ("75 75", "again"), ("0 75", "again"), ("137 75", "again"), ("75 137", "again"),
-    ("255 75", "again"), ("75 2", "2"), ("2 137", "2"), ("130 75", "130"), ("1 0", "1"), ("1 75", "again"),
-    ("75 1", "again")])
+@pytest.mark.parametrize(
+    "statuses, verdict",
+    [
+        ("0 0 0", "done"),
+        ("75 75", "again"),
+        ("0 75", "again"),
+        ("137 75", "again"),
+        ("75 137", "again"),
+        ("255 75", "again"),
+        ("75 2", "2"),
+        ("2 137", "2"),
+        ("130 75", "130"),
+        ("1 0", "1"),
+        ("1 75", "again"),
+        ("75 1", "again"),
+    ],
+)
 def test_what_statuses_mean(root, statuses, verdict):
-    done = subprocess.run(["bash", "-euc", f"source {root}/launch/hosts.sh; _judge {statuses}"], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        ["bash", "-euc", f"source {root}/launch/hosts.sh; _judge {statuses}"], capture_output=True, text=True
+    )
     assert done.stdout == verdict + "\n"
 
 
@@ -188,7 +250,7 @@ def fake_train(folder, statuses):
 source "$LAUNCH/hosts.sh"
 _usage() {{ :; }}
 _signal() {{ kill -"$1" "${{pids[@]}}" 2>/dev/null || true; }}
-statuses_of=({' '.join(statuses)})
+statuses_of=({" ".join(statuses)})
 _start() {{
   local both=${{statuses_of[attempt]}}
   [ "$1" = 0 ] && both=${{both%,*}} || both=${{both#*,}}
@@ -200,18 +262,25 @@ _attempts 2
     return script
 
 
-@pytest.mark.parametrize("statuses, options, status, message", [
-    (["0,0"], [], 0, "attempt 0 ended with statuses 0 0"),
-    (["75,137", "75,75", "0,0"], [], 0, "attempt 2 ended with statuses 0 0"),
-    (["75,75", "2,75"], [], 2, "attempt 1 ended with statuses 2 75"),
-    (["1,0"], [], 1, "statuses 1 0"),
-    (["75,75"] * 3, ["--restarts=2"], 2, "error: not done after 2 restarts; see "),
-    (["forever,75", "0,0"], ["--patience=1"], 0, "attempt 0 ended with statuses 137 75"),
-])
+@pytest.mark.parametrize(
+    "statuses, options, status, message",
+    [
+        (["0,0"], [], 0, "attempt 0 ended with statuses 0 0"),
+        (["75,137", "75,75", "0,0"], [], 0, "attempt 2 ended with statuses 0 0"),
+        (["75,75", "2,75"], [], 2, "attempt 1 ended with statuses 2 75"),
+        (["1,0"], [], 1, "statuses 1 0"),
+        (["75,75"] * 3, ["--restarts=2"], 2, "error: not done after 2 restarts; see "),
+        (["forever,75", "0,0"], ["--patience=1"], 0, "attempt 0 ended with statuses 137 75"),
+    ],
+)
 def test_restarts(root, tmp_path, statuses, options, status, message):
     script = fake_train(tmp_path, statuses)
-    done = subprocess.run(["bash", str(script), *options, "--pause=0", f"--logs={tmp_path / 'logs'}", "--", "x"],
-                          env={**os.environ, "LAUNCH": str(root / "launch")}, capture_output=True, text=True,
-                          timeout=100)
+    done = subprocess.run(
+        ["bash", str(script), *options, "--pause=0", f"--logs={tmp_path / 'logs'}", "--", "x"],
+        env={**os.environ, "LAUNCH": str(root / "launch")},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == status and message in done.stderr, done.stderr
     assert (tmp_path / "logs" / "attempt-0" / "1.log").read_text() == "started 1\n"

@@ -8,14 +8,15 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-
-import av_mae
-from av_mae import convert, loading, models
-from av_mae.errors import UserError
-from av_mae.training.checkpoint import Checkpoints
-from av_mae.training.step import flat_values
 from published import GOLDEN_OPTIONS
 from tiny_training import MODEL, batches, first_state, make_step, recipe
+
+import av_mae
+from av_mae import loading, models
+from av_mae.checkpoint import Checkpoints
+from av_mae.convert import __main__ as convert
+from av_mae.errors import UserError
+from av_mae.models.kinds import flat_values
 
 
 @pytest.fixture(scope="module")

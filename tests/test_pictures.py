@@ -7,7 +7,7 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from av_mae import pictures
+from av_mae import plots as pictures
 from av_mae.models.config import AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig
 
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -18,7 +18,9 @@ def _config(normalize=False):
     return AVMAEConfig(
         image=StreamConfig(size=(8, 16), patch=(4, 8), mask_ratio=0.5, normalize_targets=normalize, **SIZES),
         audio=StreamConfig(size=(6, 8), channels=1, patch=(3, 2), mask_ratio=0.5, normalize_targets=normalize, **SIZES),
-        fusion=FusionConfig(heads=2), decoder=DecoderConfig(width=16, depth=1, heads=2))
+        fusion=FusionConfig(heads=2),
+        decoder=DecoderConfig(width=16, depth=1, heads=2),
+    )
 
 
 def test_sound_patches_lie_row_major():
@@ -68,7 +70,7 @@ def test_normalized_targets_are_undone():
     for clip in range(2):
         for row in range(2):
             for column in range(4):
-                values = sound[clip, 3 * row:3 * row + 3, 2 * column:2 * column + 2].ravel()
+                values = sound[clip, 3 * row : 3 * row + 3, 2 * column : 2 * column + 2].ravel()
                 target[clip, 4 * row + column] = (values - values.mean()) / np.sqrt(np.var(values, ddof=1) + 1e-6)
     panels = pictures.sound_panels(sound, target, np.ones((2, 8)), stream)
     np.testing.assert_allclose(panels.rebuilt, sound, atol=1e-4)
@@ -82,8 +84,12 @@ def picture():
     sound = np.zeros((1, 6, 8), np.float32)
     sound[:, :3] = 1
     blue = (np.array([0, 0, 1]) - MEAN) / DEVIATION
-    out = types.SimpleNamespace(image_prediction=np.tile(blue, (1, 4, 32)), image_mask=np.array([[1, 1, 0, 0]]),
-                                audio_prediction=np.zeros((1, 8, 6)), audio_mask=np.zeros((1, 8)))
+    out = types.SimpleNamespace(
+        image_prediction=np.tile(blue, (1, 4, 32)),
+        image_mask=np.array([[1, 1, 0, 0]]),
+        audio_prediction=np.zeros((1, 8, 6)),
+        audio_mask=np.zeros((1, 8)),
+    )
     return pictures.reconstructions(image, sound, out, _config(), titles=["clip 7"])
 
 
@@ -103,7 +109,7 @@ def test_columns_of_frames(picture):
 
 
 def test_low_frequencies_are_at_the_bottom(picture):
-    right = picture[:, picture.shape[1] * 3 // 5:].astype(int).sum(-1)
+    right = picture[:, picture.shape[1] * 3 // 5 :].astype(int).sum(-1)
     dark, bright = (right == np.array(colour).sum() for colour in ((0, 0, 3), (251, 252, 191)))
     assert dark.any() and bright.any()
     assert np.nonzero(bright)[0].mean() > np.nonzero(dark)[0].mean()
@@ -117,8 +123,8 @@ def test_curves_and_a_half_written_line(tmp_path):
     picture = pictures.curves(metrics)
     line = _share(picture, (31, 119, 180))
     height, width = line.shape
-    assert line[:height // 2, :width // 3].sum() > 20
-    assert not line[:height // 2, width // 3:].any()
+    assert line[: height // 2, : width // 3].sum() > 20
+    assert not line[: height // 2, width // 3 :].any()
 
 
 def test_png_round_trip(tmp_path):
@@ -138,8 +144,9 @@ def test_principal_components_are_those_of_scikit_learn():
 def test_embedding_map_has_a_colour_for_each_class():
     random = np.random.default_rng(1)
     labels = np.array([0, 2, 2, 5, 0, 5])
-    picture = pictures.embedding_map({"image": random.normal(size=(6, 8)), "audio": random.normal(size=(6, 3))}, labels,
-                                     list("abcdef"))
+    picture = pictures.embedding_map(
+        {"image": random.normal(size=(6, 8)), "audio": random.normal(size=(6, 3))}, labels, list("abcdef")
+    )
     assert picture.dtype == np.uint8 and picture.shape == (400, 920, 3)
     colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
     expected = [tuple(np.round(np.multiply(pictures.MAP_COLOURS(number)[:3], 255)).astype(int)) for number in range(6)]

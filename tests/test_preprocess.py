@@ -6,18 +6,22 @@ import subprocess
 import sys
 import time
 
+import hanging_decoder
+import made_media
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from real_media import BLACK, ROBUST, frame_as_stored, probed
 
-import hanging_decoder
-import made_media
 from av_mae import preprocess
 from av_mae.config import DataConfig, SoundConfig
-from av_mae.data import clip_writer, frames, loading, records, sound, toy_band
+from av_mae.data import audio as sound
+from av_mae.data import frames, loading
 from av_mae.errors import UserError
-from real_media import BLACK, ROBUST, frame_as_stored, probed
+from av_mae.media import encode as clip_writer
+from av_mae.prepare.demo import toy_band
+from av_mae.prepare.tfds_files import complete
 
 FIELDS = {"image", "audio", "id", "start", "has_image", "has_audio"}
 BROKEN = {
@@ -59,10 +63,14 @@ def test_robust_clips_come_through(shared, name):
     assert batch["start"][0] == pytest.approx(spare, abs=0.07)  # some sounds begin that much later than the file
 
 
-@pytest.mark.parametrize("name, start, number, turn", [
-    ("video_90.mov", 0.0, 0, lambda stored: np.rot90(stored, -1)),
-    ("sample_rotate_and_reflect.mp4", 0.06, 2, lambda stored: np.swapaxes(stored, 0, 1)),
-    ("sample_portrait.mp4", 0.05, 2, lambda stored: stored)])
+@pytest.mark.parametrize(
+    "name, start, number, turn",
+    [
+        ("video_90.mov", 0.0, 0, lambda stored: np.rot90(stored, -1)),
+        ("sample_rotate_and_reflect.mp4", 0.06, 2, lambda stored: np.swapaxes(stored, 0, 1)),
+        ("sample_portrait.mp4", 0.05, 2, lambda stored: stored),
+    ],
+)
 def test_images_are_the_upright_frames_cropped_as_in_evaluation(shared, name, start, number, turn):
     path = shared / "media" / "robust" / name
     upright = turn(frame_as_stored(path, number))
@@ -100,20 +108,29 @@ def test_a_decoder_that_hangs_is_stopped(shared, monkeypatch):
     check(preprocess.load(path))
 
 
-@pytest.mark.parametrize("name", ["sample.mp4", "sample.flv", "flipping_a_pancake.mkv", "no_duration.webm",
-                                  "sample_h262_mpeg_audio.ts", "sample-with-large-length.avi"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sample.mp4",
+        "sample.flv",
+        "flipping_a_pancake.mkv",
+        "no_duration.webm",
+        "sample_h262_mpeg_audio.ts",
+        "sample-with-large-length.avi",
+    ],
+)
 def test_random_damage_costs_a_message_at_most(shared, tmp_path, name, capfd):
     """Truncated, flipped bytes anywhere, flipped bytes near both ends, a stretch of noise."""
     whole, generator = (shared / "media" / "robust" / name).read_bytes(), np.random.default_rng(len(name))
     path, near = tmp_path / name, min(3000, len(whole) // 2)
     for kind in range(12):
-        damaged = bytearray(whole[:generator.integers(len(whole))] if kind % 4 == 0 else whole)
+        damaged = bytearray(whole[: generator.integers(len(whole))] if kind % 4 == 0 else whole)
         places = {1: generator.integers(len(whole), size=20), 2: generator.integers(-near, near, 30)}.get(kind % 4, [])
         for place in places:
             damaged[place] = generator.integers(256)
         if kind % 4 == 3:
             place = generator.integers(len(whole))
-            damaged[place:place + 3000] = generator.bytes(len(damaged[place:place + 3000]))
+            damaged[place : place + 3000] = generator.bytes(len(damaged[place : place + 3000]))
         path.write_bytes(damaged)
         try:
             check(preprocess.load(path, missing="zeros", time_limit=10))
@@ -163,8 +180,13 @@ def test_a_script_and_its_fork_have_decoders_of_their_own(root, shared, tmp_path
     script.write_text(f"import sys; sys.path.insert(0, {str(root)!r})\n" + SCRIPT)
     # Python 3.12 warns of every fork of a process with threads
     clip = shared / "media" / "robust" / "chaplin.mp4"
-    ended = subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", script, clip], cwd=tmp_path,
-                           capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", script, clip],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert (ended.stdout.split(), ended.stderr) == (["True", "True"], "")
 
 
@@ -172,8 +194,14 @@ def test_a_script_and_its_fork_have_decoders_of_their_own(root, shared, tmp_path
 def numbered(tmp_path_factory) -> str:
     """Twenty seconds at five frames a second, with lossless sound at 44.1 kHz."""
     path = str(tmp_path_factory.mktemp("media") / "numbered.mov")
-    made_media.write(path, [made_media.numbered_frame(number) for number in range(100)],
-                     made_media.hum(np.arange(20 * 44100) / 44100), rate=44100, format="mov", audio="pcm_s16le")
+    made_media.write(
+        path,
+        [made_media.numbered_frame(number) for number in range(100)],
+        made_media.hum(np.arange(20 * 44100) / 44100),
+        rate=44100,
+        format="mov",
+        audio="pcm_s16le",
+    )
     return path
 
 
@@ -212,7 +240,7 @@ def test_a_file_gives_what_evaluation_gives_for_its_record(tmp_path):
     path.write_bytes(mp4)
     config = SoundConfig(rate=8000, n_fft=400, hop=125, mels=64, log_floor=1e-3)
     loader = loading.ClipLoader(DataConfig(sound=config), (96, 96), (64, 96), augment=False)
-    expected = loader.random_map(records.complete(record, len(toy_band.CLASSES)), np.random.default_rng(0))
+    expected = loader.random_map(complete(record, len(toy_band.CLASSES)), np.random.default_rng(0))
     batch = preprocess.load(path, float(expected["start"]), 1.5, sound=config, image_size=(96, 96))
     assert batch["start"][0] == pytest.approx(expected["start"], abs=1e-4)
     np.testing.assert_allclose(batch["audio"][0], expected["audio"], rtol=0, atol=0.01)
@@ -254,11 +282,17 @@ def test_arrays_are_cut_averaged_and_cropped():
 
 @pytest.mark.parametrize("rate", [8000, 22050, 48000])
 def test_arrays_are_resampled(rate):
-    batch = preprocess.load(waveform=made_media.hum(np.arange(6 * rate) / rate), rate=rate, start=2.0,
-                            sound=SoundConfig(log_floor=1e-2), missing="zeros")
+    batch = preprocess.load(
+        waveform=made_media.hum(np.arange(6 * rate) / rate),
+        rate=rate,
+        start=2.0,
+        sound=SoundConfig(log_floor=1e-2),
+        missing="zeros",
+    )
     waveform = made_media.hum(2 + np.arange(48000) / 16000).astype(np.float32)
-    np.testing.assert_allclose(batch["audio"][0][:, 2:-2],
-                               sound.log_mel(waveform, SoundConfig(log_floor=1e-2))[:, 2:-2], rtol=0, atol=5e-3)
+    np.testing.assert_allclose(
+        batch["audio"][0][:, 2:-2], sound.log_mel(waveform, SoundConfig(log_floor=1e-2))[:, 2:-2], rtol=0, atol=5e-3
+    )
 
 
 def test_sound_alone_and_picture_alone(shared, tmp_path):
@@ -276,42 +310,45 @@ def test_sound_alone_and_picture_alone(shared, tmp_path):
 FRAME, WAVE = np.zeros((8, 8, 3), np.uint8), np.zeros(16000, np.float32)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({}, "give either a path, or frame and waveform with its rate; got none of them"),
-    ({"path": "a.mp4", "frame": FRAME}, "got path and frame"),
-    ({"path": "no/such.mp4"}, "no/such.mp4: open: there is no such file"),
-    ({"path": "tests"}, "tests: open: is a folder, not a media file"),
-    ({"path": ""}, "'': open: there is no such file"),
-    ({"path": 7}, "path=7 must be the path of a file"),
-    ({"frame": FRAME}, "sound: there is none; missing='zeros' takes zeros instead"),
-    ({"waveform": WAVE, "rate": 16000}, "frame: there is none; missing='zeros' takes zeros instead"),
-    ({"frame": FRAME, "waveform": WAVE}, "rate=None must be the waveform's samples per second"),
-    ({"frame": FRAME, "rate": 16000}, "rate=16000 comes without a waveform"),
-    ({"frame": FRAME, "waveform": WAVE, "rate": 44.1}, "rate=44.1 must be"),
-    ({"frame": FRAME, "waveform": WAVE, "rate": -16000}, "rate=-16000 must be"),
-    ({"frame": FRAME / 255}, r"frame must be uint8 \[H, W, 3\], got float64 \[8, 8, 3\]"),
-    ({"frame": FRAME[..., 0]}, r"frame must be uint8 \[H, W, 3\], got uint8 \[8, 8\]"),
-    ({"frame": FRAME[:0]}, r"got uint8 \[0, 8, 3\]"),
-    ({"waveform": WAVE[None, None], "rate": 16000}, r"\[channels, samples\], got float32 \[1, 1, 16000\]"),
-    ({"waveform": WAVE.astype(complex), "rate": 16000}, "floats or int16, .* got complex128"),
-    ({"waveform": WAVE[:0], "rate": 16000}, r"waveform holds no samples: \[0\]"),
-    ({"waveform": np.zeros((48000, 2)), "rate": 16000}, r"has 48000 channels.*transpose \[samples, channels\]"),
-    ({"waveform": np.array([0, np.nan, np.inf]), "rate": 16000}, "2 of the waveform's 3 samples are not finite"),
-    ({"waveform": WAVE + 32767, "rate": 16000}, "reaches 32767, but floats must lie in -1…1"),
-    ({"waveform": WAVE, "rate": 16000, "start": 1.0}, "start=1.0 is beyond the end of the waveform, 1.00 s"),
-    ({"waveform": WAVE[:1], "rate": 44100, "missing": "zeros"}, "features: the sound is too short"),
-    ({"path": "a.mp4", "start": -1}, "start=-1 must be 0 or more seconds"),
-    ({"path": "a.mp4", "start": "1"}, "start='1' must be 0 or more seconds"),
-    ({"path": "a.mp4", "duration": 0}, "duration=0 must be a number of seconds above 0"),
-    ({"path": "a.mp4", "duration": float("nan")}, "duration=nan must be"),
-    ({"path": "a.mp4", "duration": 0.01}, "duration=0.01 is shorter than one frame of sound, 0.015625 s"),
-    ({"path": "a.mp4", "time_limit": 0}, "time_limit=0 must be"),
-    ({"path": "a.mp4", "image_size": 224}, r"image_size=224 must be \(height, width\)"),
-    ({"path": "a.mp4", "image_size": (0, 224)}, r"image_size=\(0, 224\) must be"),
-    ({"path": "a.mp4", "image_size": (22.4, 224)}, r"image_size=\(22.4, 224\) must be"),
-    ({"path": "a.mp4", "missing": "skip"}, "missing='skip' must be 'error' or 'zeros'"),
-    ({"path": "a.mp4", "sound": SoundConfig(n_fft=256)}, "lower mels or raise n_fft"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "give either a path, or frame and waveform with its rate; got none of them"),
+        ({"path": "a.mp4", "frame": FRAME}, "got path and frame"),
+        ({"path": "no/such.mp4"}, "no/such.mp4: open: there is no such file"),
+        ({"path": "tests"}, "tests: open: is a folder, not a media file"),
+        ({"path": ""}, "'': open: there is no such file"),
+        ({"path": 7}, "path=7 must be the path of a file"),
+        ({"frame": FRAME}, "sound: there is none; missing='zeros' takes zeros instead"),
+        ({"waveform": WAVE, "rate": 16000}, "frame: there is none; missing='zeros' takes zeros instead"),
+        ({"frame": FRAME, "waveform": WAVE}, "rate=None must be the waveform's samples per second"),
+        ({"frame": FRAME, "rate": 16000}, "rate=16000 comes without a waveform"),
+        ({"frame": FRAME, "waveform": WAVE, "rate": 44.1}, "rate=44.1 must be"),
+        ({"frame": FRAME, "waveform": WAVE, "rate": -16000}, "rate=-16000 must be"),
+        ({"frame": FRAME / 255}, r"frame must be uint8 \[H, W, 3\], got float64 \[8, 8, 3\]"),
+        ({"frame": FRAME[..., 0]}, r"frame must be uint8 \[H, W, 3\], got uint8 \[8, 8\]"),
+        ({"frame": FRAME[:0]}, r"got uint8 \[0, 8, 3\]"),
+        ({"waveform": WAVE[None, None], "rate": 16000}, r"\[channels, samples\], got float32 \[1, 1, 16000\]"),
+        ({"waveform": WAVE.astype(complex), "rate": 16000}, "floats or int16, .* got complex128"),
+        ({"waveform": WAVE[:0], "rate": 16000}, r"waveform holds no samples: \[0\]"),
+        ({"waveform": np.zeros((48000, 2)), "rate": 16000}, r"has 48000 channels.*transpose \[samples, channels\]"),
+        ({"waveform": np.array([0, np.nan, np.inf]), "rate": 16000}, "2 of the waveform's 3 samples are not finite"),
+        ({"waveform": WAVE + 32767, "rate": 16000}, "reaches 32767, but floats must lie in -1…1"),
+        ({"waveform": WAVE, "rate": 16000, "start": 1.0}, "start=1.0 is beyond the end of the waveform, 1.00 s"),
+        ({"waveform": WAVE[:1], "rate": 44100, "missing": "zeros"}, "features: the sound is too short"),
+        ({"path": "a.mp4", "start": -1}, "start=-1 must be 0 or more seconds"),
+        ({"path": "a.mp4", "start": "1"}, "start='1' must be 0 or more seconds"),
+        ({"path": "a.mp4", "duration": 0}, "duration=0 must be a number of seconds above 0"),
+        ({"path": "a.mp4", "duration": float("nan")}, "duration=nan must be"),
+        ({"path": "a.mp4", "duration": 0.01}, "duration=0.01 is shorter than one frame of sound, 0.015625 s"),
+        ({"path": "a.mp4", "time_limit": 0}, "time_limit=0 must be"),
+        ({"path": "a.mp4", "image_size": 224}, r"image_size=224 must be \(height, width\)"),
+        ({"path": "a.mp4", "image_size": (0, 224)}, r"image_size=\(0, 224\) must be"),
+        ({"path": "a.mp4", "image_size": (22.4, 224)}, r"image_size=\(22.4, 224\) must be"),
+        ({"path": "a.mp4", "missing": "skip"}, "missing='skip' must be 'error' or 'zeros'"),
+        ({"path": "a.mp4", "sound": SoundConfig(n_fft=256)}, "lower mels or raise n_fft"),
+    ],
+)
 def test_bad_input_is_refused_by_rule_and_value(options, message):
     with pytest.raises(UserError, match=message) as error:
         preprocess.load(**options)

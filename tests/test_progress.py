@@ -2,7 +2,7 @@
 
 import io
 
-from av_mae import progress
+from av_mae import console as progress
 
 
 class Terminal(io.StringIO):

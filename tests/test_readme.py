@@ -9,14 +9,17 @@ import subprocess
 
 import jax
 import pytest
-
 import typed_commands
-from av_mae import convert, evaluate, recipes
-from av_mae.errors import UserError
-from av_mae.evaluation import compare
-from av_mae.training import mesh, run
-from av_mae.viewer.server import Server
 from typed_commands import MODULES
+
+from av_mae import recipes
+from av_mae.convert import __main__ as convert
+from av_mae.errors import UserError
+from av_mae.evaluate import __main__ as evaluate
+from av_mae.evaluate import compare
+from av_mae.train import run
+from av_mae.train import sharding as mesh
+from av_mae.view.server import Server
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,12 +45,18 @@ def test_scripts_are_there(command):
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "--dry-run" in line])
 def test_launchers_print_what_they_would_run(command, tmp_path):
-    done = subprocess.run(command.replace("launch/", f"{ROOT}/launch/"), shell=True, cwd=tmp_path, text=True,
-                          capture_output=True, timeout=60)
+    done = subprocess.run(
+        command.replace("launch/", f"{ROOT}/launch/"),
+        shell=True,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
     train = command.partition(" -- ")[2].split()
     assert done.returncode == 0 and not done.stderr
     assert all(word in done.stdout for word in train) and not list(tmp_path.iterdir())
-    spec, = [word.partition("=")[2] for word in train if word.startswith("--config=")]
+    (spec,) = [word.partition("=")[2] for word in train if word.startswith("--config=")]
     recipes.load_recipe(spec)
 
 
@@ -81,8 +90,11 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:1]))
     monkeypatch.setattr(Server, "serve_forever", lambda server: None)
     cell = compare.Cell.config
-    monkeypatch.setattr(compare.Cell, "config", lambda self, runs: dataclasses.replace(
-        cell(self, runs), steps=2, batch_size=8, bootstrap=100))
+    monkeypatch.setattr(
+        compare.Cell,
+        "config",
+        lambda self, runs: dataclasses.replace(cell(self, runs), steps=2, batch_size=8, bootstrap=100),
+    )
     typed_commands.run("python -m av_mae.prepare --dataset=toy_band --output=runs/demo/data/toy_band")
     for number, clip in enumerate(sorted(pathlib.Path("runs/demo/data/toy_band/clips/test").glob("*.mp4")), 1):
         place = pathlib.Path("videos", "train" if number < 6 else "test", ("cat", "dog")[number % 2], f"{number}.mp4")
@@ -96,10 +108,24 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
         if "checkpoint_latest.pth" in command:  # stands for a published file
             convert.main(["--source=runs/small", "--to=safetensors", "--output=checkpoint_latest.pth"])
         typed_commands.run(command)
-    for path in ("runs/small/metrics.jsonl", "runs/small_evaluation/results.json", "runs/published/config.json",
-                 "published.safetensors", "runs/segmentation/results.json", "fusion.png", "runs/demo/card.json",
-                 "runs/embeddings/failures.parquet", "runs/encoder/load_encoder.py", "runs/weights/model.safetensors",
-                 "hits.png", "fusion.npy", "runs/videos/report.html", "runs/videos_classes/images/confusion.png", "toy_band.png", "runs/neighbours/results.json",
-                 "runs/compare/comparison.png"):
+    for path in (
+        "runs/small/metrics.jsonl",
+        "runs/small_evaluation/results.json",
+        "runs/published/config.json",
+        "published.safetensors",
+        "runs/segmentation/results.json",
+        "fusion.png",
+        "runs/demo/card.json",
+        "runs/embeddings/failures.parquet",
+        "runs/encoder/load_encoder.py",
+        "runs/weights/model.safetensors",
+        "hits.png",
+        "fusion.npy",
+        "runs/videos/report.html",
+        "runs/videos_classes/images/confusion.png",
+        "toy_band.png",
+        "runs/neighbours/results.json",
+        "runs/compare/comparison.png",
+    ):
         assert (tmp_path / path).is_file(), path
     assert (tmp_path / "checkpoint_latest.pth").read_bytes() == (tmp_path / "published.safetensors").read_bytes()

@@ -7,14 +7,14 @@ import pathlib
 
 import numpy as np
 import pytest
+from tiny_export import write_checkpoint
+from tiny_training import recipe
 
 import av_mae
 from av_mae import model_card, registry
 from av_mae.errors import UserError
-from av_mae.evaluation.figures import Figure, Report
-from av_mae.training.step import flat_values
-from tiny_export import write_checkpoint
-from tiny_training import recipe
+from av_mae.evaluate.bootstrap import Figure, Report
+from av_mae.models.kinds import flat_values
 
 ENTRY = '[{name}]\npath = "{path}"\nsha256 = "{sha256}"\nlicence = "CC-BY-4.0"\nfigures = {{"accuracy/joint" = 0.5}}\n'
 
@@ -36,8 +36,10 @@ def home(tmp_path, monkeypatch) -> pathlib.Path:
 def test_load_by_name(run, home, tmp_path, monkeypatch):
     """From the user's file, by a path beside a lab's file, which comes first; what is a path stays one."""
     checksum = registry.checksum(run)
-    home.write_text(ENTRY.format(name="mine", path=run, sha256=checksum)
-                    + ENTRY.format(name="both", path="/nowhere", sha256=checksum))
+    home.write_text(
+        ENTRY.format(name="mine", path=run, sha256=checksum)
+        + ENTRY.format(name="both", path="/nowhere", sha256=checksum)
+    )
     lab = run.parent / "lab.toml"
     lab.write_text(ENTRY.format(name="both", path="run/checkpoints/0", sha256=checksum))
     monkeypatch.setenv(registry.VARIABLE, str(lab))
@@ -69,11 +71,14 @@ def test_checksums(run, home, tmp_path):
         av_mae.load("copy")
 
 
-@pytest.mark.parametrize("text,message", [
-    ("[a\n", "registry .*registry.toml cannot be read"),
-    ("a = 1\n", r"\[a\] needs path, sha256 and licence \(text\).*wrong: path, sha256, licence"),
-    ('[a]\npath = "x"\nsha256 = "y"\nlicence = 3\nlicense = "z"\n', "wrong: licence, license"),
-])
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("[a\n", "registry .*registry.toml cannot be read"),
+        ("a = 1\n", r"\[a\] needs path, sha256 and licence \(text\).*wrong: path, sha256, licence"),
+        ('[a]\npath = "x"\nsha256 = "y"\nlicence = 3\nlicense = "z"\n', "wrong: licence, license"),
+    ],
+)
 def test_registries_that_cannot_be_read(home, text, message):
     home.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -100,10 +105,18 @@ def test_card_of_a_run_and_its_evaluations(tmp_path, home):
     model_card.add_evaluation(str(workdir / "checkpoints"), tmp_path / "seg", "segmentation", "data/scene", report)
     model_card.write_card(workdir, recipe(), 12_345_678)
     text = (workdir / "README.md").read_text()
-    for part in ("12.3 million parameters; licence: MIT", "| image | 32×48 | 16 | 32 | 1 | 2 | 0.5 |",
-                 "Fusion `factorized`, tokens [2, 1, 1]", "20 steps of 16 clips", "| loss | 0.5 |",
-                 "## Segmentation on `data/scene`", "30 clips (2 skipped)", "| iou | 0.5 | 0.25 | 0.75 |",
-                 "| auc | – | – | – |", f'sha256 = "{card["sha256"]}"'):
+    for part in (
+        "12.3 million parameters; licence: MIT",
+        "| image | 32×48 | 16 | 32 | 1 | 2 | 0.5 |",
+        "Fusion `factorized`, tokens [2, 1, 1]",
+        "20 steps of 16 clips",
+        "| loss | 0.5 |",
+        "## Segmentation on `data/scene`",
+        "30 clips (2 skipped)",
+        "| iou | 0.5 | 0.25 | 0.75 |",
+        "| auc | – | – | – |",
+        f'sha256 = "{card["sha256"]}"',
+    ):
         assert part in text
     (workdir / "README.md").write_text("My own words.")
     model_card.write_card(workdir, recipe(), 12_345_678)

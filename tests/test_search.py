@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_export import export, write_checkpoint, write_media, write_set
 
 from av_mae import search
 from av_mae.errors import UserError
-from av_mae.exporting import embedder, index, tables
-from tiny_export import export, write_checkpoint, write_media, write_set
+from av_mae.export import embeddings as embedder
+from av_mae.export import index, tables
 
 NAMES = [f"{letter}.mp4" for letter in "abcdefg"]
 
@@ -73,8 +74,10 @@ def test_whitened_search(tmp_path):
     vectors[:, 0] += 0.3 * kind
     found = made_index(tmp_path / "index", vectors.astype(np.float32), 150)
     queries = vectors[:40].astype(np.float32)
-    same = {whiten: np.mean(kind[found.search(queries, "audio", 20, whiten).row] == kind[:40, None])
-            for whiten in (False, True)}
+    same = {
+        whiten: np.mean(kind[found.search(queries, "audio", 20, whiten).row] == kind[:40, None])
+        for whiten in (False, True)
+    }
     assert same[False] < 0.65 and same[True] > 0.75
     vectors = random.standard_normal((50, 4)).astype(np.float32) * [1, 0.5, 0.7, 0.3] + 0.5
     rows = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -103,8 +106,15 @@ def test_vectors_for_faiss(tmp_path):
 def test_a_clip_finds_itself_first(exported, modality, tmp_path, capsys):
     folder, _, media = exported
     for name in NAMES[::3]:
-        search.main([f"--index={folder}", f"--query={media / name}", f"--modality={modality}", "--top=3",
-                     f"--sheet={tmp_path / 'hits.png'}"])
+        search.main(
+            [
+                f"--index={folder}",
+                f"--query={media / name}",
+                f"--modality={modality}",
+                "--top=3",
+                f"--sheet={tmp_path / 'hits.png'}",
+            ]
+        )
         said = capsys.readouterr().out.splitlines()
         assert len(said) == 4 and said[0].split()[:3] == ["1", "1.0000", name]
     picture = np.asarray(Image.open(tmp_path / "hits.png"))
@@ -127,10 +137,13 @@ def test_queries_that_lack_something(exported, shared, tmp_path, capsys):
     silent = shared / "media" / "broken" / "sample_video_only.mp4"
     search.main([*arguments, f"--query={silent}", "--modality=image"])
     assert "has no sound: zeros stand for it" in capsys.readouterr().err
-    for more, message in (([f"--query={silent}", "--modality=audio"], "has no sound to search by"),
-                          (["--query=none.mp4"], "there is no such file"),
-                          ([f"--query={exported[2] / 'a.mp4'}", "--modality=taste"], "--modality=taste must be one of"),
-                          ([], "nothing to do"), (["--query=x", "--top=0"], "--top=0 must be at least 1")):
+    for more, message in (
+        ([f"--query={silent}", "--modality=audio"], "has no sound to search by"),
+        (["--query=none.mp4"], "there is no such file"),
+        ([f"--query={exported[2] / 'a.mp4'}", "--modality=taste"], "--modality=taste must be one of"),
+        ([], "nothing to do"),
+        (["--query=x", "--top=0"], "--top=0 must be at least 1"),
+    ):
         with pytest.raises(UserError, match=message):
             search.main([*arguments, *more])
 

@@ -3,18 +3,18 @@
 import functools
 import pathlib
 
-import numpy as np
-
 import fake_clips
 import made_media
-from av_mae import loading
-from av_mae.config import DataConfig, SoundConfig
-from av_mae.data import records
-from av_mae.data.pipeline import open_evaluation_data
-from av_mae.exporting import embeddings, tables
-from av_mae.models.config import AVMAEConfig
-from av_mae.training.checkpoint import Checkpoints
+import numpy as np
 from tiny_training import MODEL, first_state, make_step, recipe
+
+from av_mae import loading
+from av_mae.checkpoint import Checkpoints
+from av_mae.config import DataConfig, SoundConfig
+from av_mae.data.pipeline import open_evaluation_data
+from av_mae.export import embeddings, tables
+from av_mae.models.config import AVMAEConfig
+from av_mae.prepare import tfds_files
 
 SOUND = SoundConfig(rate=8000, n_fft=400, hop=125, mels=32, log_floor=1e-3)  # windows of half a second
 STREAMS = ("image", "audio", "fusion")
@@ -36,6 +36,7 @@ def write_checkpoint(workdir: pathlib.Path, model: AVMAEConfig = MODEL, change: 
 
 def write_set(folder: pathlib.Path, clips: int, seconds: float = 1.3, broken: tuple[int, ...] = ()) -> pathlib.Path:
     """A prepared set whose split `test` has this many clips; in broken ones the sound cannot be read."""
+
     def record(index: int) -> dict:
         known = fake_clips.record("c", index, size=(48, 72), seconds=seconds)
         del known["label"]
@@ -44,7 +45,7 @@ def write_set(folder: pathlib.Path, clips: int, seconds: float = 1.3, broken: tu
 
     folder.mkdir()
     splits = {"train": lambda: iter([record(0)]), "test": lambda: (record(index) for index in range(clips))}
-    records.write_set(folder, "made_up", "made up", ["even", "odd"], splits, clips)
+    tfds_files.write_set(folder, "made_up", "made up", ["even", "odd"], splits, clips)
     return folder
 
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from av_mae import prepare
-from av_mae.training.checkpoint import find_checkpoint
+from av_mae.checkpoint import find_checkpoint
+from av_mae.prepare import __main__ as prepare
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TIMING = ("clips_per_second", "input_wait", "flops_per_second", "goodput")
@@ -38,10 +38,14 @@ def get_config():
 
 def run_environment(folder: pathlib.Path, devices: int = 1) -> dict[str, str]:
     """Of a command in a process of its own; compiled programs are shared by all those of a folder."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"}
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
+    }
 
 
 def free_port() -> int:
@@ -55,21 +59,29 @@ class Training:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        prepare.main(["--dataset=toy_band", f"--output={folder / 'toy'}", "--clips=20", "--test_clips=4",
-                      "--workers=1"])
+        prepare.main(
+            ["--dataset=toy_band", f"--output={folder / 'toy'}", "--clips=20", "--test_clips=4", "--workers=1"]
+        )
         self.config = folder / "tiny.py"
         self.config.write_text(RECIPE.format(path=str(folder / "toy")))
 
     def environment(self, devices: int = 1) -> dict[str, str]:
         return run_environment(self.folder, devices)
 
-    def start(self, workdir: str, *arguments: str, devices: int = 1,
-              program: tuple[str, ...] = ("-m", "av_mae.train")) -> subprocess.Popen:
+    def start(
+        self, workdir: str, *arguments: str, devices: int = 1, program: tuple[str, ...] = ("-m", "av_mae.train")
+    ) -> subprocess.Popen:
         """Starts a run."""
-        command = [sys.executable, *program, f"--config={self.config}", f"--workdir={self.folder / workdir}",
-                   *arguments]
-        return subprocess.Popen(command, cwd=self.folder, env=self.environment(devices), stderr=subprocess.PIPE,
-                                text=True)
+        command = [
+            sys.executable,
+            *program,
+            f"--config={self.config}",
+            f"--workdir={self.folder / workdir}",
+            *arguments,
+        ]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment(devices), stderr=subprocess.PIPE, text=True
+        )
 
     def run(self, workdir: str, *arguments: str, devices: int = 1) -> tuple[int, str]:
         """Runs to the end; returns exit status and stderr."""
@@ -102,8 +114,7 @@ class Training:
             with ocp.StandardCheckpointer() as reader:
                 saved = reader.metadata(folder / item).item_metadata.tree
                 shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in saved.items()}
-                arrays |= {f"{item}/{name}": np.asarray(x)
-                           for name, x in reader.restore(folder / item, shapes).items()}
+                arrays |= {f"{item}/{name}": np.asarray(x) for name, x in reader.restore(folder / item, shapes).items()}
         return arrays
 
 

@@ -8,13 +8,12 @@ so that a test which stops the run at a step does so long before the run ends, o
 import json
 import os
 import pathlib
-import sys
 import time
 
-from av_mae import train
 from av_mae.errors import run_command
-from av_mae.training import run
-from av_mae.training.feed import Feed
+from av_mae.train import __main__ as train
+from av_mae.train import run
+from av_mae.train.loop import Feed
 
 PACE = 0.05  # seconds
 
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> None:
     folder.mkdir(exist_ok=True)
     fault, victim, at = argv[1].split(":") if len(argv) > 1 and argv[1].count(":") == 2 else ("", 0, 0)
     run.Feed = recording(folder, fault, int(victim), int(at))
-    train.main(argv[2 if fault else 1:])
+    train.main(argv[2 if fault else 1 :])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Commands as pages tell to type them: whether they fit the code, and running them in this process, made short."""
 
 import importlib
+import importlib.util
 import pathlib
 import re
 import shlex
 
 import pytest
 
-from av_mae import evaluate, recipes
+from av_mae import recipes
 from av_mae.config import TrainConfig
+from av_mae.evaluate import __main__ as evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "av_mae").glob("*.py") if "run_command(main)" in path.read_text())
@@ -17,20 +19,33 @@ KINDS = {"train": TrainConfig, "evaluate": evaluate.kind_of, "benchmark": TrainC
 # What makes commands short enough for a test, by command.
 SHORTER = {
     "prepare": ["--clips=12", "--test_clips=9", "--workers=1"],
-    "train": ["--config.epochs=0", "--config.steps=2", "--config.batch_size=8", "--config.data.workers=0",
-              "--config.model.image.depth=1", "--config.model.audio.depth=1", "--config.model.decoder.depth=1"],
+    "train": [
+        "--config.epochs=0",
+        "--config.steps=2",
+        "--config.batch_size=8",
+        "--config.data.workers=0",
+        "--config.model.image.depth=1",
+        "--config.model.audio.depth=1",
+        "--config.model.decoder.depth=1",
+    ],
     "evaluate": ["--config.bootstrap=100"],
     "benchmark": ["--rounds=1"],
     "view": ["--port=0"],
 }
 SHORTER_TASK = ["--config.steps=2", "--config.batch_size=8", "--config.head.width=8"]
-SHORTER_STEP = ["--config.model.image.depth=1", "--config.model.audio.depth=1",
-                "--config.model.decoder.depth=1"]
+SHORTER_STEP = ["--config.model.image.depth=1", "--config.model.audio.depth=1", "--config.model.decoder.depth=1"]
+
+
+def command_main(module: str):
+    """The function that `python -m av_mae.MODULE` runs."""
+    place = f"av_mae.{module}"
+    package = importlib.util.find_spec(place).submodule_search_locations is not None
+    return importlib.import_module(f"{place}.__main__" if package else place).main
 
 
 def help_of(module: str, capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(f"av_mae.{module}").main([*arguments, "--help"])
+        command_main(module)([*arguments, "--help"])
     assert stop.value.code in (0, None)
     return capsys.readouterr().out
 
@@ -65,4 +80,4 @@ def run(command: str) -> None:
     if arguments[0] == "step":
         more = more + SHORTER_STEP
     arguments = [word for word in arguments if not word.startswith("--clips=")]
-    importlib.import_module(f"av_mae.{module}").main([*arguments, *more])
+    command_main(module)([*arguments, *more])

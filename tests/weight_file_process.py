@@ -14,8 +14,8 @@ import subprocess
 import sys
 import time
 
+from av_mae.convert.weight_file import open_weights
 from av_mae.errors import UserError
-from av_mae.weight_files import open_weights
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -44,8 +44,14 @@ def main(folder: pathlib.Path) -> None:
 
 def measure(folder: pathlib.Path, working_directory: pathlib.Path) -> tuple[dict[str, dict], float]:
     """Runs this script on a folder: (what it says about each file, its peak memory in MB)."""
-    result = subprocess.run([sys.executable, __file__, str(folder)], cwd=working_directory, capture_output=True,
-                            text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    result = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        cwd=working_directory,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     answer = json.loads(result.stdout)
     return answer["files"], answer["peak_mb"]

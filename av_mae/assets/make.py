@@ -27,8 +27,9 @@ def make_handwriting(source: str, target: pathlib.Path) -> None:
     with np.load(source, allow_pickle=False) as stored:
         images, digits = stored["images"], stored["labels"]
     chosen = np.random.default_rng(SEED).permutation(len(digits))[:IMAGES]
-    np.savez_compressed(target, images=images[chosen], digits=digits[chosen].astype(np.uint8),
-                        train=np.int64(TRAIN_IMAGES))
+    np.savez_compressed(
+        target, images=images[chosen], digits=digits[chosen].astype(np.uint8), train=np.int64(TRAIN_IMAGES)
+    )
 
 
 def make_speech(source: str, target: pathlib.Path) -> None:
@@ -47,10 +48,15 @@ def make_speech(source: str, target: pathlib.Path) -> None:
         rows.append((int(digit), speaker, int(take)))
     digits, speakers, takes = zip(*rows)
     names = sorted(set(speakers))
-    np.savez(target, flac=np.frombuffer(b"".join(files), np.uint8),
-             offsets=np.cumsum([0, *map(len, files)]), digits=np.array(digits, np.uint8),
-             speakers=np.array([names.index(speaker) for speaker in speakers], np.uint8),
-             takes=np.array(takes, np.uint8), names=np.array(names))
+    np.savez(
+        target,
+        flac=np.frombuffer(b"".join(files), np.uint8),
+        offsets=np.cumsum([0, *map(len, files)]),
+        digits=np.array(digits, np.uint8),
+        speakers=np.array([names.index(speaker) for speaker in speakers], np.uint8),
+        takes=np.array(takes, np.uint8),
+        names=np.array(names),
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -67,8 +67,9 @@ def decode(jpeg: bytes, box: Box, size: tuple[int, int]) -> tuple[np.ndarray, Bo
     height, width = frame_size(jpeg)
     left, top, right, bottom = box
     shrink = max(1, min((bottom - top) / size[0], (right - left) / size[1]))
-    pixels = simplejpeg.decode_jpeg(jpeg, "RGB", min_height=math.ceil(height / shrink),
-                                    min_width=math.ceil(width / shrink), min_factor=LEAST_SHRINK)
+    pixels = simplejpeg.decode_jpeg(
+        jpeg, "RGB", min_height=math.ceil(height / shrink), min_width=math.ceil(width / shrink), min_factor=LEAST_SHRINK
+    )
     scale = round(8 * max(pixels.shape[:2]) / max(height, width)) / 8  # the decoder scales by eighths, then rounds up
     return pixels, (left * scale, top * scale, right * scale, bottom * scale)
 

@@ -6,6 +6,7 @@ and p alone, so that any number of hosts and workers sees the same order, and re
 """
 
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -24,15 +25,69 @@ import numpy as np
 from absl import flags
 
 from av_mae.config import DataConfig
-from av_mae.data.balance import Balanced, check_classes, clip_weights
-from av_mae.data.cache import Cached
-from av_mae.data.labels import Labels
-from av_mae.data.loading import FIELDS, Chosen, ClipLoader, ClipSource, HostBatches, batch_fields
+from av_mae.console import Progress
+from av_mae.data.audio import check_sound
+from av_mae.data.loading import FIELDS, RECORD_FIELDS, Chosen, ClipLoader, ClipSource, HostBatches, batch_fields
 from av_mae.data.plans import MIDDLE, Clips, Plan, each_clip, each_mask, random_mixtures
-from av_mae.data.sound import check_sound
-from av_mae.data.truth import RECORD_FIELDS
+from av_mae.data.records import Cached, Labels
 from av_mae.errors import UserError
-from av_mae.progress import Progress
+
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def clip_weights(labels: Labels) -> np.ndarray:
+    """How often each clip comes, float64 [clips] with sum 1: proportional to the sum, over its classes, of 1 / (clips
+    of the class), as is usual for AudioSet (PSLA, arXiv 2102.01243; AudioMAE). A clip without classes never comes.
+
+    Raises ValueError where no clip has a class.
+    """
+    if not len(labels.values):
+        raise ValueError("no clip has a class")
+    clips = np.repeat(np.arange(len(labels.counts)), labels.counts)
+    weights = np.bincount(clips, 1 / np.bincount(labels.values)[labels.values], len(labels.counts))
+    return weights / weights.sum()
+
+
+def check_classes(sets: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError where sets (the names of their classes by path), whose labels are used together, number their
+    classes differently."""
+    (first, expected), *others = sets.items()
+    for path, classes in others:
+        both = itertools.zip_longest(expected, classes)
+        different = next((number for number, (name, other) in enumerate(both) if name != other), None)
+        if different is not None:
+            names = [repr(known[different]) if different < len(known) else "missing" for known in (expected, classes)]
+            raise UserError(
+                f"{first} ({len(expected)} classes) and {path} ({len(classes)}) have different class lists: "
+                f"class {different} is {names[0]} and {names[1]}. Sets whose labels are used together need "
+                "the same: prepare them with one list, or take one of them"
+            )
+
+
+class Balanced(grain.MapDataset):
+    """Clips drawn by weight, endlessly; which one stands at position p depends on seed and p alone.
+
+    Each epoch of as many draws as there are clips divides 0…1 evenly and shuffles the divisions, so that a clip of
+    weight w comes within 1 of w · clips times; where the divisions begin moves on from epoch to epoch, so that over
+    epochs each clip comes in proportion to its weight.
+    """
+
+    def __init__(self, clips: grain.MapDataset, weights: np.ndarray, seed: int):
+        super().__init__(clips)
+        self._ends = np.cumsum(weights)
+        self._ends[np.flatnonzero(weights)[-1] :] = 1.0  # whatever rounding left of it
+        self._order = grain.MapDataset.range(len(weights)).shuffle(seed=seed).repeat()
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        clips = len(self._ends)
+        draw = (self._order[index] + (0.5 + index // clips * _GOLDEN) % 1) / clips
+        return self._parent[int(np.searchsorted(self._ends, draw, side="right"))]
+
 
 MakePlan = Callable[[Clips], Plan]
 _ENDLESS = sys.maxsize
@@ -68,7 +123,9 @@ class BatchIterator:
 def read_ahead(batches: grain.MapDataset, workers: int, prefetch: int, batch_bytes: int) -> BatchIterator:
     """Computes batches of about `batch_bytes`, in order, `prefetch` ahead: in a thread, or in `workers` processes."""
     # Without workers one thread keeps a few batches ready; a worker computes one batch after the other.
-    reading = grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=0 if workers else max(1, prefetch))
+    reading = grain.ReadOptions(
+        num_threads=0 if workers else 1, prefetch_buffer_size=0 if workers else max(1, prefetch)
+    )
     ahead = max(1, prefetch // max(1, workers))
     dataset = batches.to_iter_dataset(reading)
     if workers:
@@ -82,8 +139,15 @@ def read_ahead(batches: grain.MapDataset, workers: int, prefetch: int, batch_byt
 class _Batches:
     """What training and evaluation data share: iterators with workers, and their end."""
 
-    def __init__(self, clips: grain.MapDataset, data: DataConfig, image_size: tuple[int, int],
-                 audio_size: tuple[int, int], batch_size: int, rows: np.ndarray):
+    def __init__(
+        self,
+        clips: grain.MapDataset,
+        data: DataConfig,
+        image_size: tuple[int, int],
+        audio_size: tuple[int, int],
+        batch_size: int,
+        rows: np.ndarray,
+    ):
         self._dataset, self._data, self._fields = clips, data, batch_fields(data, image_size, audio_size)
         self._batch_size, self._rows = batch_size, np.asarray(rows)
         self._open = weakref.WeakSet()
@@ -101,8 +165,9 @@ class _Batches:
         return iterator
 
     def _batch_bytes(self) -> int:
-        return len(self._rows) * sum(math.prod(shape) * np.dtype(dtype).itemsize
-                                     for shape, dtype in self._fields.values())
+        return len(self._rows) * sum(
+            math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self._fields.values()
+        )
 
     def close(self) -> None:
         """Stops the workers of every iterator; none of them can be used afterwards."""
@@ -124,9 +189,17 @@ class TrainingData(_Batches):
     `labels`: of each set, to balance classes by (None: every clip once per epoch).
     """
 
-    def __init__(self, sources: Sequence[ClipSource], data: DataConfig, image_size: tuple[int, int],
-                 audio_size: tuple[int, int], seed: int, batch_size: int, rows: np.ndarray,
-                 labels: Sequence[Labels] | None = None):
+    def __init__(
+        self,
+        sources: Sequence[ClipSource],
+        data: DataConfig,
+        image_size: tuple[int, int],
+        audio_size: tuple[int, int],
+        seed: int,
+        batch_size: int,
+        rows: np.ndarray,
+        labels: Sequence[Labels] | None = None,
+    ):
         self.clips = sum(len(source) for source in sources)
         seeds = np.random.SeedSequence(seed).generate_state(len(sources) + 1).tolist()
         sets = [grain.MapDataset.source(source) for source in sources]
@@ -161,9 +234,18 @@ class EvaluationData(_Batches):
     of the stored clips (0: all). `make_plan` None: that of `usual_plan`.
     """
 
-    def __init__(self, sources: Sequence[ClipSource], data: DataConfig, image_size: tuple[int, int],
-                 audio_size: tuple[int, int], batch_size: int, rows: np.ndarray, swap: str = "", most: int = 0,
-                 make_plan: MakePlan | None = None):
+    def __init__(
+        self,
+        sources: Sequence[ClipSource],
+        data: DataConfig,
+        image_size: tuple[int, int],
+        audio_size: tuple[int, int],
+        batch_size: int,
+        rows: np.ndarray,
+        swap: str = "",
+        most: int = 0,
+        make_plan: MakePlan | None = None,
+    ):
         stored = sum(len(source) for source in sources)
         clips = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
         known = Clips(stored, most, functools.partial(read_field, clips))
@@ -209,8 +291,14 @@ def following(mixed: int, position: int) -> tuple[int, range, dict[str, Any]]:
     return position, range(position + 1, position + 1 + mixed), MIDDLE
 
 
-def open_training_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int], seed: int,
-                       batch_size: int, rows: np.ndarray) -> TrainingData:
+def open_training_data(
+    data: DataConfig,
+    image_size: tuple[int, int],
+    audio_size: tuple[int, int],
+    seed: int,
+    batch_size: int,
+    rows: np.ndarray,
+) -> TrainingData:
     """Opens the sets of `data` for training.
 
     image_size: (H, W); audio_size: (mels, frames); batch_size: clips of the global batch; rows: those of its rows
@@ -221,22 +309,33 @@ def open_training_data(data: DataConfig, image_size: tuple[int, int], audio_size
     return TrainingData(sources, data, image_size, audio_size, seed, batch_size, rows, labels)
 
 
-def open_evaluation_data(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int],
-                         batch_size: int, rows: np.ndarray, swap: str = "", most: int = 0,
-                         make_plan: MakePlan | None = None) -> EvaluationData:
+def open_evaluation_data(
+    data: DataConfig,
+    image_size: tuple[int, int],
+    audio_size: tuple[int, int],
+    batch_size: int,
+    rows: np.ndarray,
+    swap: str = "",
+    most: int = 0,
+    make_plan: MakePlan | None = None,
+) -> EvaluationData:
     """Opens the sets of `data` for evaluation; arguments as in EvaluationData, errors as in open_training_data."""
-    return EvaluationData(open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows, swap, most,
-                          make_plan)
+    return EvaluationData(
+        open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows, swap, most, make_plan
+    )
 
 
 def open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSource]:
     """The records of each set of `data`, with the fields that its batches need. Errors as in open_training_data."""
     if not data.paths:
-        raise UserError(f"data.path must name at least one prepared set, got {data.path!r}; "
-                        "make one with python -m av_mae.prepare --output=DIR")
+        raise UserError(
+            f"data.path must name at least one prepared set, got {data.path!r}; "
+            "make one with python -m av_mae.prepare --output=DIR"
+        )
     if audio_size[0] != data.sound.mels:
-        raise UserError(f"the model's sound has {audio_size[0]} rows, data.sound.mels={data.sound.mels}; "
-                        "they must be equal")
+        raise UserError(
+            f"the model's sound has {audio_size[0]} rows, data.sound.mels={data.sound.mels}; they must be equal"
+        )
     check_sound(data.sound)
     from av_mae.data import records  # brings in TFDS
 
@@ -244,8 +343,10 @@ def open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSour
         check_classes({path: records.class_names(path) for path in data.paths})
     fields = dict.fromkeys((*FIELDS, *(field for name in data.truth for field in RECORD_FIELDS[name])))
     stored = [records.open_source(path, data.split, tuple(fields)) for path in data.paths]
-    return [ClipSource(path, Cached(source, data.cache * 1e9) if data.cache else source)
-            for path, source in zip(data.paths, stored)]
+    return [
+        ClipSource(path, Cached(source, data.cache * 1e9) if data.cache else source)
+        for path, source in zip(data.paths, stored)
+    ]
 
 
 def _open_labels(data: DataConfig) -> list[Labels]:

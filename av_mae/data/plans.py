@@ -52,8 +52,11 @@ class Plan:
 
     def item(self, number: int) -> tuple[int, list[int], dict[str, Any]]:
         """The clip, those beside it, and what its record needs to know of the item."""
-        return (int(self.clip[number]), self.others[number].tolist(),
-                {"window": float(self.window[number]), "mask": int(self.mask[number])})
+        return (
+            int(self.clip[number]),
+            self.others[number].tolist(),
+            {"window": float(self.window[number]), "mask": int(self.mask[number])},
+        )
 
     def with_swaps(self) -> "Plan":
         """The plan with one more clip beside each item: the first clip of another group that is not in its own.
@@ -118,8 +121,10 @@ def read_lists(path: str, mixed: int) -> list[list[str]]:
     lists = lists[1:] if lists and lists[0][0].lower() in HEADERS else lists
     for number, names in enumerate(lists, 1):
         if len(names) != mixed or len(set(names)) != mixed:
-            raise UserError(f"pairs={path}, mixture {number}: {', '.join(names)} must be {mixed} different clips, as "
-                            f"data.mix={mixed} says")
+            raise UserError(
+                f"pairs={path}, mixture {number}: {', '.join(names)} must be {mixed} different clips, as "
+                f"data.mix={mixed} says"
+            )
     if not lists:
         raise UserError(f"pairs={path} lists no mixture")
     return lists
@@ -132,7 +137,7 @@ def listed_mixtures(clips: Clips, lists: Sequence[Sequence[str]]) -> tuple[Plan,
     """
     places = {name: place for place, name in enumerate(clips.read("id", clips.stored))}
     rows, missing = [], []
-    for number, names in enumerate(lists[:clips.most or None], 1):
+    for number, names in enumerate(lists[: clips.most or None], 1):
         absent = [name for name in names if name not in places]
         if absent:
             missing.append(f"mixture {number}: {', '.join(absent)}")
@@ -153,8 +158,14 @@ def partners(count: int, seed: int) -> np.ndarray:
     return partner
 
 
-def _plan(clip: np.ndarray, group: np.ndarray | None = None, window: np.ndarray | None = None,
-          mask: np.ndarray | None = None) -> Plan:
+def _plan(
+    clip: np.ndarray, group: np.ndarray | None = None, window: np.ndarray | None = None, mask: np.ndarray | None = None
+) -> Plan:
     """Items alone: of the clip's own group, in the middle window, at the first mask, where nothing else is said."""
-    return Plan(clip, clip if group is None else group, np.full(len(clip), 0.5) if window is None else window,
-                np.zeros(len(clip), np.int64) if mask is None else mask, np.zeros((len(clip), 0), np.int64))
+    return Plan(
+        clip,
+        clip if group is None else group,
+        np.full(len(clip), 0.5) if window is None else window,
+        np.zeros(len(clip), np.int64) if mask is None else mask,
+        np.zeros((len(clip), 0), np.int64),
+    )

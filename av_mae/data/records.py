@@ -1,165 +1,76 @@
-"""Prepared sets: records in ArrayRecord shards that `tfds.builder_from_directory` reads, TensorFlow or not.
-
-A record is a dict; c labels, k frames, n boxes, j masks, m clean sounds, any of them may be 0:
-
-`id` str · `labels` int64 [c], the classes of the clip, the most important first · `label` int64, the first of them
-(-1: unknown), written by itself · `duration` float32 seconds · `source` str, the recording that the clip was cut from,
-and `source_start` float32, the second of it where the clip begins ('' and 0: unknown) · `frames` k JPEG bytes ·
-`frame_times` float32 [k] seconds of the clip · `sound` FLAC bytes, mono, the whole clip.
-
-What is known of its objects, for the frame at the clip's middle: `boxes` float32 [n, 4] as (ymin, xmin, ymax, xmax) in
-0…1 of the frame's height and width · `object_labels` int64 [n], classes (-1: unknown) · `sounding` int64 [n], 1 where
-what is in the box sounds, 0 where it is silent · `box_annotators` int64 [n], the annotator (0 … `annotators` - 1) who
-drew each box · `annotators` int64, how many looked at the frame (0: boxes are unknown; without a box that sounds,
-nothing in the frame sounds).
-
-`masks` j PNG bytes, 8-bit greyscale, of what sounds, and `mask_frames` int64 [j], the place in `frames` of the frame
-that each describes, ascending. Pixels are 0 for background and 255 for what sounds, or, in a set with several classes
-of pixels, the number of the class, which is that of `label` (class 0 is the background).
-
-`sources` m times FLAC bytes, the clean sounds in `sound`, that of the (first) sounding object first.
-"""
+"""Records of small sets kept in memory, their sounds decoded."""
 
 import contextlib
-import functools
 import io
-import logging
-import math
 import os
 import pathlib
 import resource
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import soundfile
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from av_mae.data.labels import Labels, labels_file, load_labels, with_labels_file
+from av_mae.console import Progress
 from av_mae.errors import UserError
-from av_mae.progress import Progress
 
 VERSION = "2.0.0"  # raised with every change of the fields: other versions are refused
-SHARD_CLIPS = 1000
 BYTES = np.object_  # what TFDS calls a string of bytes
 OTHER_FILES = 512  # that a process may have open beside the shards of one set
 _STORED = "dataset_info.json"
 _BEGUN = "prepare.json"  # what av_mae.prepare writes first
 
 
+class Labels(NamedTuple):
+    """The classes of the clips of a set, in stored order: `counts` int64 [clips], how many each has, and `values` int64
+    [sum of counts]. Clips whose classes are unknown have none."""
+
+    counts: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, clips: Iterable[Sequence[int]]) -> "Labels":
+        """From the classes of each clip."""
+        lists = [np.asarray(classes, np.int64) for classes in clips]
+        counts = np.array([len(classes) for classes in lists], np.int64)
+        return cls(counts, np.concatenate([np.zeros(0, np.int64), *lists]))
+
+    @classmethod
+    def joined(cls, sets: Sequence["Labels"]) -> "Labels":
+        """Those of several sets, one after the other."""
+        return cls(*(np.concatenate(parts) for parts in zip(*sets)))
+
+
 def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
     """The TFDS features of a record; the class names are stored with the label."""
+
     def numbers(dtype: type, *shape: int | None) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=shape, dtype=dtype)
 
-    return tfds.features.FeaturesDict({
-        "id": tfds.features.Text(),
-        "labels": numbers(np.int64, None),
-        "label": tfds.features.ClassLabel(names=list(classes)),
-        "duration": numbers(np.float32),
-        "source": tfds.features.Text(),
-        "source_start": numbers(np.float32),
-        "frames": numbers(BYTES, None),
-        "frame_times": numbers(np.float32, None),
-        "sound": numbers(BYTES),
-        "boxes": numbers(np.float32, None, 4),
-        "object_labels": numbers(np.int64, None),
-        "sounding": numbers(np.int64, None),
-        "box_annotators": numbers(np.int64, None),
-        "annotators": numbers(np.int64),
-        "masks": numbers(BYTES, None),
-        "mask_frames": numbers(np.int64, None),
-        "sources": numbers(BYTES, None),
-    })
-
-
-# What a record holds of the fields that its maker does not know.
-_NO_NUMBERS = np.zeros(0, np.int64)
-UNKNOWN = {"labels": _NO_NUMBERS, "source": "", "source_start": np.float32(0), "boxes": np.zeros((0, 4), np.float32),
-           "object_labels": _NO_NUMBERS, "sounding": _NO_NUMBERS, "box_annotators": _NO_NUMBERS,
-           "annotators": np.int64(0), "masks": (), "mask_frames": _NO_NUMBERS, "sources": ()}
-_PER_BOX = ("boxes", "object_labels", "sounding", "box_annotators")
-
-
-def complete(record: Mapping, classes: int) -> dict:
-    """A record as it is stored, from the fields that its maker knows: `id`, `duration`, `frames`, `frame_times`,
-    `sound` and any of UNKNOWN. `label` is not given but taken from `labels`.
-
-    Raises ValueError where a field is missing, unknown or of another length than those that belong to it, or a label is
-    none of the `classes`.
-    """
-    needed = {"id", "duration", "frames", "frame_times", "sound"}
-    wrong = (needed - record.keys()) | (record.keys() - needed - UNKNOWN.keys())
-    if wrong:
-        raise ValueError(f"record {record.get('id')!r}: missing or unknown fields {', '.join(sorted(wrong))}")
-    whole = UNKNOWN | record
-    for names in (_PER_BOX, ("masks", "mask_frames"), ("frames", "frame_times")):
-        lengths = [len(whole[name]) for name in names]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"record {record['id']!r}: {', '.join(names)} must be equally long, got {lengths}")
-    highest = max([-1, *whole["labels"], *whole["object_labels"]])
-    if highest >= classes:
-        raise ValueError(f"record {record['id']!r}: label {highest} is none of {classes} classes")
-    whole["label"] = int(whole["labels"][0]) if len(whole["labels"]) else -1
-    return whole | {name: np.array(whole[name], BYTES) for name in ("frames", "masks", "sources")}
-
-
-class _StableWriter(tfds.core.ExampleWriter):
-    """Writes records with their fields in a fixed order: protobuf's own order changes from process to process."""
-
-    def write(self, path, examples):
-        ordered = ((key, tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True))
-                   for key, example in examples)
-        try:
-            return super().write(path, ordered)
-        except RuntimeError as error:  # so says ArrayRecord that the file system refused, e.g. on a full disk
-            raise OSError(f"{error}") from error
-
-
-class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes the records it is given, in their order."""
-
-    VERSION = tfds.core.Version(VERSION)
-    code_path = None  # nothing to download; TFDS would look for lists of checksums beside this file
-    url_infos: Mapping = {}
-
-    def __init__(self, name: str, description: str, classes: Sequence[str], splits: Mapping, folder: str):
-        self.name, self._text, self._classes, self._splits = name, description, classes, splits
-        super().__init__(data_dir=folder, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=features(self._classes), description=self._text,
-                                     disable_shuffling=True)
-
-    def _split_generators(self, manager):
-        return {split: self._generate_examples(records) for split, records in self._splits.items()}
-
-    def _example_writer(self) -> tfds.core.ExampleWriter:
-        return _StableWriter(self.info.file_format)
-
-    def _generate_examples(self, records: Callable[[], Iterator[dict]]):
-        for number, record in enumerate(records()):
-            yield number, complete(record, len(self._classes))
-
-
-def write_set(folder: str | os.PathLike, name: str, description: str, classes: Sequence[str],
-              splits: Mapping[str, Callable[[], Iterator[dict]]], clips: int) -> None:
-    """Writes a set's shards and its TFDS description into an existing `folder`.
-
-    `splits` maps a split's name to a function that yields its records (see `complete`) in their final order; `clips` is
-    the size of the largest split, by which the number of shards is chosen.
-    """
-    folder = pathlib.Path(folder)
-    splits = {split: functools.partial(with_labels_file, folder / labels_file(split), make)
-              for split, make in splits.items()}
-    builder = Builder(name, description, classes, splits, os.fspath(folder / "tfds"))
-    download = tfds.download.DownloadConfig(num_shards=math.ceil(clips / SHARD_CLIPS))
-    with _quiet():
-        builder.download_and_prepare(download_config=download)
-    for path in pathlib.Path(builder.data_path).iterdir():
-        path.rename(folder / path.name)
-    shutil.rmtree(folder / "tfds")
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "labels": numbers(np.int64, None),
+            "label": tfds.features.ClassLabel(names=list(classes)),
+            "duration": numbers(np.float32),
+            "source": tfds.features.Text(),
+            "source_start": numbers(np.float32),
+            "frames": numbers(BYTES, None),
+            "frame_times": numbers(np.float32, None),
+            "sound": numbers(BYTES),
+            "boxes": numbers(np.float32, None, 4),
+            "object_labels": numbers(np.int64, None),
+            "sounding": numbers(np.int64, None),
+            "box_annotators": numbers(np.int64, None),
+            "annotators": numbers(np.int64),
+            "masks": numbers(BYTES, None),
+            "mask_frames": numbers(np.int64, None),
+            "sources": numbers(BYTES, None),
+        }
+    )
 
 
 def read_labels(path: str | os.PathLike, split: str) -> Labels:
@@ -181,20 +92,6 @@ def read_labels(path: str | os.PathLike, split: str) -> Labels:
     return Labels.of(clips)
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Keeps TFDS's own bars and messages away; the command shows its own."""
-    tfds.disable_progress_bar()
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def allow_open_files(shards: int) -> None:
     """Lets this process keep all shards of a set open, a file each; many systems allow 1,024 unless asked.
 
@@ -205,8 +102,10 @@ def allow_open_files(shards: int) -> None:
     if needed <= soft or soft == resource.RLIM_INFINITY:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise UserError(f"a set of {shards} shards needs about {needed} open files, this system allows {hard}: raise "
-                        f"its limit (ulimit -Hn {needed}), or prepare the set with larger shards")
+        raise UserError(
+            f"a set of {shards} shards needs about {needed} open files, this system allows {hard}: raise "
+            f"its limit (ulimit -Hn {needed}), or prepare the set with larger shards"
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
@@ -229,8 +128,9 @@ class RecordSource:
             split = builder.info.splits[self.split]
             self._shards, self._ends = sorted(split.filenames), np.cumsum(split.shard_lengths)
             allow_open_files(len(self._shards))
-            self._source = builder.as_data_source(split=self.split,
-                                                  deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+            self._source = builder.as_data_source(
+                split=self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
         return self._source
 
     def __len__(self) -> int:
@@ -280,28 +180,48 @@ def _floats(stored) -> np.ndarray:
 
 
 _PARSERS: dict[str, Callable] = {
-    "id": _text, "labels": _integers, "label": _integer, "duration": _float, "source": _text, "source_start": _float,
-    "frames": _byte_strings, "frame_times": _floats, "sound": _bytes,
-    "boxes": lambda stored: _floats(stored).reshape(-1, 4), "object_labels": _integers, "sounding": _integers,
-    "box_annotators": _integers, "annotators": _integer, "masks": _byte_strings, "mask_frames": _integers,
-    "sources": _byte_strings}
+    "id": _text,
+    "labels": _integers,
+    "label": _integer,
+    "duration": _float,
+    "source": _text,
+    "source_start": _float,
+    "frames": _byte_strings,
+    "frame_times": _floats,
+    "sound": _bytes,
+    "boxes": lambda stored: _floats(stored).reshape(-1, 4),
+    "object_labels": _integers,
+    "sounding": _integers,
+    "box_annotators": _integers,
+    "annotators": _integer,
+    "masks": _byte_strings,
+    "mask_frames": _integers,
+    "sources": _byte_strings,
+}
 
 
 def _stored_builder(path: str | os.PathLike):
     path = pathlib.Path(path)
     if not path.is_dir():
-        raise UserError(f"data folder {path} does not exist; make a set with: python -m av_mae.prepare "
-                        f"--dataset=toy_band --output={path}")
+        raise UserError(
+            f"data folder {path} does not exist; make a set with: python -m av_mae.prepare "
+            f"--dataset=toy_band --output={path}"
+        )
     if (path / _BEGUN).is_file() and not (path / _STORED).is_file():
-        raise UserError(f"the set in {path} is not complete; run the command that prepares it again, it goes on where "
-                        "it stopped")
+        raise UserError(
+            f"the set in {path} is not complete; run the command that prepares it again, it goes on where it stopped"
+        )
     if not (path / _STORED).is_file():
-        raise UserError(f"data folder {path} holds no prepared set (no {_STORED}); make one with: "
-                        "python -m av_mae.prepare --dataset=NAME --output=DIR")
+        raise UserError(
+            f"data folder {path} holds no prepared set (no {_STORED}); make one with: "
+            "python -m av_mae.prepare --dataset=NAME --output=DIR"
+        )
     builder = tfds.builder_from_directory(os.fspath(path))
     if str(builder.version) != VERSION:
-        raise UserError(f"{path} holds records of version {builder.version}, this program reads version {VERSION}: "
-                        "delete the folder and prepare the set again")
+        raise UserError(
+            f"{path} holds records of version {builder.version}, this program reads version {VERSION}: "
+            "delete the folder and prepare the set again"
+        )
     return builder
 
 
@@ -340,11 +260,79 @@ class Description(NamedTuple):
 def describe(path: str | os.PathLike) -> Description:
     """What the prepared set in folder `path` holds. Raises UserError as open_source."""
     info = _stored_builder(path).info
-    splits = {name: SplitSize(split.num_examples, split.num_shards, split.num_bytes)
-              for name, split in info.splits.items()}
+    splits = {
+        name: SplitSize(split.num_examples, split.num_shards, split.num_bytes) for name, split in info.splits.items()
+    }
     return Description(info.name, " ".join(info.description.split()), class_names(path), splits)
 
 
 def class_names(path: str | os.PathLike) -> list[str]:
     """The names of the classes of the prepared set in folder `path`, by number. Raises UserError as open_source."""
     return list(_stored_builder(path).info.features["label"].names)
+
+
+def labels_file(split: str) -> str:
+    """The file in a set's folder that holds the labels of a split's clips, for what needs those of all clips."""
+    return f"labels-{split}.npz"
+
+
+def load_labels(path: pathlib.Path, clips: int) -> Labels | None:
+    """What a labels file of a split of `clips` clips holds; None where it is not there or damaged."""
+    try:
+        with np.load(path) as stored:
+            labels = Labels(stored["counts"].astype(np.int64), stored["values"].astype(np.int64))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    whole = len(labels.counts) == clips and labels.counts.sum() == len(labels.values)
+    return labels if whole else None
+
+
+class Cached:
+    """Records as they are read the first time, kept until `limit` bytes are taken; later ones are read each time.
+
+    Sounds are kept as 16-bit WAV: decoding FLAC costs five times as much as reading that. Each process that reads has
+    a cache of its own.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], limit: float):
+        self._records, self._limit = records, limit
+        self._kept: dict[int, dict[str, Any]] = {}
+        self._bytes = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}, "_bytes": 0}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self._kept:
+            return self._kept[index]
+        record = self._records[index]
+        if self._bytes < self._limit:
+            record = record | {"sound": _decoded(record["sound"])}
+            self._bytes += _size(record)
+            if self._bytes <= self._limit:
+                self._kept[index] = record
+        return record
+
+
+def _decoded(encoded: bytes) -> bytes:
+    """A sound of up to 16 bits as WAV; any other, or one that cannot be decoded, as it is."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(encoded)) as file:
+            if file.subtype != "PCM_16":
+                return encoded
+            samples, rate = file.read(dtype="int16"), file.samplerate
+            if len(samples) < file.frames:
+                return encoded
+    except soundfile.LibsndfileError:
+        return encoded
+    decoded = io.BytesIO()
+    soundfile.write(decoded, samples, rate, format="WAV", subtype="PCM_16")
+    return decoded.getvalue()
+
+
+def _size(record: dict[str, Any]) -> int:
+    """Bytes of a record's pictures and sounds."""
+    return sum(map(len, [record["sound"], *record["frames"], *record.get("masks", ()), *record.get("sources", ())]))

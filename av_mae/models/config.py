@@ -1,8 +1,4 @@
-"""Sizes of a model as frozen dataclasses; every rule that a combination must keep is checked here.
-
-One alphabet of dimensions is used in the whole project: B batch, N tokens, D width, H heads,
-K head width, F fusion tokens, I image tokens, A audio tokens, M masked tokens, P patch values.
-"""
+"""The downstream heads as frozen dataclasses, and the rules that they and the encoder must keep together."""
 
 import dataclasses
 import math
@@ -36,8 +32,10 @@ def fit_window(grid: tuple[int, int], window: tuple[int, int]) -> tuple[int, int
     used = (min(grid),) * 2 if fits and window[0] == window[1] else tuple(map(min, grid, window))
     common = math.gcd(*grid)
     windows = [f"({n}, {n})" for n in range(2, common + 1) if common % n == 0] or [f"({grid[0]}, 1)", f"(1, {grid[1]})"]
-    require(grid[0] % used[0] == 0 and grid[1] % used[1] == 0,
-            f"Swin window={used} must divide the patch grid {grid}; windows that do: {', '.join(windows)}")
+    require(
+        grid[0] % used[0] == 0 and grid[1] % used[1] == 0,
+        f"Swin window={used} must divide the patch grid {grid}; windows that do: {', '.join(windows)}",
+    )
     return used
 
 
@@ -60,24 +58,33 @@ class StreamConfig:
     loss_weight: float = 1.0
 
     def __post_init__(self):
-        require(len(self.size) == 2 and len(self.patch_size) == 2,
-                f"size={self.size} must be (rows, columns), and patch={self.patch} an int or (rows, columns)")
+        require(
+            len(self.size) == 2 and len(self.patch_size) == 2,
+            f"size={self.size} must be (rows, columns), and patch={self.patch} an int or (rows, columns)",
+        )
         rows, columns = self.size
         patch_rows, patch_columns = self.patch_size
-        require(min(rows, columns, patch_rows, patch_columns, self.channels) > 0,
-                f"sizes must be positive, got size={self.size}, patch={self.patch}, channels={self.channels}")
-        require(rows % patch_rows == 0 and columns % patch_columns == 0,
-                f"patch={self.patch} must divide size={self.size}")
+        require(
+            min(rows, columns, patch_rows, patch_columns, self.channels) > 0,
+            f"sizes must be positive, got size={self.size}, patch={self.patch}, channels={self.channels}",
+        )
+        require(
+            rows % patch_rows == 0 and columns % patch_columns == 0, f"patch={self.patch} must divide size={self.size}"
+        )
         require_widths(self.width, self.heads, self.mlp_ratio)
         require(self.depth > 0, f"depth={self.depth} must be at least 1")
-        require(not self.normalize_targets or self.patch_values > 1,
-                f"normalize_targets=True needs at least 2 values per patch, patch={self.patch} of {self.channels} "
-                "channel has 1")
+        require(
+            not self.normalize_targets or self.patch_values > 1,
+            f"normalize_targets=True needs at least 2 values per patch, patch={self.patch} of {self.channels} "
+            "channel has 1",
+        )
         require(0 < self.loss_weight < math.inf, f"loss_weight={self.loss_weight} must be positive and finite")
         require(0 < self.mask_ratio < 1, f"mask_ratio={self.mask_ratio} must be between 0 and 1, both excluded")
-        require(0 < self.keep < self.tokens,
-                f"mask_ratio={self.mask_ratio} keeps {self.keep} of {self.tokens} patches; "
-                "at least one must be kept and one removed")
+        require(
+            0 < self.keep < self.tokens,
+            f"mask_ratio={self.mask_ratio} keeps {self.keep} of {self.tokens} patches; "
+            "at least one must be kept and one removed",
+        )
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -121,20 +128,34 @@ class FusionConfig:
 
     def __post_init__(self):
         require(self.kind in FUSION_KINDS, f"fusion kind={self.kind!r} must be one of {', '.join(FUSION_KINDS)}")
-        require(self.pair_attention in PAIR_ATTENTIONS,
-                f"pair_attention={self.pair_attention!r} must be one of {', '.join(PAIR_ATTENTIONS)}")
-        require(not (self.kind == "bilinear" and self.pair_attention == "separable"),
-                "kind='bilinear' does not separate: set pair_attention='chunked' or 'materialized'")
-        require(self.layers == "all" or isinstance(self.layers, tuple | list),
-                f"fusion layers={self.layers!r} must be 'all' or a tuple of layer numbers")
-        require(self.layers == "all" or len(set(self.layers)) == len(self.layers),
-                f"fusion layers={self.layers} name a layer twice")
-        require(len(self.tokens) == 3 and min(self.tokens) >= 0 and self.tokens[0] > 0,
-                f"fusion tokens={self.tokens} must be (fusion ≥ 1, image-aggregation ≥ 0, audio-aggregation ≥ 0)")
-        require(self.kind != "factorized" or min(self.tokens) > 0,
-                f"kind='factorized' needs aggregation tokens for both streams, got tokens={self.tokens}")
-        require(self.attention_ratio > 0 and self.mlp_ratio > 0,
-                f"attention_ratio={self.attention_ratio} and mlp_ratio={self.mlp_ratio} must be positive")
+        require(
+            self.pair_attention in PAIR_ATTENTIONS,
+            f"pair_attention={self.pair_attention!r} must be one of {', '.join(PAIR_ATTENTIONS)}",
+        )
+        require(
+            not (self.kind == "bilinear" and self.pair_attention == "separable"),
+            "kind='bilinear' does not separate: set pair_attention='chunked' or 'materialized'",
+        )
+        require(
+            self.layers == "all" or isinstance(self.layers, tuple | list),
+            f"fusion layers={self.layers!r} must be 'all' or a tuple of layer numbers",
+        )
+        require(
+            self.layers == "all" or len(set(self.layers)) == len(self.layers),
+            f"fusion layers={self.layers} name a layer twice",
+        )
+        require(
+            len(self.tokens) == 3 and min(self.tokens) >= 0 and self.tokens[0] > 0,
+            f"fusion tokens={self.tokens} must be (fusion ≥ 1, image-aggregation ≥ 0, audio-aggregation ≥ 0)",
+        )
+        require(
+            self.kind != "factorized" or min(self.tokens) > 0,
+            f"kind='factorized' needs aggregation tokens for both streams, got tokens={self.tokens}",
+        )
+        require(
+            self.attention_ratio > 0 and self.mlp_ratio > 0,
+            f"attention_ratio={self.attention_ratio} and mlp_ratio={self.mlp_ratio} must be positive",
+        )
         require(self.heads > 0, f"fusion heads={self.heads} must be at least 1")
         require(self.width is None or self.width > 0, f"fusion width={self.width} must be positive, or None")
 
@@ -158,8 +179,10 @@ class DecoderConfig:
         require(self.kind in DECODER_KINDS, f"decoder kind={self.kind!r} must be one of {', '.join(DECODER_KINDS)}")
         require_widths(self.width, self.heads, self.mlp_ratio, "decoder ")
         require(self.depth > 0, f"decoder depth={self.depth} must be at least 1")
-        require(len(self.window) == 2 and min(self.window) > 0,
-                f"decoder window={self.window} must be (rows, columns), both positive")
+        require(
+            len(self.window) == 2 and min(self.window) > 0,
+            f"decoder window={self.window} must be (rows, columns), both positive",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,14 +206,20 @@ class AVMAEConfig:
         bad = [number for number in self.fused_layers if not 0 <= number < shallow]
         require(not bad, f"fusion layers={fusion.layers} name layers {bad}; both streams have layers 0 … {shallow - 1}")
         require(len(self.fused_layers) > 0, "fusion layers=() name no layer; use kind='none' for no fusion")
-        require(fusion.kind != "token" or self.image.width == self.audio.width,
-                "fusion kind='token' uses one key weight for both streams, so image and audio width must be equal, "
-                f"got {self.image.width} and {self.audio.width}")
+        require(
+            fusion.kind != "token" or self.image.width == self.audio.width,
+            "fusion kind='token' uses one key weight for both streams, so image and audio width must be equal, "
+            f"got {self.image.width} and {self.audio.width}",
+        )
         width, inner = self.fusion_width, fusion.inner_width(self.fusion_width)
-        require(inner > 0 and inner % fusion.heads == 0,
-                f"fusion heads={fusion.heads} must divide width × attention_ratio = {inner}")
-        require(fusion.kind != "factorized" or width % fusion.heads == 0,
-                f"fusion heads={fusion.heads} must divide {width=}")
+        require(
+            inner > 0 and inner % fusion.heads == 0,
+            f"fusion heads={fusion.heads} must divide width × attention_ratio = {inner}",
+        )
+        require(
+            fusion.kind != "factorized" or width % fusion.heads == 0,
+            f"fusion heads={fusion.heads} must divide {width=}",
+        )
         require(int(width * fusion.mlp_ratio) > 0, f"fusion mlp_ratio={fusion.mlp_ratio} leaves no hidden unit")
 
     @property
@@ -202,9 +231,134 @@ class AVMAEConfig:
     def fused_layers(self) -> tuple[int, ...]:
         if self.fusion.kind == "none":
             return ()
-        return tuple(range(min(self.image.depth, self.audio.depth))) if self.fusion.layers == "all" else tuple(
-            self.fusion.layers)
+        return (
+            tuple(range(min(self.image.depth, self.audio.depth)))
+            if self.fusion.layers == "all"
+            else tuple(self.fusion.layers)
+        )
 
     @property
     def fusion_width(self) -> int:
         return self.fusion.width or self.image.width
+
+
+MASKS = ("binary", "ratio", "share")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """Linear classifiers of the pooled streams; `input_norm` puts a batch norm without scale and bias before them.
+
+    `concatenate`: one classifier of all streams side by side instead of one each (late fusion, where the encoder has
+    no fusion tokens).
+    """
+
+    classes: int = 2
+    input_norm: bool = False
+    concatenate: bool = False
+
+    def __post_init__(self):
+        require(self.classes > 0, f"classifier classes={self.classes} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationSettings:
+    """How a classifier is trained (published fine-tuning: .1, 1, .2, balanced, log_odds; linear probe: none of them).
+
+    `mixup` is alpha of the Beta distribution (0: none), `drop_path` the rate of stochastic depth in the last layer.
+    `balanced` divides the loss by the classes' frequency, `log_odds` starts head biases there. `multi_label`: any
+    number of classes holds, binary cross-entropy instead of softmax.
+    """
+
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    drop_path: float = 0.0
+    balanced: bool = False
+    log_odds: bool = False
+    multi_label: bool = False
+
+    def __post_init__(self):
+        require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
+        require(self.mixup >= 0, f"mixup={self.mixup} must be 0 (none) or above")
+        require(0 <= self.drop_path < 1, f"drop_path={self.drop_path} must be at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SeparatorConfig:
+    """What the separator learns: a `mask` (see `objectives.separation_mask`; 'binary' and 'ratio' are published), its
+    loss `weighted` by the mixture's level or not."""
+
+    mask: str = "ratio"
+    weighted: bool = True
+
+    def __post_init__(self):
+        require(self.mask in MASKS, f"separator mask={self.mask!r} must be one of {', '.join(MASKS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmenterConfig:
+    """`classes` 1: a binary mask. `width` is the least width of a scale and that of the predictor (published: 128)."""
+
+    classes: int = 1
+    width: int = 128
+
+    def __post_init__(self):
+        require(self.classes > 0, f"segmenter classes={self.classes} must be at least 1")
+        require(self.width > 0 and self.width % 2 == 0, f"segmenter width={self.width} must be positive and even")
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalizerConfig:
+    """`width` of the sphere that image tokens and sounds are projected to; similarities are divided by `temperature`,
+    which is not learned, in the contrastive loss."""
+
+    width: int = 128
+    temperature: float = 0.07
+
+    def __post_init__(self):
+        require(self.width > 0, f"localizer width={self.width} must be at least 1")
+        require(self.temperature > 0, f"localizer temperature={self.temperature} must be above 0")
+
+
+def doublings(stream: StreamConfig, head: str) -> int:
+    """How many times the grid of a stream is doubled to reach its input's resolution: n for patches of 2^n × 2^n.
+
+    Raises:
+      UserError: the patch is not square, not a power of two, or 1.
+    """
+    rows, columns = stream.patch_size
+    require(
+        rows == columns and rows > 1 and rows & (rows - 1) == 0,
+        f"the {head} doubles the patch grid until it reaches the input's resolution, so patch={stream.patch} must "
+        "be square and a power of two, at least 2 (the published one is 16)",
+    )
+    return rows.bit_length() - 1
+
+
+def separator_scales(stream: StreamConfig) -> tuple[int, ...]:
+    """Widths of the separator's scales, finest first: D / 2^n … D / 2, D.
+
+    Raises:
+      UserError: 2^n does not divide the audio stream's width D, or see `doublings`.
+    """
+    count, width = doublings(stream, "separator"), stream.width
+    require(
+        width % 2**count == 0,
+        f"the separator halves the audio width {count} times, so patch={stream.patch} must divide {width=}",
+    )
+    return tuple(width >> number for number in reversed(range(count + 1)))
+
+
+def segmenter_scales(stream: StreamConfig, least: int) -> tuple[int, ...]:
+    """Widths of the segmenter's scales, coarsest first: max(least, D / 2^d) for d = 0 … n - 1.
+
+    Raises:
+      UserError: 2^(n - 1) does not divide the image stream's width D, or see `doublings`.
+    """
+    count, width = doublings(stream, "segmenter"), stream.width
+    require(
+        width % 2 ** (count - 1) == 0,
+        f"the segmenter halves the image width {count - 1} times, so {2 ** (count - 1)} (half of "
+        f"patch={stream.patch}) must divide {width=}",
+    )
+    return tuple(max(least, width >> number) for number in range(count))

@@ -1,5 +1,7 @@
 """The early-fusion encoder: two ViTs and fusion tokens that read both at every fused layer (paper section 3)."""
 
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,10 +11,64 @@ from flax import nnx
 
 from av_mae.models.config import AVMAEConfig, StreamConfig
 from av_mae.models.fusion import FusionBlock
-from av_mae.models.layers import Block, Initial, LayerNorm, Linear
+from av_mae.models.layers import Block, Initial, LayerNorm, Linear, sin_cos_2d
 from av_mae.models.patches import patchify, take, with_channel
-from av_mae.models.positions import sin_cos_2d
-from av_mae.models.stack import in_turn
+
+Step = Callable[..., tuple]
+
+
+def in_turn(step: Step, layers: Sequence, carry, inputs: Sequence) -> tuple:
+    """Every layer by itself, its values where they are."""
+    outputs = []
+    for layer, given in zip(layers, inputs, strict=True):
+        carry, output = step(layer, carry, given)
+        outputs.append(output)
+    return carry, outputs
+
+
+def _kind(layer: tuple) -> tuple:
+    """What layers that are one program have in common: all but their values."""
+    graph, state = layer
+    return graph, jax.tree.structure(state), [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+
+
+def run_layers(
+    step: Step,
+    layers: Sequence,
+    carry,
+    inputs: Sequence,
+    *,
+    read: Callable[[nnx.State], nnx.State],
+    remat: Callable | None = None,
+    scan: bool = True,
+) -> tuple:
+    """Each layer with its values turned from stored ones into those that it computes with by `read`; `remat`, a form of
+    jax.checkpoint, wraps both.
+
+    With `scan`, neighbours that differ in their values alone are a loop over their stacked values: the program has each
+    kind of layer once, compiles sooner, and what a layer reads lives for one turn. Values that a layer changes (running
+    statistics) are lost.
+    """
+    split = [nnx.split(layer) for layer in layers]
+    members = zip(range(len(split)), split, inputs, strict=True)
+    outputs = []
+    for _, group in itertools.groupby(members, key=lambda member: _kind(member[1]) if scan else member[0]):
+        (_, (graph, _), _), *_ = group = list(group)
+
+        def turn(carry, given, graph=graph):
+            state, own = given
+            return step(nnx.merge(graph, read(state)), carry, own)
+
+        # the passes of a loop cannot be merged with one another: only a layer by itself needs a barrier between them
+        turn = turn if remat is None else remat(turn, prevent_cse=len(group) == 1)
+        given = [(state, own) for _, (_, state), own in group]
+        if len(given) == 1:
+            carry, output = turn(carry, given[0])
+            outputs.append(output)
+            continue
+        carry, stacked = jax.lax.scan(turn, carry, jax.tree.map(lambda *x: jnp.stack(x), *given))
+        outputs += [jax.tree.map(lambda x, number=number: x[number], stacked) for number in range(len(given))]
+    return carry, outputs
 
 
 class Tokens(NamedTuple):
@@ -37,11 +93,11 @@ class Stream(nnx.Module):
         self.config = config
         self.patch_embed = Linear(config.patch_values, config.width, rngs=rngs)
         self.blocks = nnx.List(
-            Block(config.width, config.heads, config.mlp_ratio, eps=1e-6, rngs=rngs) for _ in range(config.depth))
+            Block(config.width, config.heads, config.mlp_ratio, eps=1e-6, rngs=rngs) for _ in range(config.depth)
+        )
         self.norm = LayerNorm(config.width, eps=1e-6)
         needed = fusion_width != config.width
-        self.bridges = nnx.List(
-            Linear(fusion_width, config.width, rngs=rngs) if needed and f else None for f in fused)
+        self.bridges = nnx.List(Linear(fusion_width, config.width, rngs=rngs) if needed and f else None for f in fused)
 
     def embed(self, x: jax.Array, keep: jax.Array | None) -> jax.Array:
         """Input [B, H, W, C] → tokens of the patches `keep` [B, K] (None: all), with positions."""
@@ -57,8 +113,9 @@ class Stream(nnx.Module):
         return self.blocks[number] if number < len(self.blocks) else None, self.bridges[number]
 
 
-def run_part(part: tuple[Block | None, Linear | None], x: jax.Array, fusion: jax.Array | None,
-             factors: jax.Array | None = None) -> jax.Array:
+def run_part(
+    part: tuple[Block | None, Linear | None], x: jax.Array, fusion: jax.Array | None, factors: jax.Array | None = None
+) -> jax.Array:
     """A stream's block over [fusion ; x], of which only x is kept; a stream that is at its end stays."""
     block, bridge = part
     if block is None:
@@ -72,7 +129,7 @@ class Encoder(nnx.Module):
     Inputs are normalised images [B, H, W, 3] and log-mels [B, mels, frames(, 1)]; `*_keep` [B, K] names the visible
     patches. Not `fused`: without fusion tokens, so that neither stream sees the other. `factors` [B, layers, 2, 2] of
     `stochastic_depth` multiply the residual branches of both streams' blocks (fusion blocks have none). `run`
-    takes the layers one after the other (models/stack.py); a training step sets its own.
+    takes the layers one after the other (models/encoder.py); a training step sets its own.
     """
 
     def __init__(self, config: AVMAEConfig, *, rngs: nnx.Rngs):
@@ -81,8 +138,8 @@ class Encoder(nnx.Module):
         self.image = Stream(config.image, width, fused, rngs=rngs)
         self.audio = Stream(config.audio, width, fused, rngs=rngs)
         self.fusion_blocks = nnx.List(
-            FusionBlock(width, config.image.width, config.audio.width, fusion, rngs=rngs) if f else None
-            for f in fused)
+            FusionBlock(width, config.image.width, config.audio.width, fusion, rngs=rngs) if f else None for f in fused
+        )
         if config.fusion.kind == "none":
             self.fusion_tokens = self.fusion_norm = None
         else:
@@ -92,8 +149,14 @@ class Encoder(nnx.Module):
         self.fusion_width = width
         self.run = in_turn
 
-    def start(self, image: jax.Array, audio: jax.Array, image_keep: jax.Array | None = None,
-              audio_keep: jax.Array | None = None, fused: bool = True) -> Tokens:
+    def start(
+        self,
+        image: jax.Array,
+        audio: jax.Array,
+        image_keep: jax.Array | None = None,
+        audio_keep: jax.Array | None = None,
+        fused: bool = True,
+    ) -> Tokens:
         """The tokens that layer 0 reads; F is 0 where there are no fusion tokens."""
         image, audio = self.image.embed(image, image_keep), self.audio.embed(audio, audio_keep)
         if self.fusion_tokens is None or not fused:
@@ -111,12 +174,22 @@ class Encoder(nnx.Module):
         block = block if fusion.shape[1] else None
         read = None if block is None else fusion
         image_factors, audio_factors = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
-        return (run_part(image_part, image, read, image_factors), run_part(audio_part, audio, read, audio_factors),
-                fusion if block is None else block(fusion, image, audio))
+        return (
+            run_part(image_part, image, read, image_factors),
+            run_part(audio_part, audio, read, audio_factors),
+            fusion if block is None else block(fusion, image, audio),
+        )
 
-    def __call__(self, image: jax.Array, audio: jax.Array, image_keep: jax.Array | None = None,
-                 audio_keep: jax.Array | None = None, return_layers: bool = False, fused: bool = True,
-                 factors: jax.Array | None = None) -> Tokens:
+    def __call__(
+        self,
+        image: jax.Array,
+        audio: jax.Array,
+        image_keep: jax.Array | None = None,
+        audio_keep: jax.Array | None = None,
+        return_layers: bool = False,
+        fused: bool = True,
+        factors: jax.Array | None = None,
+    ) -> Tokens:
         def step(parts: tuple, tokens: tuple, own: jax.Array | None):
             tokens = self.layer(parts, tokens, own)
             return tokens, tokens if return_layers else None

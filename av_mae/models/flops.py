@@ -17,18 +17,27 @@ def attention(queries: int, keys: int, key_width: int, value_width: int) -> int:
 def block(tokens: int, context: int, width: int, mlp_ratio: float) -> int:
     """A transformer block that updates `tokens` and reads `context` more."""
     read = tokens + context
-    return (2 * linear(tokens, width, width) + 2 * linear(read, width, width)
-            + attention(tokens, read, width, width) + 2 * linear(tokens, width, int(width * mlp_ratio)))
+    return (
+        2 * linear(tokens, width, width)
+        + 2 * linear(read, width, width)
+        + attention(tokens, read, width, width)
+        + 2 * linear(tokens, width, int(width * mlp_ratio))
+    )
 
 
-def pair_read(config: AVMAEConfig, implementation: str, queries: int, image: int, audio: int,
-              widths: tuple[int, int], values: int) -> int:
+def pair_read(
+    config: AVMAEConfig, implementation: str, queries: int, image: int, audio: int, widths: tuple[int, int], values: int
+) -> int:
     """Queries over all pairs of `image` and `audio` tokens of the given widths, projection included."""
     fusion, width = config.fusion, config.fusion_width
     inner = fusion.inner_width(width)
     pairs = image + audio if implementation == "separable" else image * audio
-    projections = (linear(image, widths[0], inner + values) + linear(audio, widths[1], inner + values)
-                   + linear(queries, width, inner) + linear(queries, values, width))
+    projections = (
+        linear(image, widths[0], inner + values)
+        + linear(audio, widths[1], inner + values)
+        + linear(queries, width, inner)
+        + linear(queries, values, width)
+    )
     return projections + attention(queries, pairs, inner, values)
 
 
@@ -40,8 +49,11 @@ def fusion_block(config: AVMAEConfig, image: int, audio: int, implementation: st
     inner = fusion.inner_width(width)
     cost = 2 * linear(tokens, width, int(width * fusion.mlp_ratio))
     if fusion.kind == "token":
-        return cost + (2 * linear(tokens, width, inner) + linear(image + audio, widths[0], 2 * inner)
-                       + attention(tokens, image + audio, inner, inner))
+        return cost + (
+            2 * linear(tokens, width, inner)
+            + linear(image + audio, widths[0], 2 * inner)
+            + attention(tokens, image + audio, inner, inner)
+        )
     if fusion.kind != "factorized":
         return cost + pair_read(config, implementation, tokens, image, audio, widths, inner)
     queries, from_image, from_audio = fusion.tokens

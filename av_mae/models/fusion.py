@@ -4,14 +4,126 @@
 heads and summed over the sound's tokens where pairs are read. Nothing of it is computed in training.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from av_mae.models.config import FusionConfig
-from av_mae.models.layers import (FROM_HEADS, MLP, TO_HEADS, Attention, LayerNorm, Linear, attend, attention_weights,
-                                  merge_heads, split_heads)
-from av_mae.models.pair_attention import IMPLEMENTATIONS, KeysValues
+from av_mae.models.config import FusionConfig, require
+from av_mae.models.layers import (
+    FROM_HEADS,
+    MLP,
+    TO_HEADS,
+    Attention,
+    LayerNorm,
+    Linear,
+    at_least_float32,
+    attend,
+    attention_weights,
+    merge_heads,
+    softmax,
+    split_heads,
+)
+
+
+class KeysValues(NamedTuple):
+    keys: jax.Array
+    values: jax.Array
+
+
+class Dropout(NamedTuple):
+    """Rate and key of attention dropout; the draw for image token i depends on i alone, not on chunks."""
+
+    rate: float
+    key: jax.Array
+
+
+PairFunction = Callable[[jax.Array, jax.Array], jax.Array]
+PAIRS: dict[str, PairFunction] = {"sum": jnp.add, "product": jnp.multiply}
+
+
+def separable(q: jax.Array, image: KeysValues, audio: KeysValues, scale: float, pair: str = "sum") -> jax.Array:
+    """Output [B, F, H, V] for pair 'sum': softmax_i(s) V_i + softmax_j(t) V_j (DESIGN: pairs separate)."""
+    require(pair == "sum", f"separable pair attention needs pair='sum', got {pair!r}")
+    return attend(q, *image, scale) + attend(q, *audio, scale)
+
+
+def _keep_scale(dropout: Dropout, tokens: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Dropout factors for image tokens `tokens` [C]: [B, H, F, C, A], 0 or 1 / (1 - rate)."""
+    draw = lambda i: jax.random.bernoulli(jax.random.fold_in(dropout.key, i), 1 - dropout.rate, shape)
+    return jnp.moveaxis(jax.vmap(draw)(tokens), 0, 3) / (1 - dropout.rate)
+
+
+def materialized(
+    q: jax.Array,
+    image: KeysValues,
+    audio: KeysValues,
+    scale: float,
+    pair: str = "sum",
+    dropout: Dropout | None = None,
+    return_weights: bool = False,
+):
+    """Output [B, F, H, V] from all pairs in memory; with `return_weights` also [B, H, F, I, A]."""
+    keys, values = (PAIRS[pair](i[:, :, None], a[:, None]) for i, a in zip(image, audio, strict=True))
+    b, i, a, h, _ = keys.shape
+    logits = at_least_float32(jnp.einsum("bfhk,biahk->bhfia", q * scale, keys))
+    weights = softmax(logits.reshape(b, h, -1, i * a)).reshape(logits.shape)
+    used = weights
+    if dropout is not None:
+        used = weights * _keep_scale(dropout, jnp.arange(i), (b, h, q.shape[1], a))
+    out = jnp.einsum("bhfia,biahv->bfhv", used.astype(values.dtype), values)
+    return (out, weights) if return_weights else out
+
+
+def chunked(
+    q: jax.Array,
+    image: KeysValues,
+    audio: KeysValues,
+    scale: float,
+    pair: str = "sum",
+    dropout: Dropout | None = None,
+    return_weights: bool = False,
+    chunk: int = 16,
+):
+    """As `materialized`, holding the pairs of `chunk` image tokens at a time (also in the backward pass)."""
+    b, tokens, h, _ = image.keys.shape
+    f, a, width = q.shape[1], audio.keys.shape[1], audio.values.shape[-1]
+    chunks = -(-tokens // chunk)
+    pad = [(0, 0), (0, chunks * chunk - tokens), (0, 0), (0, 0)]
+    split = lambda x: jnp.moveaxis(jnp.pad(x, pad).reshape(b, chunks, chunk, h, -1), 1, 0)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    q = q * scale
+
+    @jax.checkpoint
+    def read(carry, part):
+        highest, total, out = carry
+        index, keys, values = part
+        ids = index * chunk + jnp.arange(chunk)
+        logits = jnp.einsum("bfhk,bcahk->bhfca", q, PAIRS[pair](keys[:, :, None], audio.keys[:, None])).astype(dtype)
+        logits = jnp.where((ids < tokens)[:, None], logits, -jnp.inf)
+        new_highest = jnp.maximum(highest, logits.max((-2, -1)))
+        decay = jnp.exp(highest - new_highest)
+        weights = jnp.exp(logits - new_highest[..., None, None])
+        total = total * decay + weights.sum((-2, -1))
+        if dropout is not None:
+            weights = weights * _keep_scale(dropout, ids, (b, h, f, a))
+        pairs = PAIRS[pair](values[:, :, None], audio.values[:, None])
+        out = out * decay[..., None] + jnp.einsum("bhfca,bcahv->bhfv", weights.astype(pairs.dtype), pairs)
+        return (new_highest, total, out), logits if return_weights else None
+
+    start = (jnp.full((b, h, f), -jnp.inf, dtype), jnp.zeros((b, h, f), dtype), jnp.zeros((b, h, f, width), dtype))
+    parts = (jnp.arange(chunks), split(image.keys), split(image.values))
+    (highest, total, out), logits = jax.lax.scan(read, start, parts)
+    out = jnp.moveaxis(out / total[..., None], 1, 2).astype(audio.values.dtype)
+    if not return_weights:
+        return out
+    logits = jnp.moveaxis(logits, 0, 3).reshape(b, h, f, chunks * chunk, a)[:, :, :, :tokens]
+    return out, jnp.exp(logits - highest[..., None, None]) / total[..., None, None]
+
+
+IMPLEMENTATIONS = {"separable": separable, "chunked": chunked, "materialized": materialized}
 
 
 class TokenAttention(nnx.Module):
@@ -35,7 +147,7 @@ class TokenAttention(nnx.Module):
         """[B, F, I]; what is left to 1 is the sound's."""
         read = jnp.concatenate([image, audio], axis=1)
         q, k = (split_heads(y, self.heads) for y in (self.query(fusion), self.key(read)))
-        return attention_weights(q, k, self.scale).mean(1)[..., :image.shape[1]]
+        return attention_weights(q, k, self.scale).mean(1)[..., : image.shape[1]]
 
 
 class PairRead(nnx.Module):
@@ -64,11 +176,19 @@ class PairRead(nnx.Module):
 
     def read(self, fusion: jax.Array, image: jax.Array, audio: jax.Array, implementation: str, **options):
         """Pair attention before the projection; `options` go to the implementation (dropout, return_weights)."""
-        q, ki, vi, ka, va = (split_heads(y, self.heads) for y in (
-            self.query(fusion), self.key_image(image), self.value_image(image),
-            self.key_audio(audio), self.value_audio(audio)))
+        q, ki, vi, ka, va = (
+            split_heads(y, self.heads)
+            for y in (
+                self.query(fusion),
+                self.key_image(image),
+                self.value_image(image),
+                self.key_audio(audio),
+                self.value_audio(audio),
+            )
+        )
         return IMPLEMENTATIONS[implementation](
-            q, KeysValues(ki, vi), KeysValues(ka, va), self.scale, self.pair, **options)
+            q, KeysValues(ki, vi), KeysValues(ka, va), self.scale, self.pair, **options
+        )
 
     def __call__(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
         return self.out(merge_heads(self.read(fusion, image, audio, self.implementation)))
@@ -113,8 +233,12 @@ class FactorizedAttention(nnx.Module):
         return jnp.concatenate([jnp.einsum("bfv,bvi->bfi", pairs, read), read], axis=1)
 
 
-ATTENTIONS = {"token": TokenAttention, "dense": PairAttention, "bilinear": PairAttention,
-              "factorized": FactorizedAttention}
+ATTENTIONS = {
+    "token": TokenAttention,
+    "dense": PairAttention,
+    "bilinear": PairAttention,
+    "factorized": FactorizedAttention,
+}
 
 
 class FusionBlock(nnx.Module):

@@ -5,16 +5,44 @@ the parameters are float64). Kernels are stored [inputs, outputs], queries, keys
 fused and sliced inside the step is copied each time.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from av_mae.models.axes import constrain
-from av_mae.models.positions import sin_cos_2d
+from av_mae.models.config import require
+
+# Mesh axes by the name of a dimension; a name that is not here stays whole.
+Rules = Mapping[str, str | tuple[str, ...]]
+
+_current: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("current", default=None)
+
+
+@contextlib.contextmanager
+def cut_over(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """What is traced inside lies on the mesh as the rules say."""
+    token = _current.set((mesh, rules))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def constrain(x: jax.Array, last: str | None) -> jax.Array:
+    """x [B, ..., last] cut over its batch and its last dimension, whole in between."""
+    if _current.get() is None or _current.get()[0].size == 1:
+        return x
+    mesh, rules = _current.get()
+    spec = PartitionSpec(rules["batch"], *(None,) * (x.ndim - 2), rules.get(last))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 # Dimensions of the projections to queries, keys and values, and of the one that leads back.
@@ -26,11 +54,30 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _sin_cos_1d(coordinates: np.ndarray, width: int) -> np.ndarray:
+    """[N] coordinates → [N, width], laid out [sin…, cos…] with frequencies 10000^(-k / (width / 2))."""
+    require(width % 2 == 0, f"width={width} of one coordinate must be even")
+    frequencies = 10000.0 ** (-np.arange(width // 2, dtype=np.float64) / (width / 2))
+    angles = np.outer(coordinates.astype(np.float64), frequencies)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+@functools.lru_cache(maxsize=64)
+def sin_cos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
+    """Positions of a (rows, columns) grid, row-major: float32 [rows · columns, width].
+
+    The first half of the width encodes the column, the second half the row.
+    """
+    require(width % 4 == 0, f"{width=} must be a multiple of 4")
+    row, column = (c.ravel() for c in np.meshgrid(*map(np.arange, grid), indexing="ij"))
+    return np.concatenate([_sin_cos_1d(column, width // 2), _sin_cos_1d(row, width // 2)], axis=1).astype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Initial:
     """How a parameter begins: float32 `shape`, drawn by `kind` ('uniform' in ± scale, 'normal' with deviation scale),
     'constant' of value scale (or one for each of the last axis) and `dtype`, or 'positions' of the (rows, columns)
-    `grid`. `axes` names the dimensions (models/axes.py; none named: a norm, a token, a convolution).
+    `grid`. `axes` names the dimensions (models/layers.py; none named: a norm, a token, a convolution).
 
     It stays with the parameter, so that a sharded run can draw each one by itself, straight into its shards.
     """
@@ -67,8 +114,16 @@ class Linear(nnx.Module):
     outputs: of two layers in a row, one with outputs and one with inputs 'heads' or 'mlp' are cut alike over devices.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, fan_out: int | None = None,
-                 axes: tuple[str, str] = ("width", "width"), rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool = True,
+        fan_out: int | None = None,
+        axes: tuple[str, str] = ("width", "width"),
+        rngs: nnx.Rngs,
+    ):
         bound = math.sqrt(6 / (inputs + (fan_out or outputs)))
         self.kernel = Initial("uniform", (inputs, outputs), bound, axes=axes).parameter(rngs)
         self.bias = Initial("constant", (outputs,), axes=axes[1:]).parameter() if bias else None
@@ -177,8 +232,12 @@ def attention_weights(q: jax.Array, k: jax.Array, scale: float, bias: jax.Array 
     Heads are moved beside the batch first: with heads between tokens and head width the CPU's matrix products were
     measured at a third of this rate in the forward pass.
     """
-    logits = jnp.einsum("bhnk,bhmk->bhnm", jnp.swapaxes(q * scale, 1, 2), jnp.swapaxes(k, 1, 2),
-                        preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    logits = jnp.einsum(
+        "bhnk,bhmk->bhnm",
+        jnp.swapaxes(q * scale, 1, 2),
+        jnp.swapaxes(k, 1, 2),
+        preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
+    )
     return softmax(logits if bias is None else logits + bias)
 
 
@@ -190,8 +249,7 @@ def fused_on_gpu(q: jax.Array, v: jax.Array, bias: jax.Array | None) -> bool:
     return fits and q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
 
 
-def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float,
-                    bias: jax.Array | None = None) -> jax.Array:
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
     """`attend` as matrix products around a softmax."""
     weights = attention_weights(q, k, scale, bias).astype(v.dtype)
     return jnp.swapaxes(jnp.einsum("bhnm,bhmk->bhnk", weights, jnp.swapaxes(v, 1, 2)), 1, 2)

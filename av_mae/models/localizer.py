@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from av_mae.models.config import AVMAEConfig, StreamConfig, require
+from av_mae.models.config import AVMAEConfig, LocalizerConfig, StreamConfig, require
 from av_mae.models.encoder import Encoder
-from av_mae.models.head_config import LocalizerConfig
 from av_mae.models.layers import Linear, at_least_float32
 from av_mae.models.masked_autoencoder import AVMAE
 from av_mae.models.patches import Mask, masked_error, random_mask, take, targets
@@ -104,16 +103,18 @@ def occlusion_noise(keys: jax.Array, masks: int, stream: StreamConfig) -> jax.Ar
     return jax.vmap(lambda key: jax.random.uniform(key, (masks, stream.tokens)))(keys)
 
 
-def sound_error(model: AVMAE, image: jax.Array, audio: jax.Array, image_keep: jax.Array | None,
-                mask: Mask) -> jax.Array:
+def sound_error(
+    model: AVMAE, image: jax.Array, audio: jax.Array, image_keep: jax.Array | None, mask: Mask
+) -> jax.Array:
     """Reconstruction error [B] of the masked sound where the image's patches `image_keep` [B, K] are seen."""
     tokens = model.encoder(image, audio, image_keep, mask.keep)
     prediction = model.audio_decoder(tokens.audio, tokens.fusion, *mask[:2])
     return masked_error(prediction, take(targets(audio, model.config.audio), mask.removed))
 
 
-def occlusion_map(model: AVMAE, image: jax.Array, audio: jax.Array, audio_noise: jax.Array,
-                  chunk: int = 8) -> jax.Array:
+def occlusion_map(
+    model: AVMAE, image: jax.Array, audio: jax.Array, audio_noise: jax.Array, chunk: int = 8
+) -> jax.Array:
     """How much the error of the sound's reconstruction grows when an image token is hidden: [B, H, W].
 
     Costs masks × I passes through encoder and audio decoder, of which `chunk` are in memory at a time.

@@ -1,0 +1,233 @@
+"""`benchmark input`: how many clips a core makes ready for training, by stage, beside the mp4 files of the same clips.
+
+Times are CPU seconds of this process, so that what else the machine does counts little: "per core" is per CPU second. The
+files lie in the page cache. Transforms are those of training: a random window of the sound at a random volume, a random
+crop of the frame.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from av_mae import config as sizes
+from av_mae import models
+from av_mae.benchmark import input_clips, timing
+from av_mae.benchmark.chips import PEAK_FLOPS
+from av_mae.config import DataConfig
+from av_mae.console import Progress
+from av_mae.data import audio as sound
+from av_mae.data import frames, records
+from av_mae.data.loading import ClipLoader, ClipSource, HostBatches, batch_fields
+from av_mae.data.pipeline import TrainingData, open_sources, open_training_data
+from av_mae.errors import UserError
+from av_mae.media import decode as media
+from av_mae.prepare.tfds_files import write_set
+
+IMAGE, AUDIO = (224, 224), (128, 192)
+BATCH = 32
+ROWS = np.arange(BATCH)
+VIDEOS = 16  # clips at most that are also read from mp4 files
+LARGE = 1_000_000  # clips
+WAIT_SECONDS = 10.0  # of training over which the share of waiting is measured
+# Accelerators by their kind in chips.PEAK_FLOPS, and the share of that peak that a training step is taken to reach.
+CHIPS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "H100": "NVIDIA H100 80GB HBM3"}
+MFU = 0.5
+
+
+class Stages(NamedTuple):
+    """What the stages of n clips begin with: their numbers in the set; records; encoded frames and the crops' boxes;
+    decoded frames and the boxes in them; places of the windows in the sounds; windows; clips that ClipLoader made."""
+
+    numbers: list[int]
+    records: list[dict]
+    encoded: list[tuple[bytes, frames.Box]]
+    decoded: list[tuple[np.ndarray, frames.Box]]
+    places: list[float]
+    windows: list[np.ndarray]
+    clips: list[dict]
+
+
+class LargeSet:
+    """Some clips over and over, as many as large sets have: to shuffle a small set, Grain takes 0.1 ms per clip."""
+
+    def __init__(self, source: ClipSource, numbers: list[int]):
+        self._source, self._numbers = source, numbers
+
+    def __len__(self) -> int:
+        return LARGE
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[self._numbers[index % len(self._numbers)]]
+
+
+def measure(folder: str, clips: int, rounds: int, device_rate: float = 0.0, workers: int = 0) -> dict[str, Any]:
+    """The figures of `benchmark input` (DESIGN: names in the JSON file), for the first `clips` clips of a prepared set.
+
+    folder: '' makes a set. device_rate: clips/s that a host's accelerators take (0: waiting is not measured), served by
+    `workers` processes. Raises UserError where the set cannot be opened or none of its clips can be read.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or _make_set(pathlib.Path(temporary, "set"), clips)
+        data = DataConfig(path=folder, split=_split(folder))
+        (source,) = open_sources(data, AUDIO)
+        stages = _load_stages(data, source, min(clips, len(source)))
+        videos = _write_videos(stages.records[:VIDEOS], pathlib.Path(temporary))
+        training = TrainingData([LargeSet(source, stages.numbers)], data, IMAGE, AUDIO, 0, BATCH, ROWS)
+        batches = training.host_batches(0, -(-len(stages.clips) // BATCH) * BATCH)
+        runs = _stage_runs(data, source, stages) | {
+            "whole": functools.partial(_each, batches.__getitem__, range(len(batches))),
+            "video": functools.partial(_each, functools.partial(_read_video, data), videos),
+        }
+        counts = dict.fromkeys(runs, len(stages.clips)) | {"whole": BATCH * len(batches), "video": len(videos)}
+        seconds = timing.in_turn(runs, rounds, time.process_time)
+        figures = {
+            "clips": len(stages.clips),
+            "rounds": rounds,
+            **_figures({name: values / counts[name] for name, values in seconds.items()}),
+        }
+        if device_rate:
+            figures |= {
+                "device_rate": device_rate,
+                "workers": workers,
+                "input_wait_share": wait_share(data, device_rate, workers),
+                "cores_for_device_rate": device_rate / figures["clips_per_second_per_core"],
+            }
+        return figures
+
+
+def wait_share(data: DataConfig, device_rate: float, workers: int) -> float:
+    """The share of its time that a device of `device_rate` clips/s, which sleeps through its steps, waits for input."""
+    step = BATCH / device_rate
+    with open_training_data(dataclasses.replace(data, workers=workers), IMAGE, AUDIO, 0, BATCH, ROWS) as training:
+        batches, waited, busy = training.batches(0), 0.0, 0.0
+        for _ in range(2 * max(1, workers)):  # what the workers have ready at the beginning does not count
+            next(batches)
+        with Progress(round(WAIT_SECONDS), "waiting for input", "seconds") as progress:
+            while waited + busy < WAIT_SECONDS:
+                began = time.perf_counter()
+                next(batches)
+                waited += time.perf_counter() - began
+                time.sleep(step)
+                busy += step
+                progress.update(min(progress.total, int(waited + busy)) - progress.done)
+    return waited / (waited + busy)
+
+
+def _split(folder: str) -> str:
+    """The training split of a set, or its first one. Raises UserError where `folder` names several sets or none."""
+    if len(DataConfig(path=folder).paths) != 1:
+        raise UserError(f"--data={folder} must name one prepared set")
+    splits = records.describe(folder).splits
+    return next((split for split in ("train", *splits) if split in splits), "train")
+
+
+def _make_set(folder: pathlib.Path, clips: int) -> str:
+    """Writes a set of made-up clips, as `prepare` would, into the new `folder`; returns its path."""
+    folder.mkdir()
+    with Progress(clips, "making clips") as progress:
+
+        def made():
+            for number in range(clips):
+                yield input_clips.compose(number)
+                progress.update()
+
+        write_set(folder, "made_up", "made up", ["unknown"], {"train": made}, clips)
+    return os.fspath(folder)
+
+
+def _load_stages(data: DataConfig, source: ClipSource, count: int) -> Stages:
+    """What each stage begins with, of those of the first `count` clips that can be read."""
+    generator, loader = np.random.default_rng(0), ClipLoader(data, IMAGE, AUDIO, augment=True)
+    stages, errors = Stages([], [], [], [], [], [], []), []
+    for number in range(count):
+        record = source[number]
+        clip = loader.random_map(record, generator)
+        if clip["error"]:
+            errors.append(clip["error"])
+            continue
+        place, samples = generator.uniform(), AUDIO[1] * data.sound.hop
+        window, _, middle = sound.read_window(record["sound"], data.sound.rate, samples, place)
+        encoded = record["frames"][int(np.argmin(np.abs(record["frame_times"] - middle)))]
+        box = frames.random_box(generator, *frames.frame_size(encoded), data.crop_scale)
+        for values, value in zip(
+            stages, (number, record, (encoded, box), frames.decode(encoded, box, IMAGE), place, window, clip)
+        ):
+            values.append(value)
+    if not stages.clips:
+        raise UserError(f"none of the first {count} clips of {data.path} can be read; the first error: {errors[0]}")
+    return stages
+
+
+def _stage_runs(data: DataConfig, source: ClipSource, stages: Stages) -> dict[str, Callable[[], None]]:
+    """One function per stage that does its work for all clips."""
+    settings, samples = data.sound, AUDIO[1] * data.sound.hop
+    order = np.random.default_rng(1).permutation(stages.numbers).tolist()
+    joined = HostBatches(
+        grain.MapDataset.source(stages.clips), batch_fields(data, IMAGE, AUDIO), BATCH, ROWS, 0, len(stages.clips)
+    )
+    encoded_sounds = [(record["sound"], place) for record, place in zip(stages.records, stages.places)]
+    return {
+        "read": functools.partial(_each, source.__getitem__, order),
+        "jpeg": functools.partial(_each, lambda frame: frames.decode(*frame, IMAGE), stages.encoded),
+        "crop": functools.partial(_each, lambda frame: frames.resize_box(*frame, IMAGE, flip=True), stages.decoded),
+        "sound": functools.partial(
+            _each, lambda it: sound.read_window(it[0], settings.rate, samples, it[1]), encoded_sounds
+        ),
+        "log_mel": functools.partial(
+            _each, lambda window: sound.features(sound.change_volume(window, 3.0), settings), stages.windows
+        ),
+        "batch": functools.partial(_each, joined.__getitem__, range(len(joined))),
+    }
+
+
+def _each(function: Callable, values) -> None:
+    for value in values:
+        function(value)
+
+
+def _write_videos(stored: list[dict], folder: pathlib.Path) -> list[tuple[str, float, np.random.Generator]]:
+    """The mp4 file of each record, how long it is, and the random draws for reading it."""
+    videos = []
+    with Progress(len(stored), "writing mp4 files") as progress:
+        for number, record in enumerate(stored):
+            path = folder / f"{number}.mp4"
+            seconds = input_clips.write_video(record, path)
+            videos.append((os.fspath(path), seconds, np.random.default_rng(number)))
+            progress.update()
+    return videos
+
+
+def _read_video(data: DataConfig, video: tuple[str, float, np.random.Generator]) -> None:
+    """A clip for training straight from its mp4 file, decoded near its window only, as av_mae.preprocess does."""
+    path, length, generator = video
+    samples = AUDIO[1] * data.sound.hop
+    seconds = samples / data.sound.rate
+    excerpt = media.read_excerpt(path, generator.uniform() * max(0.0, length - seconds), seconds)
+    box = frames.random_box(generator, *excerpt.frame.shape[:2], data.crop_scale)
+    frames.resize_box(excerpt.frame, box, IMAGE, flip=True)
+    waveform = sound.cut(excerpt.waveform, excerpt.rate, data.sound.rate, excerpt.first, samples)
+    sound.features(sound.change_volume(waveform, 3.0), data.sound)
+
+
+def _figures(seconds: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Rates and the ratio of whole and video, medians over rounds, from CPU seconds per clip in each round."""
+    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    stages = {name: value for name, value in median.items() if name not in ("whole", "video")}
+    flops = 3 * models.closed_form_flops(sizes.sized_model("base"))
+    rates = {name: MFU * PEAK_FLOPS[kind] / flops for name, kind in CHIPS.items()}
+    return {
+        "clips_per_second_per_core": 1 / median["whole"],
+        "video_clips_per_second_per_core": 1 / median["video"],
+        "times_video": float(np.median(seconds["video"] / seconds["whole"])),
+        "stages": {name: 1 / value for name, value in stages.items()},
+        "seconds_per_clip": median | {"other": median["whole"] - sum(stages.values())},
+        "chips": {name: {"clips_per_second": rate, "cores": rate * median["whole"]} for name, rate in rates.items()},
+    }

@@ -1,0 +1,267 @@
+"""`benchmark pod`: the training step of a recipe, compiled for a TPU slice that need not be there.
+
+The compiler is libtpu's (the `tpu` extra, any Linux machine); its program, memory plan and counts are the real ones,
+the times are predictions by the roofline of roofline.py.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
+import tempfile
+
+import jax
+import numpy as np
+
+from av_mae import models
+from av_mae.benchmark import compiled as programs
+from av_mae.benchmark import roofline
+from av_mae.benchmark.chips import CHIPS, Chip
+from av_mae.config import TrainConfig
+from av_mae.console import Progress
+from av_mae.errors import UserError
+from av_mae.train.optimizer import Length
+from av_mae.train.sharding import fitted, make_mesh
+from av_mae.train.step import PASSES, Pretraining, TrainStep, count_parameters
+
+# What libtpu asks of a machine that is no TPU host.
+ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+COUNTS = (16, 32, 64, 128, 256, 512, 1024)  # chips of the curve
+CLIPS_PER_CORE = 250  # clips per second that a host core is assumed to prepare
+
+
+def known_topologies() -> dict[str, tuple[Chip, tuple[int, ...]]]:
+    """Chip and shape of each slice by name, e.g. 'v5e:4x4'."""
+    return {
+        f"{name}:{'x'.join(map(str, shape))}": (chip, shape)
+        for name, chip in CHIPS.items()
+        for size, shape in roofline.SHAPES[chip.dimensions].items()
+        if size <= chip.most
+    }
+
+
+def topology_devices(name: str, slices: int) -> list:
+    """The devices of `slices` slices, none of which need be there.
+
+    Raises:
+      UserError: no such topology, or libtpu is not installed.
+    """
+    known = known_topologies()
+    if name not in known:
+        raise UserError(f"no topology {name!r}; known are {', '.join(known)}")
+    if slices < 1:
+        raise UserError(f"--slices={slices} must be at least 1")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for TPUs needs libtpu: pip install 'av_mae[tpu]' (Linux; no TPU is needed)")
+    from jax.experimental import topologies
+
+    os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
+    jax.config.update("jax_platforms", "cpu")
+    options = {"num_slices": slices} if slices > 1 else {}
+    return list(topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices)
+
+
+def abstract_batch(config: TrainConfig, train_step: TrainStep) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what `TrainStep.step` takes."""
+    shapes = {
+        "image": ((*config.model.image.size, 3), np.uint8),
+        "audio": (config.model.audio.size, np.float32),
+        "valid": ((), bool),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=train_step.rows)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def state_bytes(train_step: TrainStep) -> int:
+    """Bytes of parameters and optimizer on each chip."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(train_step.abstract_state())
+    )
+
+
+def advice(config: TrainConfig, state: int, over: int, memory: int, devices: int, fsdp: int) -> str:
+    """A setting that would make a step fit which needs `over` bytes more than the `memory` of a chip."""
+    activations = memory + over - state
+    if state > memory / 2:
+        wanted = next(
+            (n for n in range(fsdp + 1, devices + 1) if devices % n == 0 and state * fsdp / n < 0.4 * memory), None
+        )
+        if wanted:
+            left = state * fsdp / wanted / 1e9
+            return f"--config.mesh.fsdp={wanted} would cut parameters and moments to {left:.1f} GB"
+    rows = config.batch_size // devices
+    for parts in range(config.grad_accumulation + 1, rows + 1):
+        if rows % parts == 0 and state + activations * config.grad_accumulation / parts < 0.9 * memory:
+            return f"--config.grad_accumulation={parts} would keep the activations of 1/{parts} of the clips at a time"
+    return "--config.remat=full would keep only what enters each layer"
+
+
+def does_not_fit(error: Exception, config: TrainConfig, train_step: TrainStep, name: str) -> dict:
+    """Figures of a step that the compiler refused for want of memory; other errors are raised again."""
+    match = re.search(r"Used ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not match:
+        raise error
+    units = {"M": 2**20, "G": 2**30, "T": 2**40}
+    used, memory = (int(float(match.group(i)) * units[match.group(i + 1)]) for i in (1, 3))
+    state, mesh = state_bytes(train_step), train_step.mesh
+    setting = advice(config, state, used - memory, memory, mesh.size, mesh.shape["fsdp"])
+    return {
+        "topology": name,
+        "fits": False,
+        "bytes_per_chip": {"total": used, "memory": memory, "state": state},
+        "flops": None,
+        "collectives": {},
+        "predicted_step_seconds": None,
+        "predicted_mfu": None,
+        "refusal": f"{config.batch_size} clips on {mesh.size} chips need {used / 1e9:.1f} GB each, "
+        f"{(used - memory) / 1e9:.1f} GB more than the {memory / 1e9:.1f} GB there are: {setting}",
+    }
+
+
+def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """The compiled program and its text, as the compiler itself writes it down.
+
+    What `as_text` gives is read by JAX's own XLA, which does not know all that libtpu's writes: gathers that v5p and
+    v6e leave to their SparseCores.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        texts = list(pathlib.Path(folder).glob("*.after_codegen.txt"))
+        return compiled, texts[0].read_text() if len(texts) == 1 else compiled.as_text()
+
+
+def prepare(config: TrainConfig, name: str, slices: int) -> tuple[TrainStep, Chip, tuple[int, ...]]:
+    """The step of a recipe on the devices of a topology, with their chip and the shape of a slice.
+
+    Raises:
+      UserError: unknown topology; the mesh, the batch or the model does not fit it.
+    """
+    devices = topology_devices(name, slices)
+    chip, shape = known_topologies()[name]
+    parameters = count_parameters(Pretraining(config.model))
+    config = dataclasses.replace(config, mesh=fitted(config.mesh, devices, parameters, chip.memory))
+    return TrainStep(config, make_mesh(config.mesh, devices), Length(1000, 10, 1000)), chip, shape
+
+
+def measure(config: TrainConfig, name: str, slices: int = 1) -> dict:
+    """The figures of `benchmark pod`; bytes, FLOPs and seconds are those of one chip."""
+    train_step, chip, shape = prepare(config, name, slices)
+    with Progress(2, f"compiling for {name}", "stages") as progress:
+        traced = train_step.step.trace(train_step.abstract_state(), abstract_batch(config, train_step))
+        lowered = traced.lower()
+        progress.update(stage="lowered")
+        try:
+            compiled, program = compile_step(lowered)
+        except jax.errors.JaxRuntimeError as error:
+            return does_not_fit(error, config, train_step, name)
+        progress.update(stage="compiled")
+    chips, memory, cost = train_step.mesh.size, compiled.memory_analysis(), compiled.cost_analysis()
+    products = list(programs.products(traced.jaxpr.jaxpr))
+    more_flops, more_bytes = programs.further_turns(program)
+    bytes_accessed = cost["bytes accessed"] + more_bytes
+    flops, padded = programs.matmul_flops(products), programs.matmul_flops(products, chip.tile)
+    sizes = train_step.mesh.shape
+    across = (sizes["data"], sizes["data"] * sizes["fsdp"], chips)
+    kinds = roofline.exchanges(programs.collectives(program), chip, shape, slices, across)
+    parts = {
+        "compute": padded / chips / chip.flops,
+        "memory": bytes_accessed / chip.memory_rate,
+        "shown": sum(kind["seconds"] for kind in kinds.values()),
+        "hidden": sum(kind["hidden_seconds"] for kind in kinds.values()),
+    }
+    seconds = roofline.step_seconds(**parts)
+    closed = PASSES * models.closed_form_flops(config.model) * config.batch_size / chips
+    state = state_bytes(train_step)
+    kept = {
+        "state": state,
+        "batch": memory.argument_size_in_bytes - state,
+        "temporary": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+        "new": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
+    total = sum(kept.values())
+    room = chip.memory - total + kept["temporary"] + kept["batch"]
+    largest = int(room / (kept["temporary"] + kept["batch"]) * config.batch_size / chips) * chips
+    return {
+        "topology": name,
+        "slices": slices,
+        "chips": chips,
+        "mesh": dict(sizes),
+        "fits": total <= chip.memory,
+        "batch_size": config.batch_size,
+        "largest_batch": largest,
+        "bytes_per_chip": kept | {"total": total, "memory": chip.memory},
+        "flops": cost["flops"] + more_flops,
+        "closed_form_flops": closed,
+        "matmul_flops": flops / chips,
+        "padded_flops": padded / chips,
+        "bytes_accessed": bytes_accessed,
+        "collectives": kinds,
+        "seconds": parts,
+        "predicted_step_seconds": seconds,
+        "predicted_mfu": closed / seconds / chip.flops,
+        "compiler_cycle_seconds": programs.cycles(program) / chip.clock,
+        "gathered_bytes": programs.most_alive(program, programs.gathers),
+        "parameters": sum(int(np.prod(x.shape)) for x in train_step.shapes.params.values()),
+    }
+
+
+def recipe_hours(figures: dict, config: TrainConfig, clips: int) -> dict:
+    """Predicted hours of a whole recipe over `clips` clips per epoch, and the host cores that its input needs."""
+    rate = config.batch_size / figures["predicted_step_seconds"]
+    total = config.epochs * clips or config.steps * config.batch_size
+    return {
+        "recipe_clips": total,
+        "predicted_hours": total / rate / 3600,
+        "clips_per_second": rate,
+        "input_cores": rate / CLIPS_PER_CORE,
+    }
+
+
+def curve(figures: dict, name: str) -> list[dict]:
+    """Predicted efficiency of the compiled step over numbers of chips, at its clips per chip."""
+    chip = known_topologies()[name][0]
+    local = max(figures["seconds"]["compute"], figures["seconds"]["memory"])
+    return roofline.curve(chip, local, figures["mesh"]["fsdp"], figures["parameters"], COUNTS)
+
+
+def tables(figures: dict) -> list[list[tuple[str, ...]]]:
+    """What the command prints: the plan, memory by kind, exchanges by kind, predictions."""
+    gigabytes = lambda n: f"{n / 1e9:.3f} GB"
+    mesh = " × ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
+    plan = [
+        ("plan", "value"),
+        ("chips", str(figures["chips"])),
+        ("mesh", mesh),
+        ("clips per step", str(figures["batch_size"])),
+        ("largest batch that fits", str(figures["largest_batch"])),
+    ]
+    memory = [("memory of a chip", "bytes")] + [(kind, gigabytes(n)) for kind, n in figures["bytes_per_chip"].items()]
+    memory.append(("gathered weights at once", gigabytes(figures["gathered_bytes"])))
+    flops = [("work of a chip", "value")] + [
+        (name, f"{figures[name] / 1e12:.3f} TFLOP")
+        for name in ("flops", "closed_form_flops", "matmul_flops", "padded_flops")
+    ]
+    flops.append(("bytes_accessed", gigabytes(figures["bytes_accessed"])))
+    exchanges = [("exchange", "count", "bytes", "seconds", "beside others")] + [
+        (kind, str(one["count"]), gigabytes(one["bytes"]), f"{one['seconds']:.5f}", f"{one['hidden_seconds']:.5f}")
+        for kind, one in figures["collectives"].items()
+    ]
+    seconds = [("prediction", "value")] + [(f"{part} seconds", f"{n:.5f}") for part, n in figures["seconds"].items()]
+    seconds += [
+        (name, f"{figures[name]:.5g}")
+        for name in (
+            "predicted_step_seconds",
+            "predicted_mfu",
+            "compiler_cycle_seconds",
+            "clips_per_second",
+            "predicted_hours",
+            "input_cores",
+        )
+        if name in figures
+    ]
+    return [plan, memory, flops, exchanges, seconds]

@@ -1,0 +1,129 @@
+"""`python -m av_mae.convert`: published PyTorch weights → a checkpoint of av_mae, and back to safetensors."""
+
+import argparse
+import os
+import pathlib
+import sys
+
+from av_mae.checkpoint import open_checkpoint
+from av_mae.console import quiet_libraries
+from av_mae.convert import store
+from av_mae.convert.infer import Options, infer
+from av_mae.convert.source import Published, complain, load_published, summarize
+from av_mae.convert.weight_file import open_weights
+from av_mae.errors import run_command
+
+__all__ = ["convert", "export", "load_published"]
+
+EXAMPLE = """examples:
+  python -m av_mae.convert --source=checkpoint_latest.pth --output=runs/published
+  python -m av_mae.convert --source=runs/published --to=safetensors --output=published.safetensors
+"""
+
+
+def convert(source: str | os.PathLike, output: str | os.PathLike, options: Options = Options()) -> str:
+    """Writes a published file as a work directory with one checkpoint; returns what the file is, in lines.
+
+    In memory are a few times the largest tensor, never the whole model.
+
+    Raises:
+      UserError: the file cannot be read or is no published model, or `output` is there already.
+    """
+    file = open_weights(source)
+    published = Published(file, infer(file.tensors, str(source), options))
+    survey = published.survey()
+    if survey.nonfinite:
+        print(f"warning: {source} has {complain(survey.nonfinite)}", file=sys.stderr)
+    with store.whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
+        store.write_checkpoint(unfinished, published, survey, between)
+    return summarize(published, options)
+
+
+def export(source: str | os.PathLike, output: str | os.PathLike) -> str:
+    """Writes a checkpoint, or a weight file, as safetensors with published names; returns what was written, in a line.
+
+    What a checkpoint was converted from comes back bit for bit.
+
+    Raises:
+      UserError: the source cannot be read, the published system has no such model, or `output` is there already.
+    """
+    if os.path.isfile(source):
+        tensors = list(open_weights(source).tensors.items())
+    else:
+        tensors = store.published_tensors(open_checkpoint(os.fspath(source)))
+    with store.whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
+        store.write_safetensors(unfinished, tensors, between)
+    return f"{len(tensors)} tensors, {os.path.getsize(output) / 1e6:.1f} MB"
+
+
+def numbers(count: int):
+    """Argument type: so many whole numbers, separated by commas."""
+
+    def read(text: str) -> tuple[int, ...]:
+        values = tuple(int(part) for part in text.split(","))
+        if len(values) != count:
+            raise ValueError(text)
+        return values
+
+    read.__name__ = f"{count} whole numbers, separated by commas,"
+    return read
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m av_mae.convert",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Published weights (.pth, .pt, .safetensors) to a checkpoint, and back to safetensors.",
+    )
+    parser.add_argument(
+        "--source",
+        required=True,
+        type=pathlib.Path,
+        metavar="FILE",
+        help="published file; with --to=safetensors also a work directory or checkpoint",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=pathlib.Path,
+        metavar="DIR",
+        help="new work directory; with --to=safetensors a new file",
+    )
+    parser.add_argument("--to", choices=("checkpoint", "safetensors"), default="checkpoint", help="(%(default)s)")
+    said = parser.add_argument_group("what a file does not tell", "Default: the published value, where it fits.")
+    said.add_argument("--heads", type=int, metavar="N", help="attention heads of both encoders (width / 64)")
+    said.add_argument("--fusion_heads", type=int, metavar="N", help="of the fusion blocks (those of the encoders)")
+    said.add_argument("--decoder_heads", type=int, metavar="N", help="of plain decoders (16)")
+    said.add_argument(
+        "--tokens",
+        type=numbers(3),
+        metavar="F,I,A",
+        help="fusion, image-aggregation and audio-aggregation tokens (16,8,8)",
+    )
+    said.add_argument("--image_size", type=numbers(2), metavar="ROWS,COLUMNS", help="pixels (224,224)")
+    said.add_argument("--audio_size", type=numbers(2), metavar="MELS,FRAMES", help="(128,192)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Converts one file and says what it is."""
+    arguments = parse(argv)
+    quiet_libraries()
+    options = Options(
+        arguments.heads,
+        arguments.fusion_heads,
+        arguments.decoder_heads,
+        arguments.tokens,
+        arguments.image_size,
+        arguments.audio_size,
+    )
+    if arguments.to == "safetensors":
+        print(f"{arguments.output}: {export(arguments.source, arguments.output)}")
+    else:
+        print(convert(arguments.source, arguments.output, options))
+        print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,284 @@
+"""Starting a stream of a run from a unimodal encoder: a MAE of images, or an AudioMAE.
+
+Class token, positions and decoder of the unimodal model are left out; the run keeps the sin-cos positions of its own
+grid. Patches are taken as they are: AudioMAE counts time in rows, and the published system does not turn them either.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+
+from av_mae import recipes
+from av_mae.checkpoint import Stored, open_checkpoint
+from av_mae.config import DataConfig, SoundConfig, TrainConfig
+from av_mae.console import note
+from av_mae.convert.infer import Found, identify
+from av_mae.convert.names import names_of
+from av_mae.convert.source import Published, Survey, complain
+from av_mae.convert.tensors import StoredTensor
+from av_mae.convert.weight_file import open_weights
+from av_mae.errors import UserError
+from av_mae.models import AVMAEConfig, kinds
+from av_mae.models.config import require
+
+METADATA = "__metadata__"  # of a safetensors file
+RECORD, KEPT = "names.json", "tensors.safetensors"
+# Names of dtypes in safetensors.
+TYPES = {
+    np.dtype(dtype): name
+    for dtype, name in (
+        (np.float64, "F64"),
+        (np.float32, "F32"),
+        (np.float16, "F16"),
+        (ml_dtypes.bfloat16, "BF16"),
+        (np.int64, "I64"),
+        (np.int32, "I32"),
+        (np.int16, "I16"),
+        (np.int8, "I8"),
+        (np.uint64, "U64"),
+        (np.uint32, "U32"),
+        (np.uint16, "U16"),
+        (np.uint8, "U8"),
+        (np.bool_, "BOOL"),
+    )
+}
+BATCH = 2**25  # bytes that are written at once: single arrays cost a commit each
+ALIGNMENT = 8  # bytes: where the data of a safetensors file begin
+# Parameters are float32 in both systems; batches are counted in int32 here and int64 there.
+PUBLISHED_DTYPES = {np.dtype(np.float32): np.dtype(np.float32), np.dtype(np.int32): np.dtype(np.int64)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """An array that is made when it is written, and then forgotten."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+class LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Lets Orbax write Lazy arrays in groups of BATCH bytes, one after the other: else it holds them all, twice.
+
+    `between` is called before each group, when nothing is being written.
+    """
+
+    def __init__(self, between: Callable[[], None]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._between = between
+
+    async def serialize(self, values, infos, args=None):
+        begin, size = 0, 0
+        for end, value in enumerate(values, 1):
+            size += math.prod(value.shape) * value.dtype.itemsize
+            if size >= BATCH or end == len(values):
+                self._between()
+                group = slice(begin, end)
+                arrays = [lazy.read() for lazy in values[group]]
+                for written in await super().serialize(arrays, infos[group], args[group]):
+                    await asyncio.to_thread(written.result)
+                begin, size = end, 0
+        return []
+
+
+def write_arrays(folder: pathlib.Path, arrays: dict[str, Lazy], between: Callable[[], None]) -> None:
+    """One item of a checkpoint, as training.checkpoint reads it; `between` as in LazyHandler."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Lazy, LazyHandler(between)), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as writer:
+        writer.save(folder.absolute(), arrays)
+
+
+def write_safetensors(
+    path: pathlib.Path, tensors: Sequence[tuple[str, Lazy | StoredTensor]], between: Callable[[], None] = lambda: None
+) -> None:
+    """A safetensors file of named tensors in their order, one in memory at a time; `between` is called before each.
+
+    Source: the format's description in the safetensors repository.
+
+    Raises:
+      UserError: a tensor has the one name that the format keeps for itself.
+    """
+    header, position = {METADATA: {"format": "pt"}}, 0
+    for name, tensor in tensors:
+        require(name != METADATA, f"safetensors cannot hold a tensor named {METADATA}")
+        end = position + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in tensors:
+            between()
+            file.write(np.asarray(tensor.read(), order="C").reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def whole_or_nothing(output: pathlib.Path) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
+    """A place to write what becomes `output` at the end, at once; nothing of it is left where that is not reached.
+
+    Whoever writes calls the function that comes with it now and then, when nothing is in the midst of being written:
+    it ends what goes on, by KeyboardInterrupt or SystemExit, where the process was told to end. (Orbax writes in
+    threads that would go on after an exception at any place, beside the removal.)
+
+    Raises:
+      UserError: `output` is there already, or cannot be written.
+    """
+    if output.exists():
+        raise UserError(f"--output={output} is there already: name another one, or move it away")
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    try:
+        remove(unfinished)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with signals_kept() as end_if_told:
+            yield unfinished, end_if_told
+        os.rename(unfinished, output)
+    except OSError as error:
+        raise UserError(f"cannot write --output={output}: {error.strerror or error}") from error
+    finally:
+        remove(unfinished)
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[Callable[[], None]]:
+    """Keeps SIGINT and SIGTERM until the function is called; a second one acts at once. In the main thread only."""
+    told: list[int] = []
+
+    def end_if_told() -> None:
+        if told:
+            raise KeyboardInterrupt if told[0] == signal.SIGINT else SystemExit(128 + told[0])
+
+    def keep(number: int, _) -> None:
+        told.append(number)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield end_if_told
+        return
+    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield end_if_told
+        end_if_told()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_checkpoint(folder: pathlib.Path, published: Published, survey: Survey, between: Callable[[], None]) -> None:
+    """A work directory with one checkpoint of a published file's model, and what the model does not hold."""
+    found, checkpoint = published.found, folder / "checkpoints" / "0"
+    (checkpoint / "meta").mkdir(parents=True)
+    values = {
+        path: Lazy(x.shape, x.dtype, functools.partial(published.read, path)) for path, x in published.shapes.items()
+    }
+    write_arrays(checkpoint / "model", values, between)
+    config = recipe_of(found.config)
+    meta = {
+        "step": 0,
+        "seed": config.seed,
+        "config": recipes.to_dict(config),
+        "kind": found.kind,
+        "head": recipes.to_dict(found.head),
+        "checksums": {"model": survey.checksum},
+    }
+    (checkpoint / "meta" / "metadata").write_text(json.dumps(meta))
+    record = checkpoint / "published"
+    record.mkdir()
+    tensors = published.file.tensors
+    names = [(name, str(tensor.dtype)) for name, tensor in tensors.items()]
+    (record / RECORD).write_text(json.dumps({"prefix": found.prefix, "tensors": names}))
+    write_safetensors(record / KEPT, [(name, tensors[name]) for name in survey.kept], between)
+    recipes.save(config, folder / "config.json")
+
+
+def recipe_of(model: AVMAEConfig) -> TrainConfig:
+    """The published recipe around a model: what a checkpoint's configuration is besides."""
+    return TrainConfig(epochs=200.0, data=DataConfig(sound=SoundConfig(mels=model.audio.size[0])), model=model)
+
+
+def published_tensors(stored: Stored) -> list[tuple[str, Lazy | StoredTensor]]:
+    """What a checkpoint is in the published system, by published name: of a converted file just what that held.
+
+    Raises:
+      UserError: the published system has no such model, or the checkpoint cannot be read.
+    """
+    definition, values = stored.load()
+    model, record = definition.merge(values), stored.folder / "published"
+    known = json.loads((record / RECORD).read_text()) if record.is_dir() else {"prefix": "encoder.", "tensors": None}
+    names = names_of(model, known["prefix"])
+    kept = open_weights(record / KEPT).tensors if record.is_dir() else {}
+    shapes = {path: x.shape for path, x in values.items()}
+
+    def tensor(name: str, dtype: np.dtype | None) -> Lazy | StoredTensor:
+        if name in kept:
+            return kept[name]
+        if name in names.buffers:
+            value = names.buffers[name].make()
+            return Lazy(value.shape, dtype or value.dtype, lambda: value.astype(dtype or value.dtype))
+        rule = names.rules[name]
+        dtype = dtype or PUBLISHED_DTYPES[np.dtype(values[rule.here[0]].dtype)]
+        return Lazy(rule.shape(shapes), dtype, lambda: rule.join(values).astype(dtype))
+
+    tensors = known["tensors"] or [(name, None) for name in (*names.rules, *names.buffers)]
+    return [(name, tensor(name, dtype and np.dtype(dtype))) for name, dtype in tensors]
+
+
+def stream_arrays(path: str, stream: str, config: AVMAEConfig) -> dict[str, np.ndarray]:
+    """What the `stream` ('image' or 'audio') of a model starts with, by dotted path in the model ('encoder.image.…').
+
+    path: a published file of a unimodal encoder, or what av_mae.convert made of one.
+
+    Raises:
+      UserError: it cannot be read, is no unimodal encoder of this stream, or does not fit the configuration.
+    """
+    kind = next(kind for kind, name in kinds.STREAMS.items() if name == stream)
+    read = read_file if pathlib.Path(path).is_file() else read_checkpoint
+    return {f"encoder.{stream}.{name}": x for name, x in read(path, kind, config).items()}
+
+
+def check_kind(path: str, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise UserError(
+            f"init_{kinds.STREAMS[wanted]}={path} must be a unimodal {kinds.STREAMS[wanted]} encoder, but "
+            f"it holds: {found}" + ("; use init for a checkpoint of both streams" if found == kinds.PRETRAINING else "")
+        )
+
+
+def read_file(path: str, kind: str, config: AVMAEConfig) -> dict[str, np.ndarray]:
+    file = open_weights(path)
+    check_kind(path, identify(file.tensors, path)[0], kind)
+    published = Published(file, Found(kind, config, prefix=""))
+    nonfinite = published.survey().nonfinite
+    if nonfinite:
+        note(f"warning: {path} has {complain(nonfinite)}")
+    return {name: published.read(name) for name in published.shapes}
+
+
+def read_checkpoint(path: str, kind: str, config: AVMAEConfig) -> dict[str, np.ndarray]:
+    stored = open_checkpoint(path)
+    check_kind(path, stored.kind, kind)
+    return {name: np.asarray(x) for name, x in stored.load(config)[1].items()}

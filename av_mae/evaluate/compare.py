@@ -1,0 +1,238 @@
+"""A table of pretrainings by tasks and seeds: every cell is one evaluation in a folder of its own."""
+
+import itertools
+import json
+import pathlib
+import statistics
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from av_mae import plots as pictures
+from av_mae import recipes
+from av_mae.checkpoint import find_checkpoint, first_difference
+from av_mae.console import first_line, note
+from av_mae.errors import UserError
+from av_mae.evaluate import task as tasks
+from av_mae.evaluate.bootstrap import Figure, Report
+from av_mae.evaluate.config import CONFIGS, CompareConfig, ComparedRow, ComparedTask, TaskConfig
+
+RESULTS = "results.json"
+
+
+class Cell(NamedTuple):
+    """One evaluation of the table."""
+
+    row: ComparedRow
+    task: ComparedTask
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.name.replace(' ', '_')}/{self.task.name}/{self.seed}"
+
+    def config(self, runs: pathlib.Path) -> TaskConfig:
+        """The recipe of this evaluation."""
+        values = (
+            *self.task.overrides,
+            *self.row.overrides,
+            f"init={runs / self.row.checkpoint}",
+            f"seed={self.seed}",
+            f"data.path={runs / self.task.data}",
+            f"random_weights={self.row.random_weights}",
+        )
+        return recipes.load_recipe(
+            self.task.recipe, [f"{recipes.PREFIX}{value}" for value in values], lambda recipe: CONFIGS[recipe["task"]]
+        )
+
+
+class Entry(NamedTuple):
+    """A figure of a row over the seeds that gave it: mean, standard deviation (NaN for one seed), each seed's value,
+    and the lowest and highest ends of the seeds' intervals."""
+
+    mean: float
+    deviation: float
+    values: list[float]
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"{self.mean:.3f}" + ("" if len(self.values) < 2 else f" ± {self.deviation:.3f}")
+
+
+Results = dict[Cell, dict]  # the contents of each cell's results.json
+Table = dict[tuple[str, str, str], Entry]  # by row, task and figure
+
+
+def run(config: CompareConfig, workdir: pathlib.Path) -> Report:
+    """Measures every cell that is not yet, and writes `comparison.md` and `comparison.png` after each.
+
+    A cell that cannot be measured is named with its reason, and tried again by the next call.
+
+    Raises:
+      UserError: a checkpoint is missing; the message has the command that makes it.
+    """
+    for row in config.rows:
+        check_row(row, pathlib.Path(config.runs))
+    todo, results, failed = cells(config), {}, {}
+    for number, cell in enumerate(todo):
+        note(f"{cell.name}, cell {number + 1} of {len(todo)}")
+        try:
+            results[cell] = measured(cell, cell.config(pathlib.Path(config.runs)), workdir / cell.name)
+        except Exception as error:  # whatever goes wrong in one cell must not end the others
+            failed[cell.name] = str(error) if isinstance(error, UserError) else first_line(error)
+            note(f"{cell.name} failed: {failed[cell.name]}")
+        jax.clear_caches()  # no two cells share a program
+        table = gather(config, results)
+        report = make_report(config, table, results, failed)
+        if jax.process_index() == 0:
+            (workdir / "comparison.md").write_text(report.table + "\n")
+            pictures.save_png(workdir / "comparison.png", draw(config, table))
+    return report
+
+
+def cells(config: CompareConfig) -> list[Cell]:
+    """All evaluations, those of the first seed first."""
+    return [
+        Cell(row, task, seed)
+        for seed in config.seeds
+        for task in config.tasks
+        for row in config.rows
+        if not row.tasks or task.name in row.tasks
+    ]
+
+
+def check_row(row: ComparedRow, runs: pathlib.Path) -> None:
+    """Raises UserError unless the row's checkpoint is there."""
+    try:
+        find_checkpoint(str(runs / row.checkpoint))
+    except UserError as error:
+        raise UserError(
+            f"the row {row.name!r} needs a checkpoint in {runs / row.checkpoint}, there is none; "
+            f"make it with: {row.command}"
+        ) from error
+
+
+def measured(cell: Cell, config: TaskConfig, folder: pathlib.Path) -> dict:
+    """The cell's `results.json`, which is made where it is not there yet.
+
+    Raises:
+      UserError: it is there, of another recipe or checkpoint.
+    """
+    path = folder / RESULTS
+    if path.is_file():
+        return checked(json.loads(path.read_text()), config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = tasks.run(config, folder)
+    if jax.process_index() == 0:
+        recipes.save(config, folder / "config.json")
+        report.save(path)
+    return report.to_json()
+
+
+def checked(results: dict, config: TaskConfig, folder: pathlib.Path) -> dict:
+    """The results, unless they are of another recipe or checkpoint (UserError). Keys that recipes did not have when
+    they were measured count as their defaults."""
+    now = {"config": recipes.to_dict(config), "checkpoint": tasks.identity(find_checkpoint(config.init))}
+    measured_config = recipes.to_dict(recipes.from_dict(results["config"], type(config)))
+    difference = first_difference(now, {"config": measured_config, "checkpoint": results["checkpoint"]})
+    if difference is not None:
+        name, here, there = difference
+        raise UserError(
+            f"{folder} holds the results of another evaluation: {name} is {there} in it and {here} now; "
+            "move the folder away, or give another --workdir"
+        )
+    return results
+
+
+def gather(config: CompareConfig, results: Results) -> Table:
+    """Every row's figures over the seeds that gave a number."""
+    table = {}
+    for row, (task, name) in itertools.product(config.rows, columns(config)):
+        found = [
+            figures[name]
+            for cell, figures in results.items()
+            if (cell.row.name, cell.task.name) == (row.name, task) and name in figures
+        ]
+        found = [figure for figure in found if figure["value"] is not None]
+        if found:
+            values, lows, highs = ([figure[part] for figure in found] for part in ("value", "low", "high"))
+            deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+            table[row.name, task, name] = Entry(statistics.fmean(values), deviation, values, min(lows), max(highs))
+    return table
+
+
+def columns(config: CompareConfig) -> list[tuple[str, str]]:
+    """(task, figure) of each column."""
+    return [(task.name, name) for task in config.tasks for name in task.figures]
+
+
+def make_report(config: CompareConfig, table: Table, results: Results, failed: dict[str, str]) -> Report:
+    """Figures ROW/TASK/FIGURE: means over the seeds, with the lowest and highest ends of the seeds' intervals."""
+    figures = {"/".join(place): Figure(entry.mean, entry.low, entry.high) for place, entry in table.items()}
+    seeds = {
+        "/".join(place): {"deviation": None if len(entry.values) < 2 else entry.deviation, "values": entry.values}
+        for place, entry in table.items()
+    }
+    details = {
+        "config": recipes.to_dict(config),
+        "seeds": seeds,
+        "failed": failed,
+        "checkpoints": {cell.row.name: found["checkpoint"] for cell, found in results.items()},
+    }
+    clips, skipped = (sum(found[name] for found in results.values()) for name in ("clips", "skipped"))
+    return Report(figures, clips, skipped, markdown(config, table, details), details)
+
+
+def shown(entry: Entry | None, seeds: int) -> str:
+    """An entry, and how many of the seeds gave it where it is not all of them."""
+    if entry is None:
+        return "–"
+    done = len(entry.values)
+    return str(entry) + ("" if done == seeds else f" ({done} of {seeds} seeds)")
+
+
+def markdown(config: CompareConfig, table: Table, details: dict) -> str:
+    """The table, the rows' checkpoints, and what failed."""
+    lines = [
+        "| pretraining | " + " | ".join(f"{task}: {name}" for task, name in columns(config)) + " |",
+        "|---|" + "--:|" * len(columns(config)),
+    ]
+    for row in config.rows:
+        entries = [shown(table.get((row.name, *column)), len(config.seeds)) for column in columns(config)]
+        lines.append(f"| {row.name} | " + " | ".join(entries) + " |")
+    lines += [
+        "",
+        "Mean ± standard deviation over "
+        + (
+            f"seeds {', '.join(map(str, config.seeds))}." if len(config.seeds) > 1 else f"seed {config.seeds[0]} alone."
+        ),
+    ]
+    lines += [
+        f"- {row.name}: "
+        + ("random weights in the sizes of " if row.random_weights else "")
+        + "{path}, step {step}".format(**details["checkpoints"][row.name])
+        for row in config.rows
+        if row.name in details["checkpoints"]
+    ]
+    lines += [f"- failed: {name}: {reason}" for name, reason in details["failed"].items()]
+    return "\n".join(lines)
+
+
+def draw(config: CompareConfig, table: Table) -> np.ndarray:
+    """Bars for every figure, a panel for each task."""
+    names = [row.name for row in config.rows]
+    panels = {
+        task.name: {name: [table.get((row, task.name, name)) for row in names] for name in task.figures}
+        for task in config.tasks
+    }
+    return pictures.bars(
+        {
+            task: {
+                name: [(entry.mean, entry.deviation) if entry else None for entry in row] for name, row in panel.items()
+            }
+            for task, panel in panels.items()
+        },
+        names,
+    )

@@ -1,0 +1,225 @@
+"""Nearest neighbours and retrieval by cosine, block by block: the matrix of similarities is never whole in memory.
+
+Embeddings stay where they are (an array, or a file mapped into memory); beside them live two blocks of rows, their
+similarities (64 MB per stream at the default block) and a few numbers per clip.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from av_mae.evaluate.bootstrap import Values, require_finite
+from av_mae.train.sharding import batch_sharding, replicated
+
+BLOCK = 4096
+ALL = "all"  # the sum of the streams' similarities
+RECALLS = (1, 5, 10)
+DIRECTIONS = ("audio_to_image", "image_to_audio")
+
+
+class Neighbours(NamedTuple):
+    """The nearest other clip of each: index int64 [n] (-1 where there is none), similarity float32 [n]."""
+
+    index: np.ndarray
+    similarity: np.ndarray
+
+
+def nearest(streams: Mapping[str, np.ndarray], block: int = BLOCK, mesh: Mesh | None = None) -> dict[str, Neighbours]:
+    """The nearest other clip of every clip by cosine, for each stream and for the sum of all similarities.
+
+    Similarities are symmetric, so each pair of blocks is compared once and serves both. Of equal similarities the first
+    clip wins.
+
+    Args:
+      streams: name → float [n, width], the widths may differ.
+      block: rows compared at a time.
+      mesh: the devices that share the rows of a block, which they must divide; None: the default device.
+
+    Returns:
+      Name → neighbours, and 'all' where there is more than one stream.
+
+    Raises:
+      UserError: embeddings that are not finite.
+    """
+    clips = len(next(iter(streams.values())))
+    names = [*streams] + ([ALL] if len(streams) > 1 else [])
+    found = {name: Neighbours(np.full(clips, -1), np.full(clips, -np.inf, np.float32)) for name in names}
+    closest = _compiled(_closest, mesh)
+    cut, whole = _placements(mesh)
+    for left, left_rows in _blocks(streams, block, cut):
+        for right, right_rows in _blocks(streams, block, whole, left):
+            for name, (across, down) in closest(left_rows, right_rows, left, right, clips).items():
+                _improve(found[name], left, *across)
+                if right > left:
+                    _improve(found[name], right, *down)
+    return found
+
+
+def accuracies(neighbours: Neighbours, labels: np.ndarray) -> Values:
+    """Leave-one-out accuracy of each clip in percent (as published): 100 where its neighbour has its label, else 0.
+
+    labels: int [n], below 0 where unknown: such a clip has no accuracy, and is a wrong neighbour to others.
+    """
+    if len(labels) < 2:
+        return ["there is no other clip"] * len(labels)
+    right = labels[neighbours.index] == labels
+    return [100.0 * hit if label >= 0 else "no label" for label, hit in zip(labels, right, strict=True)]
+
+
+def neighbour_scores(neighbours: Neighbours, targets: np.ndarray) -> np.ndarray:
+    """Class scores of clips with several labels (as published): the neighbour's labels × its similarity.
+
+    targets: [n, classes], 1 where the class applies; n >= 2. Returns float64 [n, classes].
+    """
+    return targets[neighbours.index] * neighbours.similarity[:, None].astype(np.float64)
+
+
+def retrieval(audio: np.ndarray, image: np.ndarray, block: int = BLOCK, mesh: Mesh | None = None) -> dict[str, Values]:
+    """Recall of each clip's own image among all images by cosine with its sound, and the other way round.
+
+    Args:
+      audio, image: float [n, width], row i of both belongs to clip i.
+      block, mesh: as in `nearest`.
+
+    Returns:
+      `audio_to_image/recall1`, `…5`, `…10` and `image_to_audio/…`: per clip 1 where fewer than k others are closer
+      than its own, else 0; where others are just as close, the share of their orders that puts it among the first k.
+      Nothing but the reason where sounds and images have different widths.
+
+    Raises:
+      UserError: embeddings that are not finite.
+    """
+    clips, widths = len(audio), (audio.shape[1], image.shape[1])
+    if widths[0] != widths[1]:
+        reason = f"sounds of width {widths[0]} and images of width {widths[1]} have no cosine"
+        return {f"{name}/recall{k}": [reason] * clips for name in DIRECTIONS for k in RECALLS}
+    own = np.zeros(-(-clips // block) * block, np.float32)
+    own_similarity, count_closer = _compiled(_own_similarity, mesh), _compiled(_count_closer, mesh)
+    cut, whole = _placements(mesh)
+    for start, blocks in _blocks({"audio": audio, "image": image}, block, cut):
+        own[start : start + block] = own_similarity(blocks["audio"], blocks["image"])
+    counts = np.zeros((2, 2, len(own)), np.int64)  # of audio → image and image → audio: closer, just as close
+    for left, audio_rows in _blocks({"audio": audio}, block, cut):
+        for right, image_rows in _blocks({"image": image}, block, whole):
+            across, down = count_closer(
+                audio_rows["audio"],
+                image_rows["image"],
+                own[left : left + block],
+                own[right : right + block],
+                left,
+                right,
+                clips,
+            )
+            counts[0, :, left : left + block] += across
+            counts[1, :, right : right + block] += down
+    return {
+        f"{name}/recall{k}": recalls(*counts[number, :, :clips], k)
+        for number, name in enumerate(DIRECTIONS)
+        for k in RECALLS
+    }
+
+
+def recalls(closer: np.ndarray, equal: np.ndarray, k: int) -> Values:
+    """Recall at k of each clip, from how many others are closer than its own and how many just as close: int [n]."""
+    if len(closer) <= k:
+        return [f"{k} of {len(closer)} clips always hold the own one"] * len(closer)
+    return np.clip((k - closer) / (equal + 1), 0, 1)
+
+
+def _blocks(
+    streams: Mapping[str, np.ndarray], block: int, placed: NamedSharding | None, first: int = 0
+) -> Iterator[tuple[int, dict[str, np.ndarray | jax.Array]]]:
+    """(start, rows start … start + block of each stream) from row `first` on, zeros after the last row."""
+    for start in range(first, len(next(iter(streams.values()))), block):
+        found = {}
+        for name, values in streams.items():
+            part = np.asarray(values[start : start + block], np.float32)
+            require_finite(part, f"{name} embeddings from clip {start} on")
+            part = np.pad(part, ((0, block - len(part)), (0, 0)))
+            found[name] = part
+            if placed is not None:
+                found[name] = jax.make_array_from_callback(part.shape, placed, part.__getitem__)
+        yield start, found
+
+
+def _placements(mesh: Mesh | None) -> tuple[NamedSharding | None, NamedSharding | None]:
+    """Rows cut over the devices of a mesh, and whole on each; (None, None) for the default device."""
+    return (None, None) if mesh is None else (batch_sharding(mesh), replicated(mesh))
+
+
+def _compiled(function: Callable, mesh: Mesh | None) -> Callable:
+    """The function compiled; what it returns is whole on every device of the mesh."""
+    return jax.jit(function, out_shardings=_placements(mesh)[1])
+
+
+def _similarity(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Cosines [B, B] of rows [B, D]; 0 for rows of zeros."""
+    left, right = (x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (left, right))
+    return jnp.einsum("ld,rd->lr", left, right, precision=jax.lax.Precision.HIGHEST)
+
+
+def _others(left: jax.Array, right: jax.Array, block: int, clips: jax.Array) -> jax.Array:
+    """bool [B, B]: pairs of two different clips, for blocks that start at `left` and `right`; padding is no clip."""
+    left, right = left + jnp.arange(block), right + jnp.arange(block)
+    return (left[:, None] != right) & (left < clips)[:, None] & (right < clips)
+
+
+def _closest(
+    left_rows: dict[str, jax.Array],
+    right_rows: dict[str, jax.Array],
+    left: jax.Array,
+    right: jax.Array,
+    clips: jax.Array,
+) -> dict:
+    """For each stream ((similarity, index) of each left row's closest right row, the same of each right row)."""
+    similarities = {name: _similarity(left_rows[name], right_rows[name]) for name in left_rows}
+    if len(similarities) > 1:
+        similarities[ALL] = sum(similarities.values())
+    others = _others(left, right, len(next(iter(left_rows.values()))), clips)
+    found = {}
+    for name, similarity in similarities.items():
+        similarity = jnp.where(others, similarity, -jnp.inf)
+        found[name] = _first_maximum(similarity, 1, right), _first_maximum(similarity, 0, left)
+    return found
+
+
+def _first_maximum(similarity: jax.Array, axis: int, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maxima along an axis and where they first stand, counted from `start` on."""
+    maxima = similarity.max(axis, keepdims=True)
+    places = jax.lax.broadcasted_iota(jnp.int32, similarity.shape, axis)
+    first = jnp.where(similarity == maxima, places, similarity.shape[axis]).min(axis)  # argmax takes 3 times as long
+    return maxima.squeeze(axis), start + first
+
+
+def _improve(found: Neighbours, start: int, similarity: jax.Array, index: jax.Array) -> None:
+    """Takes the closest rows of a block [B] where they are closer than those known for clips start, start + 1, …"""
+    part = slice(start, min(start + len(similarity), len(found.index)))
+    similarity, index = (np.asarray(values)[: part.stop - start] for values in (similarity, index))
+    closer = similarity > found.similarity[part]
+    found.index[part][closer], found.similarity[part][closer] = index[closer], similarity[closer]
+
+
+def _own_similarity(audio: jax.Array, image: jax.Array) -> jax.Array:
+    return jnp.diagonal(_similarity(audio, image))
+
+
+def _count_closer(
+    audio: jax.Array,
+    image: jax.Array,
+    audio_own: jax.Array,
+    image_own: jax.Array,
+    left: jax.Array,
+    right: jax.Array,
+    clips: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """For each sound how many other images are (closer, just as close) as its own: int [2, B]; and vice versa."""
+    similarity, others = _similarity(audio, image), _others(left, right, len(audio), clips)
+
+    def count(own: jax.Array, axis: int) -> jax.Array:
+        return jnp.stack([(others & (similarity > own)).sum(axis), (others & (similarity == own)).sum(axis)])
+
+    return count(audio_own[:, None], 1), count(image_own, 0)

@@ -1,0 +1,209 @@
+"""Separation: the sound of what the image shows, from a mixture of sounds (published protocol: VGGSound-Music, MUSIC)."""
+
+import functools
+import pathlib
+import warnings
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import soundfile
+
+from av_mae import models
+from av_mae import plots as pictures
+from av_mae.checkpoint import Stored
+from av_mae.data.audio import apply_mask, ideal_masks, log_mel
+from av_mae.data.plans import Clips, Plan, listed_mixtures, read_lists
+from av_mae.evaluate.bootstrap import Bootstrap, Figure, Value, figures_of, require_finite
+from av_mae.evaluate.config import SeparationConfig
+from av_mae.evaluate.task import Clip, Finetuning, Measured, Task
+from av_mae.models.losses import separation_loss
+from av_mae.train.step import Batch, Rows
+
+RATIOS = ("sdr", "sir", "sar", "si_sdr")
+IMPROVED = ("sdr", "si_sdr")
+SILENCE = 1e-5  # the sum of squares below which the published system takes a sound for empty
+Ratios = dict[str, np.ndarray]
+
+
+def si_sdr(source: np.ndarray, estimate: np.ndarray) -> np.ndarray:
+    """Scale-invariant SDR (Le Roux et al., ICASSP 2019), means removed: [..., samples] twice → [...] in dB.
+
+    Infinite where the estimate is the source itself or nothing of it.
+    """
+    source, estimate = (np.asarray(x, np.float64) - np.mean(x, axis=-1, keepdims=True) for x in (source, estimate))
+    scale = (estimate * source).sum(-1, keepdims=True) / np.square(source).sum(-1, keepdims=True)
+    kept, rest = scale * source, estimate - scale * source
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(np.square(kept).sum(-1) / np.square(rest).sum(-1))
+
+
+def ratios(sources: np.ndarray, estimates: np.ndarray) -> Ratios | str:
+    """SDR, SIR, SAR and SI-SDR of estimates of the first k sources; estimate i is compared with source i.
+
+    Args:
+      sources: [m, samples], m >= 2, all that the mixture holds.
+      estimates: [k, samples], 1 <= k <= m.
+
+    Returns:
+      Name → float64 [k] dB, or the reason why the clip cannot be measured: a source or an estimate is empty (the sum of
+      its squares is below 1e-5), or the sources are not independent.
+    """
+    if len(sources) < 2 or not 1 <= len(estimates) <= len(sources):
+        raise ValueError(
+            f"{len(estimates)} estimates of {len(sources)} sources: at least 2 sources are needed, and no "
+            "more estimates than sources"
+        )
+    sources, estimates = np.asarray(sources, np.float64), np.asarray(estimates, np.float64)
+    require_finite(sources, "samples of sources")
+    require_finite(estimates, "samples of estimates")
+    for sounds, name in ((sources, "source"), (estimates, "estimate")):
+        if np.square(sounds).sum(1).min() < SILENCE:
+            return f"empty {name}"
+    bss = _bss_eval(sources, estimates)
+    if isinstance(bss, str):
+        return bss
+    return bss | {"si_sdr": si_sdr(sources[: len(estimates)], estimates)}
+
+
+def _bss_eval(sources: np.ndarray, estimates: np.ndarray) -> Ratios | str:
+    from mir_eval import separation
+
+    count = len(estimates)
+    every = np.concatenate([estimates, sources[count:]])  # mir_eval wants an estimate of each source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the module is deprecated, and still what is published
+            found = separation.bss_eval_sources(sources, every, compute_permutation=False)
+    except (np.linalg.LinAlgError, AttributeError):  # where mir_eval 0.8 meets a singular matrix, it asks NumPy for
+        return "the sources are not independent"  # np.linalg.linalg.LinAlgError, which NumPy 2.4 no longer has
+    return {name: values[:count] for name, values in zip(RATIOS, found[:3])}
+
+
+def mixture_ratios(sources: np.ndarray, mixture: np.ndarray, count: int) -> Ratios | str:
+    """The ratios of the unprocessed mixture [samples], taken as the estimate of each of the first `count` sources."""
+    return ratios(sources, np.broadcast_to(mixture, (count, len(mixture))))
+
+
+def score_clip(sources: np.ndarray, estimates: np.ndarray, unprocessed: Ratios | str) -> dict[str, Value]:
+    """The values of one clip: means over its estimates of `sdr`, `sir`, `sar`, `si_sdr`, `sdr_improvement` and
+    `si_sdr_improvement`.
+
+    sources: [m, samples]; estimates: [k, samples]; unprocessed: mixture_ratios(sources, mixture, k), which the
+    improvements are measured from.
+    """
+    names = RATIOS + tuple(f"{name}_improvement" for name in IMPROVED)
+    found = ratios(sources, estimates)
+    for each in (found, unprocessed):
+        if isinstance(each, str):
+            return dict.fromkeys(names, each)
+    found |= {f"{name}_improvement": found[name] - unprocessed[name] for name in IMPROVED}
+    means = {name: float(found[name].mean()) for name in names}
+    return {name: mean if np.isfinite(mean) else f"{name} is infinite" for name, mean in means.items()}
+
+
+def separation_figures(rows: Sequence[dict[str, Value]], bootstrap: Bootstrap) -> dict[str, Figure]:
+    """Means and medians (`…_median`) over clips of what `score_clip` gave; skewed as they are, look at both."""
+    medians = {f"{name}_median": bootstrap.median([row[name] for row in rows]) for name in rows[0]}
+    return figures_of(rows, bootstrap) | medians
+
+
+PAIRED = ("sdr", "sdr_improvement", "si_sdr_improvement")
+
+
+class Separation(Task):
+    """The separator, fine-tuned with its encoder; the image is what is swapped and blanked."""
+
+    kind = "separator"
+    truth = ("sources", "waveforms")
+    other = "image"
+
+    def __init__(self, config: SeparationConfig, stored: Stored):
+        super().__init__(config, stored)
+        if config.pairs:
+            self.plan = functools.partial(self.listed, lists=read_lists(config.pairs, config.data.mix))
+        self.objective = Finetuning(self.kind, config, stored, self.loss)
+        self._references: dict[int, tuple[Ratios | str, dict[str, Value]]] = {}
+
+    def listed(self, clips: Clips, lists: list[list[str]]) -> Plan:
+        """The mixtures of the list `pairs`; what it names in vain is kept in `missing`."""
+        plan, self.missing = listed_mixtures(clips, lists)
+        return plan
+
+    def loss(self, model: models.Separator, rows: Rows) -> jax.Array:
+        logits = model(models.normalize_image(rows["image"]), rows["audio"], train_rows=rows["valid"])
+        mixture, source = (x * self.sound.std + self.sound.mean for x in (rows["audio"], rows["source"]))
+        return separation_loss(logits, mixture, source, self.config.head)
+
+    def forward(self, model: models.Separator, batch: Batch) -> dict[str, jax.Array]:
+        return {"mask": jax.nn.sigmoid(model(models.normalize_image(batch["image"]), batch["audio"]))}
+
+    def score(self, clip: Clip) -> dict[str, Value]:
+        """The ratios of one source, and under `ideal/` those of the mask that the sources themselves give."""
+        mixed = self.config.data.mix
+        sources = clip["sources"][:mixed] if mixed > 1 else heard(clip["sources"])
+        estimate = apply_mask(clip["mixture"], clip["mask"].astype(np.float32), self.sound)
+        unprocessed, ideal = self.references(clip, sources)
+        return score_clip(sources, estimate[None], unprocessed) | ideal
+
+    def combine(self, scores: list[dict[str, Value]]) -> dict[str, Value]:
+        """Means over the sources of a mixture, and where they are several under `source1/` … those of each; a mixture
+        of which one source cannot be measured has none."""
+        sources = self.config.data.mix
+        if sources == 1:
+            return scores[0]
+        if len(scores) < sources:
+            scores = [dict.fromkeys(scores[0], "a clip of the mixture cannot be read")] * sources
+        means = {name: mean_of([score[name] for score in scores]) for name in scores[0]}
+        each = {f"source{number}/{name}": score[name] for number, score in enumerate(scores, 1) for name in RATIOS}
+        return means | each
+
+    def references(self, clip: Clip, sources: np.ndarray) -> tuple[Ratios | str, dict[str, Value]]:
+        """Ratios of the unprocessed mixture and scores of the ideal mask: once per clip, whatever its image is."""
+        place = int(clip["place"])
+        if place not in self._references:
+            unprocessed = mixture_ratios(sources, clip["mixture"], 1)
+            ideal = apply_mask(clip["mixture"], ideal_masks(sources, "ratio", self.sound)[0], self.sound)
+            scores = score_clip(sources, ideal[None], unprocessed)
+            self._references[place] = unprocessed, {f"ideal/{name}": value for name, value in scores.items()}
+        return self._references[place]
+
+    def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
+        found = {
+            f"{prefix}{name}": figure
+            for prefix, clips in scores.items()
+            for name, figure in separation_figures(clips, bootstrap).items()
+            if not (prefix and name.startswith(("ideal/", "source")))
+        }
+        right, swapped = scores[""], scores["swapped/"]
+        return found | {
+            f"right_minus_swapped/{name}": bootstrap.difference(
+                [clip[name] for clip in right], [clip[name] for clip in swapped]
+            )
+            for name in PAIRED
+        }
+
+    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
+        """Spectrograms of mixture, estimate and truth beside the frame, and the three sounds as wav files."""
+        rows, folder = [], folder / "separation"
+        folder.mkdir(parents=True, exist_ok=True)
+        for clip, name in zip(measured.drawn, measured.names, strict=True):
+            estimate = apply_mask(clip["mixture"], clip["mask"].astype(np.float32), self.sound)
+            sounds = {"mixture": clip["mixture"], "estimate": estimate, "truth": clip["sources"][0]}
+            rows.append([clip["image"], *(log_mel(sound, self.sound) for sound in sounds.values())])
+            for kind, sound in sounds.items():
+                soundfile.write(folder / f"{pathlib.PurePath(name).name}_{kind}.wav", sound, self.sound.rate)
+        picture = pictures.gallery(rows, ("frame", "mixture", "estimate", "truth"), measured.names)
+        pictures.save_png(folder.parent / "separation.png", picture)
+
+
+def mean_of(values: list[Value]) -> Value:
+    """The mean, or the first reason why a value is missing."""
+    reasons = [value for value in values if isinstance(value, str)]
+    return reasons[0] if reasons else float(np.mean(values))
+
+
+def heard(sources: np.ndarray) -> np.ndarray:
+    """The sources [m, samples] of a prepared mixture without the empty places behind them; a silent one keeps its
+    place."""
+    return sources[: max(2, 1 + int(np.flatnonzero(sources.any(1)).max(initial=0)))]

@@ -1,0 +1,93 @@
+"""AVSBench: 5 s (v1s, v1m) and 10 s (v2) clips as one frame a second, sound and masks of what sounds.
+
+metadata.csv (vid, uid, s_min, s_sec, a_obj, split, label), label2idx.json, and in v1s/, v1m/ and v2/ a folder UID with
+audio.wav, frames/0.jpg …, labels_rgb/0.png … or labels_semantic/0.png …
+"""
+
+import re
+
+from av_mae.errors import UserError
+from av_mae.media.files import IMAGES, SOUNDS, ending, stem
+from av_mae.prepare.readers import catalogue as tables
+from av_mae.prepare.readers.catalogue import Catalogue, SourceClip, split_name
+from av_mae.storage import Folder
+
+DESCRIPTION = "AVSBench (Zhou et al., ECCV 2022; semantic: IJCV 2024): which pixels sound, a frame a second."
+LICENCE = "For research, as its authors say. The videos belong to their uploaders on YouTube."
+PARTS = {"s4": ("v1s",), "ms3": ("v1m",), "avss": ("v1s", "v1m", "v2")}
+COLUMNS = 7
+OFF_SCREEN = "off-the-screen"
+
+
+def read(folder: Folder, part: str) -> Catalogue:
+    """`part`: s4 or ms3 (masks of 0 and 255), avss (masks of class numbers). Splits `train`, `validation`, `test`."""
+    catalogue = Catalogue()
+    numbers = tables.read_json(folder, "label2idx.json", dict)
+    if sorted(numbers.values()) != list(range(len(numbers))):
+        raise UserError(f"{folder.path('label2idx.json')} must number its {len(numbers)} classes from 0 on")
+    catalogue.classes = tuple(sorted(numbers, key=numbers.get))
+    found: dict[str, list[str]] = {}
+    for below in PARTS[part]:
+        for name in folder.files(below):
+            found.setdefault("/".join(name.split("/")[:2]), []).append(name)
+    for number, fields in tables.rows(folder, "metadata.csv", COLUMNS, catalogue, ("vid",)):
+        if fields[6] not in PARTS[part]:
+            continue
+        tables.guarded(
+            catalogue, "metadata.csv", number, lambda: _add(catalogue, numbers, found, fields, semantic=part == "avss")
+        )
+    return catalogue
+
+
+def _add(
+    catalogue: Catalogue, numbers: dict[str, int], found: dict[str, list[str]], fields: list[str], semantic: bool
+) -> None:
+    """Adds the clip of a row. Raises ValueError."""
+    vid, uid, minutes, seconds, objects, split, version = fields
+    split, labels = split_name(split), _labels(objects, numbers)
+    files = found.get(f"{version}/{uid}", [])
+    sound = next((name for name in files if ending(name) in SOUNDS), None)
+    frames = _numbered(files, "frames")
+    if sound is None or not frames:
+        catalogue.note("missing", uid, "files", f"{version}/{uid} has no {'frames' if sound else 'sound'}", split)
+        return
+    # v1 tells what is not black apart only; of v2, colours are the classes by definition, greys where they are lacking.
+    colours, greys = _numbered(files, "labels_rgb"), _numbered(files, "labels_semantic")
+    masks = colours or greys
+    places = [place for place in masks if place in frames]
+    order = sorted(frames)
+    catalogue.clips.append(
+        SourceClip(
+            uid,
+            split,
+            sound,
+            images=tuple(frames[place] for place in order),
+            image_times=tuple(place + 0.5 for place in order),
+            labels=labels,
+            source=vid,
+            source_start=60 * tables.number(minutes or "0", "s_min") + tables.number(seconds or "0", "s_sec"),
+            masks=tuple(masks[place] for place in places),
+            mask_frames=tuple(order.index(place) for place in places),
+            mask_reader=("colours" if colours else "numbers") if semantic else "binary",
+        )
+    )
+
+
+def _numbered(files: list[str], below: str) -> dict[int, str]:
+    """The pictures of a subfolder by number: '3.jpg', 'uid_3.png'."""
+    numbered = {}
+    for name in files:
+        match = re.search(r"(\d+)$", stem(name))
+        if name.split("/")[2] == below and ending(name) in IMAGES and match:
+            numbered[int(match.group())] = name
+    return dict(sorted(numbered.items()))
+
+
+def _labels(objects: str, numbers: dict[str, int]) -> tuple[int, ...]:
+    """The classes of what sounds: one name, or several with '_' between. Raises ValueError for an unknown one."""
+    names = [objects] if objects in numbers else objects.split("_")
+    names = [name for name in names if name != OFF_SCREEN]
+    unknown = [name for name in names if name not in numbers]
+    if unknown:
+        raise ValueError(f"object {unknown[0]!r} is not in label2idx.json")
+    return tuple(dict.fromkeys(numbers[name] for name in names))

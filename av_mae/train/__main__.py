@@ -1,0 +1,147 @@
+"""`python -m av_mae.train`: pretrains by masked reconstruction; the same command again resumes."""
+
+import argparse
+import contextlib
+import errno
+import functools
+import math
+import pathlib
+import tempfile
+from collections.abc import Callable
+
+import jax
+
+from av_mae import recipes
+from av_mae.checkpoint import Checkpoints, load_params
+from av_mae.config import TrainConfig
+from av_mae.console import note, quiet_libraries
+from av_mae.convert.store import stream_arrays
+from av_mae.errors import UserError, run_command
+from av_mae.model_card import write_card
+from av_mae.models.kinds import Params
+from av_mae.train.hooks import Events, MetricsHook, PictureHook
+from av_mae.train.hosts import Stopped, add_process_arguments, check_processes, joined
+from av_mae.train.loop import Hook
+from av_mae.train.run import first_state, open_local, open_run, train_from
+from av_mae.train.step import TrainStep
+
+# What the system says where a run cannot begin to write; once it runs, hooks and checkpoints warn and go on.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def make_workdir(path: str) -> pathlib.Path:
+    """Makes the work directory. Raises UserError where nothing can be written in it."""
+    workdir = pathlib.Path(path).absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            return workdir
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --workdir={path}: {error.strerror}; name a folder that you may write to"
+        ) from error
+
+
+def first_weights(step: TrainStep, config: TrainConfig) -> Params | None:
+    """The weights that a run begins with where it has no checkpoint of its own: those of `init`, or of the streams
+    that start from `init_image` and `init_audio`; all others are random."""
+    if config.init:
+        note(f"starting from the weights of {config.init}")
+        return load_params(config.init, step.abstract_state().model)
+    weights, shardings = {}, step.shardings.params
+    for stream, path in config.pretrained.items():
+        note(f"starting the {stream} stream from {path}")
+        weights |= {
+            name: jax.make_array_from_callback(x.shape, shardings[name], x.__getitem__)
+            for name, x in stream_arrays(path, stream, config.model).items()
+        }
+    return weights or None
+
+
+def periodic(
+    config: TrainConfig,
+    step: TrainStep,
+    workdir: pathlib.Path,
+    events: Events | None,
+    metrics: MetricsHook,
+    say: Callable[[str], None],
+) -> list[Hook]:
+    """What pretraining does besides training now and then."""
+    hooks = [PictureHook(config, step, workdir, events, say)]
+    if config.neighbours_every:
+        from av_mae.evaluate.neighbours import NeighboursHook
+
+        hooks.append(NeighboursHook(config, step, workdir, metrics, say))
+    return hooks
+
+
+def run(config: TrainConfig, workdir: pathlib.Path) -> None:
+    """One pretraining run in this process (one of several, when they were joined before).
+
+    Raises:
+      UserError: the recipe does not fit the devices, the data or the checkpoints in `workdir`, or the run went wrong.
+      Stopped: the process was asked to stop before the last step.
+    """
+    with contextlib.ExitStack() as stack:
+        step, data, last = stack.enter_context(open_run(config))
+        checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last, config.keep_every)
+        stack.callback(checkpoints.close)
+        local = open_local(config, workdir)
+        begin = first_state(step, checkpoints, config, lambda: first_weights(step, config), local)
+        if jax.process_index() == 0:
+            recipes.save(config, workdir / "config.json")
+        if begin.meta["step"] >= last:
+            note(f"this run is finished: it has done {begin.meta['step']} of {last} steps")
+            return
+        end = train_from(
+            config,
+            workdir,
+            step,
+            begin,
+            data,
+            last,
+            checkpoints,
+            "pretraining",
+            functools.partial(periodic, config, step, workdir),
+            local,
+        )
+        if end.meta["step"] < last:
+            raise Stopped
+        if jax.process_index() == 0:
+            write_card(workdir, config, sum(math.prod(x.shape) for x in step.shapes.params.values()))
+
+
+def main(argv: list[str]) -> None:
+    """Reads recipe and options, joins the processes, runs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m av_mae.train",
+        description="Pretrains by masked reconstruction. Resumes by itself.",
+        epilog="example: python -m av_mae.train --config=configs/demo.py --workdir=runs/demo --config.steps=200",
+    )
+    recipes.add_config_argument(parser)
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="config.json, checkpoints/, metrics.jsonl, TensorBoard events, images/ and a model card go here",
+    )
+    add_process_arguments(parser)
+    arguments, overrides = recipes.parse_arguments(parser, argv)
+    config = recipes.load_recipe(arguments.config, overrides, TrainConfig)
+    quiet_libraries()
+    workdir = make_workdir(arguments.workdir)
+    with joined(arguments):
+        try:
+            check_processes(config, workdir)
+            run(config, workdir)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise UserError(
+                f"cannot write to --workdir={arguments.workdir}: {error}; make room or name another "
+                "folder, the same command goes on from the last checkpoint"
+            ) from error
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,303 @@
+"""The reconstruction evaluation against plain loops, and what must not change its figures."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from av_mae import models
+from av_mae.config import EvaluationConfig, EvaluationDataConfig, SoundConfig
+from av_mae.data import plans
+from av_mae.errors import UserError
+from av_mae.evaluate import __main__ as evaluate
+from av_mae.evaluate import reconstruction
+from av_mae.evaluate.bootstrap import Bootstrap, Figure, Report
+from av_mae.evaluate.clips import Clips, map_batches, set_names
+from av_mae.evaluate.reconstruction import interpolate_image, row_means
+
+MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+SOUND = SoundConfig(rate=8000, n_fft=400, hop=125, mels=8, log_floor=1e-3, mean=-1.0, std=0.5)
+
+
+def _config(normalize: bool) -> models.AVMAEConfig:
+    sizes = {"patch": 4, "width": 16, "depth": 1, "heads": 2, "normalize_targets": normalize}
+    return models.AVMAEConfig(
+        image=models.StreamConfig(size=(12, 8), mask_ratio=0.5, **sizes),
+        audio=models.StreamConfig(size=(8, 20), channels=1, mask_ratio=0.8, **sizes),
+        fusion=models.FusionConfig(tokens=(3, 2, 1), heads=2, attention_ratio=1.0),
+        decoder=models.DecoderConfig(width=16, depth=2, heads=2),
+    )
+
+
+def _clips(count: int) -> Clips:
+    generator = np.random.default_rng(3)
+    return Clips(
+        image=generator.integers(0, 256, (count, 12, 8, 3), np.uint8),
+        audio=generator.normal(size=(count, 8, 20)).astype(np.float32),
+        label=np.zeros(count, np.int32),
+        id=np.array([f"clip{number}" for number in range(count)], object),
+        place=np.arange(count) * 2,
+        skipped=[],
+    )
+
+
+@functools.lru_cache
+def _models(normalize: bool) -> tuple[models.AVMAE, models.AVMAE]:
+    return tuple(models.AVMAE(_config(normalize), rngs=nnx.Rngs(seed)) for seed in (5, 6))
+
+
+def _errors(batch_size: int, normalize: bool = False, count: int = 5, seed: int = 2):
+    model, untrained = _models(normalize)
+    clips, config = _clips(count), EvaluationConfig(seed=seed, batch_size=batch_size)
+    noise = reconstruction.mask_noise(clips.place, model.config, seed)
+    return reconstruction.model_errors(model, untrained, clips, noise, SOUND, config), model, untrained, clips, noise
+
+
+def _patch(array: np.ndarray, number: int, columns: int) -> np.ndarray:
+    row, column = divmod(number, columns)
+    return array[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(-1)
+
+
+def _plain_error(truth: np.ndarray, prediction: np.ndarray, noise: np.ndarray, keep: int, normalize: bool) -> float:
+    """Loop over the patches of one clip whose noise is not among the `keep` least."""
+    total, columns = [], truth.shape[1] // 4
+    for number in np.argsort(noise)[keep:]:
+        values = _patch(truth, number, columns).astype(np.float64)
+        if normalize:
+            values = (values - values.mean()) / np.sqrt(values.var(ddof=1) + 1e-6)
+        total.append(np.mean((prediction[number] - values) ** 2))
+    return float(np.mean(total))
+
+
+@nnx.jit
+def _predict(model, image, audio, image_keep, audio_keep):
+    """Predictions at all patches from the visible ones (None: all), by the model's parts."""
+    tokens = model.encoder(image, audio, image_keep, audio_keep)
+    return (
+        model.image_decoder(tokens.image, tokens.fusion, image_keep),
+        model.audio_decoder(tokens.audio, tokens.fusion, audio_keep),
+    )
+
+
+def _check(errors: np.ndarray, truth: np.ndarray, prediction, noise: np.ndarray, keep: int, normalize=False):
+    expected = [_plain_error(*clip, keep, normalize) for clip in zip(truth, np.asarray(prediction), noise, strict=True)]
+    np.testing.assert_allclose(errors, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_errors_with_both_streams_masked(normalize):
+    errors, model, untrained, clips, noise = _errors(2, normalize)
+    image = ((clips.image / 255 - MEAN) / DEVIATION).astype(np.float32)
+    keeps = np.argsort(noise.image)[:, :3].astype(np.int32), np.argsort(noise.audio)[:, :1].astype(np.int32)
+    for prefix, network in (("", model), ("untrained/", untrained)):
+        image_prediction, audio_prediction = _predict(network, image, clips.audio, *keeps)
+        _check(errors[f"{prefix}image_error"], image, image_prediction, noise.image, 3, normalize)
+        _check(errors[f"{prefix}audio_error"], clips.audio, audio_prediction, noise.audio, 1, normalize)
+
+
+def test_other_stream_right_swapped_and_blank():
+    """The masked stream's error, clip by clip, with the other stream whole: its own, its partner's, or nothing."""
+    errors, model, _, clips, noise = _errors(2)
+    partner = plans.partners(5, 2)
+    image = ((clips.image / 255 - MEAN) / DEVIATION).astype(np.float32)
+    grey = np.round(MEAN * 255) / 255
+    blank = np.broadcast_to(((grey - MEAN) / DEVIATION).astype(np.float32), image.shape)
+    silence = np.full_like(clips.audio, (-3 + 1) / 0.5)
+    image_keep, audio_keep = np.argsort(noise.image)[:, :3], np.argsort(noise.audio)[:, :1]
+    others = {
+        "right": (image, clips.audio),
+        "swapped": (image[partner], clips.audio[partner]),
+        "blank": (blank, silence),
+    }
+    for prefix, (other_image, other_audio) in others.items():
+        prediction = _predict(model, other_image, clips.audio, None, audio_keep.astype(np.int32))[1]
+        _check(errors[f"{prefix}/audio_error"], clips.audio, prediction, noise.audio, 1)
+        prediction = _predict(model, image, other_audio, image_keep.astype(np.int32), None)[0]
+        _check(errors[f"{prefix}/image_error"], image, prediction, noise.image, 3)
+
+
+def test_batch_size_changes_nothing():
+    """Padding of the last batch (5 clips in batches of 2 and 4) counts nowhere."""
+    small, large = _errors(2)[0], _errors(4)[0]
+    assert set(small) == set(large) and len(small) == 10
+    for name in small:
+        assert small[name].shape == (5,)
+        np.testing.assert_allclose(small[name], large[name], rtol=1e-5)
+
+
+def test_masks_depend_on_seed_and_place_alone():
+    config = _config(False)
+    whole = reconstruction.mask_noise(np.arange(6), config, 7)
+    part = reconstruction.mask_noise(np.array([4, 1]), config, 7)
+    np.testing.assert_array_equal(part.image, whole.image[[4, 1]])
+    np.testing.assert_array_equal(part.audio, whole.audio[[4, 1]])
+    assert not np.array_equal(whole.image, reconstruction.mask_noise(np.arange(6), config, 8).image)
+    assert len(np.unique(whole.audio)) == whole.audio.size
+    image, audio = reconstruction.masks(whole, config)
+    assert (image.sum(1) == 3).all() and (audio.sum(1) == 9).all()
+
+
+def test_partners():
+    partner = plans.partners(7, 0)
+    assert sorted(partner) == list(range(7)) and (partner != np.arange(7)).all()
+    np.testing.assert_array_equal(partner, plans.partners(7, 0))
+    with pytest.raises(UserError, match="at least 2 readable clips in a set, got 1"):
+        plans.partners(1, 0)
+
+
+def test_interpolation_of_images():
+    image = np.zeros((3, 4, 2))
+    image[0, 0], image[2, 3] = (1, 10), (4, 40)
+    hidden = np.ones((3, 4), bool)
+    hidden[0, 0] = hidden[2, 3] = False
+    filled = interpolate_image(image, hidden)
+    near, far = 2.0**-3, 5**-1.5
+    at = (near * 1 + far * 4) / (near + far)
+    np.testing.assert_allclose(filled[0, 2], [at, 10 * at])
+    np.testing.assert_array_equal(filled[0, 0], [1, 10])
+
+
+def test_interpolation_agrees_with_a_loop():
+    generator = np.random.default_rng(0)
+    image, hidden = generator.normal(size=(9, 7, 3)), generator.random((9, 7)) < 0.7
+    filled = interpolate_image(image, hidden)
+    seen = np.argwhere(~hidden)
+    for row, column in np.argwhere(hidden):
+        weights = np.hypot(*(seen - [row, column]).T) ** -3.0
+        expected = (weights[:, None] * image[~hidden]).sum(0) / weights.sum()
+        np.testing.assert_allclose(filled[row, column], expected, rtol=1e-9)
+
+
+def test_a_flat_image_is_interpolated_without_error():
+    hidden = np.zeros((8, 8), bool)
+    hidden[2:7, 1:6] = True
+    np.testing.assert_allclose(interpolate_image(np.full((8, 8, 3), 0.7), hidden), 0.7, rtol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_baseline_errors(normalize):
+    clips, config = _clips(4), _config(normalize)
+    noise = reconstruction.mask_noise(clips.place, config, 0)
+    errors = reconstruction.baseline_errors(clips, noise, config)
+    rows = np.array([clips.audio[:, row].mean() for row in range(8)])
+    for clip in range(4):
+        total = []
+        for number in np.argsort(noise.audio[clip])[1:]:
+            truth = _patch(clips.audio[clip], number, 5).astype(np.float64)
+            guess = _patch(np.tile(rows[:, None], (1, 20)), number, 5)
+            scale = truth.var(ddof=1) + 1e-6 if normalize else 1.0
+            total.append(np.mean((guess - truth) ** 2) / scale)
+        np.testing.assert_allclose(errors["baseline/audio_error"][clip], np.mean(total), rtol=1e-5)
+        image, hidden = (clips.image[clip] / 255 - MEAN) / DEVIATION, np.zeros((12, 8), bool)
+        for number in np.argsort(noise.image[clip])[3:]:
+            row, column = divmod(number, 2)
+            hidden[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = True
+        expected = _plain_error(
+            image,
+            np.stack([_scaled(interpolate_image(image, hidden), image, number, normalize) for number in range(6)]),
+            noise.image[clip],
+            3,
+            normalize,
+        )
+        np.testing.assert_allclose(errors["baseline/image_error"][clip], expected, rtol=1e-4)
+
+
+def _scaled(guess: np.ndarray, truth: np.ndarray, number: int, normalize: bool) -> np.ndarray:
+    """Patch `number` of the guess on the scale of the true patch."""
+    guess, truth = _patch(guess, number, 2), _patch(truth, number, 2)
+    return (guess - truth.mean()) / np.sqrt(truth.var(ddof=1) + 1e-6) if normalize else guess
+
+
+def test_row_means():
+    audio = np.stack([np.outer([1.0, 5.0], np.ones(3)), np.outer([3.0, 7.0], np.ones(3))])
+    np.testing.assert_array_equal(row_means(audio), [2, 6])
+
+
+def test_bootstrap_is_paired():
+    generator = np.random.default_rng(1)
+    values = generator.exponential(size=400)
+    bootstrap = Bootstrap(400, seed=0, draws=2000)
+    mean = bootstrap.mean(values)
+    half = 1.96 * values.std() / 20
+    assert mean.value == values.mean() and mean.low < mean.value < mean.high
+    np.testing.assert_allclose([mean.low, mean.high], [mean.value - half, mean.value + half], atol=0.2 * half)
+    gap = bootstrap.difference(values + 0.01, values)
+    np.testing.assert_allclose([gap.low, gap.value, gap.high], 0.01, rtol=1e-9)
+    ratio = bootstrap.ratio(1.5 * values, values)
+    np.testing.assert_allclose([ratio.low, ratio.value, ratio.high], 1.5, rtol=1e-9)
+    assert bootstrap.mean(values) == Bootstrap(400, 0, 2000).mean(values) != Bootstrap(400, 1, 2000).mean(values)
+
+
+def test_summary_and_table():
+    errors = _errors(2)[0]
+    clips, config = _clips(5), _config(False)
+    errors |= reconstruction.baseline_errors(clips, reconstruction.mask_noise(clips.place, config, 2), config)
+    figures = reconstruction.summarize(errors, Bootstrap(5, 0, 200))
+    for stream in ("image_error", "audio_error"):
+        right, swapped = (figures[f"{name}/{stream}"].value for name in ("right", "swapped"))
+        np.testing.assert_allclose(figures[f"swapped_over_right/{stream}"].value, swapped / right)
+        np.testing.assert_allclose(figures[f"swapped_minus_right/{stream}"].value, swapped - right, atol=1e-7)
+        np.testing.assert_allclose(
+            figures[f"over_baseline/{stream}"].value, figures[stream].value / figures[f"baseline/{stream}"].value
+        )
+    table = reconstruction.format_table("toy_band", figures, 5, 1)
+    assert table.startswith("toy_band: 5 held-out clips, 1 skipped")
+    for row in ("baseline", "untrained model", "swapped / right", "blank"):
+        assert row in table
+    assert str(figures["audio_error"]) in table and max(map(len, table.splitlines())) <= 100
+
+
+def test_report(tmp_path):
+    report = Report({"toy_band/audio_error": Figure(0.5, 0.4, 0.6)}, clips=7, skipped=1, table="")
+    report.save(tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()) == {
+        "toy_band/audio_error": {"value": 0.5, "low": 0.4, "high": 0.6},
+        "clips": 7,
+        "skipped": 1,
+    }
+
+
+def test_map_batches_pads_and_cuts():
+    seen = []
+
+    def function(values):
+        seen.append(values.shape)
+        return {"double": 2 * values[:, 0]}
+
+    values = np.arange(14.0).reshape(7, 2)
+    np.testing.assert_array_equal(map_batches(function, (values,), 3)["double"], 2 * values[:, 0])
+    assert seen == [(3, 2)] * 3
+
+
+def test_set_names():
+    assert set_names(EvaluationDataConfig(path="a/toy, b/digits")) == {"toy": "a/toy", "digits": "b/digits"}
+    assert set_names(EvaluationDataConfig(path="a/toy,b/toy")) == {"a/toy": "a/toy", "b/toy": "b/toy"}
+    with pytest.raises(UserError, match="set --config.data.path"):
+        set_names(EvaluationDataConfig())
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("task=classify", "task='classify' must be one of reconstruction"),
+        ("batch_size=0", "batch_size=0 must be at least 1"),
+        ("bootstrap=5", "bootstrap=5 must be at least 100"),
+        ("data.pth=x", "did you mean 'data.path'?"),
+        ("data.clips=-1", "data.clips=-1"),
+        ("data.path=", "set --config.data.path"),
+        ("init=", "set --config.init=DIR"),
+        ("init=missing", "there is no checkpoint in 'missing'"),
+    ],
+)
+def test_bad_input(override, message, tmp_path):
+    with pytest.raises(UserError) as error:
+        evaluate.main(["--config=configs/reconstruction.py:demo", f"--workdir={tmp_path}", f"--config.{override}"])
+    assert message in str(error.value)
+
+
+def test_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to --workdir="):
+        evaluate.main(["--config=configs/reconstruction.py:demo", f"--workdir={tmp_path / 'file' / 'inside'}"])

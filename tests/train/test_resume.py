@@ -1,0 +1,109 @@
+"""Runs in processes of their own: killed, asked to stop, poisoned, spread over two processes."""
+
+import json
+import random
+import shutil
+import signal
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from train_processes import Training, assert_same_arrays, free_port
+
+from av_mae import checkpoint
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    return Training(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def whole(training):
+    """An uninterrupted run: its metrics and last arrays."""
+    status, message = training.run("whole")
+    assert status == 0, message
+    metrics = training.metrics("whole")
+    assert [line["step"] for line in metrics] == list(range(1, 121))
+    return metrics, training.arrays("whole")
+
+
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+def test_killed_and_asked_to_stop_is_bit_identical(training, whole, number):
+    """kill -9 at a random step, started again, SIGTERM at a later one, started again, and run to the end."""
+    workdir, step = f"killed{number}", random.randint(5, 45)
+    process = training.start(workdir)
+    training.wait_for_step(workdir, step, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"meant to kill it at step {step}"
+
+    process = training.start(workdir)
+    training.wait_for_step(workdir, step + 20, process)
+    process.terminate()
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and "asked to stop: step" in message, message
+    last = training.metrics(workdir)[-1]["step"]
+    assert str(last) in {path.name for path in (training.folder / workdir / "checkpoints").iterdir()}
+
+    status, message = training.run(workdir)
+    assert status == 0 and f"resuming after step {last}" in message, message
+    assert training.metrics(workdir) == whole[0], f"killed at step {step}, stopped at {last}"
+    assert_same_arrays(training.arrays(workdir), whole[1])
+
+
+def test_non_finite_loss_stops_with_one_line(training, whole):
+    """Weights that are no numbers, from another run's checkpoint."""
+    folder = checkpoint.find_checkpoint(str(training.folder / "whole"))
+    target = training.folder / "poisoned" / "1"
+    (target / "meta").mkdir(parents=True)
+    params = {name.removeprefix("model/"): x for name, x in whole[1].items() if name.startswith("model/")}
+    params["encoder.image.patch_embed.kernel"] = np.full_like(params["encoder.image.patch_embed.kernel"], np.nan)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(target / "model", params)
+    meta = checkpoint.read_meta(folder)
+    meta["checksums"]["model"] = int(checkpoint.checksum(params))
+    (target / "meta" / "metadata").write_text(json.dumps(meta))
+    status, message = training.run("nan", f"--config.init={target}")
+    assert status == 2 and "Traceback" not in message
+    (error,) = [line for line in message.splitlines() if line.startswith("error:")]
+    assert "error: step 1: loss=nan" in error and "Clips of the batch: " in error and "toy_band" in error
+    assert not list((training.folder / "nan" / "checkpoints").iterdir())
+
+
+def steps_and_neighbours(lines: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The lines of steps, and those of the hook that measures nearest neighbours."""
+    return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
+
+
+def test_two_processes_are_one(training):
+    """The same run on one process with four devices and on two with two each; one goes on where two were."""
+    options = [
+        "--config.mesh.fsdp=2",
+        "--config.steps=8",
+        "--config.checkpoint_every=5",
+        "--config.neighbours_every=4",
+        "--config.neighbours_clips=4",
+    ]
+    status, message = training.run("one", *options, devices=4)
+    assert status == 0, message
+    coordinator = f"--coordinator=localhost:{free_port()}"
+    pair = [
+        training.start("two", *options, coordinator, f"--process_id={number}", "--process_count=2", devices=2)
+        for number in range(2)
+    ]
+    messages = [process.communicate(timeout=300)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], messages
+    for repeat in range(2):
+        one, two = (steps_and_neighbours(training.metrics(name)) for name in ("one", "two"))
+        assert [[line["step"] for line in lines] for lines in two] == [list(range(1, 9)), [4, 8]]
+        for ours, expected in zip(sum(two, []), sum(one, []), strict=True):
+            assert ours.keys() == expected.keys()
+            np.testing.assert_allclose([*ours.values()], [*expected.values()], rtol=1e-5)
+        one, two = training.arrays("one"), training.arrays("two")
+        for name, x in one.items():
+            np.testing.assert_allclose(two[name], x, rtol=1e-3, atol=1e-4, err_msg=name)
+        if repeat == 0:
+            shutil.rmtree(training.folder / "two" / "checkpoints" / "8")
+            status, message = training.run("two", *options, devices=4)
+            assert status == 0 and "resuming after step 5" in message, message
