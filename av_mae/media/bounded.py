@@ -20,7 +20,7 @@ from av_mae.errors import ClipFailure, UserError
 MEMORY_LIMIT = 4 << 30  # bytes of address space
 START_LIMIT = 120.0  # seconds, for imports from a slow disk
 _ORPHAN_GRACE = 2.0  # seconds beyond the limit after which a process whose parent is gone ends by itself
-_CODE = "import {module}; from av_mae.data import bounded; bounded.serve({descriptor}, {memory_limit})"
+_CODE = "import {module}; from av_mae.media import bounded; bounded.serve({descriptor}, {memory_limit})"
 
 
 class Worker:

@@ -88,7 +88,7 @@ def test_a_process_that_cannot_start_says_why(worker, monkeypatch, tmp_path):
 
 SCRIPT = """
 import itertools, os, sys, threading
-from av_mae.data import bounded
+from av_mae.media import bounded
 
 idle, busy = bounded.Worker(), bounded.Worker()
 print(idle.call(os.getpid, time_limit=5), busy.call(os.getpid, time_limit=5), flush=True)
