@@ -5,7 +5,7 @@ import dataclasses
 from av_mae.models.config import FUSION_KINDS, AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig, require
 
 DTYPES = ("bfloat16", "float32")
-TRUTHS = ("label", "labels", "mask", "objects", "sources", "waveforms")
+ANNOTATIONS = ("label", "labels", "mask", "objects", "sources", "waveforms")
 MOST_MIXED = 4  # clips
 REMATS = ("none", "dots", "full")
 SCANS = ("auto", "on", "off")
@@ -39,7 +39,7 @@ class DataConfig:
 
     `path` names prepared sets, separated by commas; `weights` mixes them (None: by size). `balanced` draws clips so
     that rare classes come as often as common ones (data/pipeline.py). `cache` is how many gigabytes of records each process
-    that reads keeps in memory. `truth` names what batches carry of what is known about a clip (data/loading.py), of
+    that reads keeps in memory. `annotations` names what batches carry of what is known about a clip (data/loading.py), of
     `classes` labels or, in masks, of pixels (0: labels are not counted and masks are binary). `mix` clips' sounds are
     added to one, the first clip being the source that is looked for. `image_noise` is the deviation of white noise on
     normalised images, `sound_snr` the decibels of a sound over white noise (None: without noise).
@@ -58,17 +58,19 @@ class DataConfig:
     volume_db: float = 6.0
     jitter: bool = True
     max_failure_share: float = 0.1
-    truth: tuple[str, ...] = ()
+    annotations: tuple[str, ...] = ()
     classes: int = 0
     mix: int = 1
     image_noise: float = 0.0
     sound_snr: float | None = None
 
     def __post_init__(self):
-        wrong = [name for name in self.truth if name not in TRUTHS]
-        require(not wrong, f"data.truth={self.truth} names {wrong}; known are {', '.join(TRUTHS)}")
+        wrong = [name for name in self.annotations if name not in ANNOTATIONS]
+        require(not wrong, f"data.annotations={self.annotations} names {wrong}; known are {', '.join(ANNOTATIONS)}")
         require(self.classes >= 0, f"data.classes={self.classes} must be 0 or more")
-        require("labels" not in self.truth or self.classes > 0, "data.truth 'labels' needs data.classes above 0")
+        require(
+            "labels" not in self.annotations or self.classes > 0, "data.annotations 'labels' needs data.classes above 0"
+        )
         require(1 <= self.mix <= MOST_MIXED, f"data.mix={self.mix} must be 1 (no mixing) to {MOST_MIXED} clips")
         require(self.image_noise >= 0, f"data.image_noise={self.image_noise} must be 0 or more")
         require(bool(self.split), "data.split must name a split of the prepared sets, e.g. train or test")

@@ -22,6 +22,7 @@ from av_mae.config import TrainConfig
 from av_mae.errors import UserError
 
 PREFIX = "--config."
+RENAMED = {"data.truth": "data.annotations"}  # keys of older runs and commands → what they are called now
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -66,9 +67,11 @@ def from_dict(values: typing.Mapping, kind: type = TrainConfig, prefix: str = ""
     hints = typing.get_type_hints(kind)
     fields = {}
     for key, value in values.items():
-        if key not in hints:
-            raise UserError(_unknown_key(prefix + key, [prefix + name for name in keys(kind)]))
-        fields[key] = _convert(value, hints[key], prefix + key)
+        dotted = RENAMED.get(prefix + key, prefix + key)
+        name = dotted.removeprefix(prefix)
+        if name not in hints:
+            raise UserError(_unknown_key(dotted, [prefix + known for known in keys(kind)]))
+        fields[name] = _convert(value, hints[name], dotted)
     return kind(**fields)
 
 
@@ -156,6 +159,7 @@ def _apply(kind: type, values: dict, override: str) -> None:
     if not override.startswith(PREFIX) or "=" not in override:
         raise UserError(f"an override reads --config.KEY=VALUE, got {override!r}")
     dotted, text = override[len(PREFIX) :].split("=", 1)
+    dotted = RENAMED.get(dotted, dotted)
     known = keys(kind)
     if dotted not in known:
         raise UserError(_unknown_key(dotted, known))

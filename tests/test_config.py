@@ -233,3 +233,11 @@ def test_command_line():
     assert arguments.config == "configs/demo.py" and overrides == ["--config.steps=3", "--config.seed=4"]
     with pytest.raises(SystemExit):
         recipes.parse_arguments(parser, ["--config=configs/demo.py", "--steps=3"])
+
+
+def test_a_key_of_an_older_run_is_read_under_its_name_of_today():
+    """Runs saved before 2026-12 call `data.annotations` `data.truth`."""
+    saved = recipes.to_dict(_load("data.annotations=['mask']"))
+    assert saved["data"].pop("annotations") == ["mask"]
+    assert recipes.from_dict(saved | {"data": saved["data"] | {"truth": ["mask"]}}).data.annotations == ("mask",)
+    assert _load("data.truth=label").data.annotations == ("label",)

@@ -1,6 +1,6 @@
 """`python tests/train_recorded.py FOLDER [FAULT:PROCESS:STEP] …`: av_mae.train that writes down which clips it takes.
 
-FOLDER gets a file of each process with a JSON line [place, id] of each clip it takes. FAULT in one process, once it
+FOLDER gets a file of each process with a JSON line [index, id] of each clip it takes. FAULT in one process, once it
 takes the batch of STEP: `sleep` (the input never comes), `raise` (a programmer's error). A step takes at least PACE,
 so that a test which stops the run at a step does so long before the run ends, on any machine.
 """
@@ -26,11 +26,11 @@ def recording(folder: pathlib.Path, fault: str, victim: int, at: int) -> type[Fe
         def __next__(self):
             host, batch = super().__next__()
             rows = len(host["id"])
-            places = sorted({place for shard in batch["place"].addressable_shards for place in shard.data.tolist()})
-            assert len(places) == rows
+            indices = sorted({index for shard in batch["index"].addressable_shards for index in shard.data.tolist()})
+            assert len(indices) == rows
             with (folder / f"{jax.process_index()}-{os.getpid()}").open("a") as file:
-                file.write("".join(json.dumps(pair) + "\n" for pair in zip(places, host["id"].tolist())))
-            step = places[0] // batch["place"].shape[0] + 1
+                file.write("".join(json.dumps(pair) + "\n" for pair in zip(indices, host["id"].tolist())))
+            step = indices[0] // batch["index"].shape[0] + 1
             if fault and jax.process_index() == victim and step == at:
                 if fault == "raise":
                     raise RuntimeError("a programmer's error")

@@ -19,7 +19,7 @@ from av_mae.errors import ClipFailure, stage
 
 OBJECTS = 32  # boxes per clip that a batch has room for
 SOURCES = MOST_MIXED  # clean sounds per clip that a batch has room for
-# What of a record the truths are read from.
+# What of a record the annotations are read from.
 RECORD_FIELDS = {
     "label": (),
     "labels": ("labels",),
@@ -32,7 +32,7 @@ Spec = dict[str, tuple[tuple[int, ...], type]]
 
 
 def annotation_fields(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int]) -> Spec:
-    """Shapes and dtypes of the fields, per clip, that the truths of `data` add to a batch.
+    """Shapes and dtypes of the fields, per clip, that the annotations of `data` add to a batch.
 
     label: nothing, but a clip whose class is unknown fails. labels: `label` int32 [classes], 1 for each class that the
     clip has, in place of its first class. mask: `mask` uint8 [H, W], 1 (or the class) where something sounds. objects:
@@ -56,18 +56,18 @@ def annotation_fields(data: DataConfig, image_size: tuple[int, int], audio_size:
         "sources": {"source": (audio_size, np.float32)},
         "waveforms": {"mixture": ((samples,), np.float32), "sources": ((SOURCES, samples), np.float32)},
     }
-    return {name: entry for truth in data.truth for name, entry in fields[truth].items()}
+    return {name: entry for annotation in data.annotations for name, entry in fields[annotation].items()}
 
 
 def read_label(record: dict[str, Any], data: DataConfig) -> np.ndarray:
-    """The class of a clip, int32 (-1: unknown), or where `data.truth` asks for 'labels' int32 [classes], 1 for each
+    """The class of a clip, int32 (-1: unknown), or where `data.annotations` asks for 'labels' int32 [classes], 1 for each
     that the clip has.
 
-    Raises ValueError where the truth 'label' or 'labels' is wanted and no class is known, or one is none of `classes`.
+    Raises ValueError where the annotation 'label' or 'labels' is wanted and no class is known, or one is none of `classes`.
     """
-    if {"label", "labels"} & set(data.truth) and record["label"] < 0:
+    if {"label", "labels"} & set(data.annotations) and record["label"] < 0:
         raise ValueError("the class is unknown")
-    if "labels" not in data.truth:
+    if "labels" not in data.annotations:
         return np.int32(record["label"])
     if max(record["labels"]) >= data.classes:
         raise ValueError(f"class {max(record['labels'])} is none of {data.classes}")
@@ -236,7 +236,7 @@ class ClipLoader(grain.transforms.RandomMap):
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Record → `image` uint8 [H, W, 3], `audio` float32 [mels, frames], `label`, `start` (s), `id`, `error`, and
-        what `data.truth` asks for.
+        what `data.annotations` asks for.
 
         A clip that fails has `error` = 'clip ID: stage: cause' and neither image nor audio.
         """
@@ -259,7 +259,7 @@ class ClipLoader(grain.transforms.RandomMap):
         settings, samples = self.data.sound, self.audio_size[1] * self.data.sound.hop
         with stage("label"):
             clip = {"label": read_label(record, self.data)}
-        with stage("truth"):
+        with stage("annotations"):
             number, place = self._window(record, samples / settings.rate, rng)
         with stage("sound"):
             waveform, clip["start"], middle = sound.read_window(record["sound"], settings.rate, samples, place)
@@ -271,7 +271,7 @@ class ClipLoader(grain.transforms.RandomMap):
             if self.data.sound_snr is not None:
                 waveform = sound.add_noise(waveform, self.data.sound_snr, rng)
             clip["audio"] = sound.features(waveform, settings)
-            clip |= source_fields(self.data.truth, waveform, sources, settings)
+            clip |= source_fields(self.data.annotations, waveform, sources, settings)
         with stage("frame"):
             if len(record["frames"]) == 0:
                 raise ValueError("the clip holds no frames")
@@ -281,17 +281,17 @@ class ClipLoader(grain.transforms.RandomMap):
             size = frames.frame_size(record["frames"][shown])
             box, flip = self._crop(*size, rng)
             clip["image"] = frames.decode_crop(record["frames"][shown], box, self.image_size, flip)
-        with stage("truth"):
+        with stage("annotations"):
             if number is not None:
                 clip["mask"] = read_mask(record["masks"][number], self.data.classes, box, self.image_size, flip)
-            if "objects" in self.data.truth:
+            if "objects" in self.data.annotations:
                 clip |= read_objects(record, box, size, flip)
         return clip
 
     def _window(self, record: dict[str, Any], seconds: float, rng: np.random.Generator) -> tuple[int | None, float]:
         """The number of the mask that is looked at, where masks are wanted; the place of the window in the sound."""
         jitter = rng if self.augment and self.data.jitter else None
-        if "mask" in self.data.truth:
+        if "mask" in self.data.annotations:
             number = mask_number(record, rng if self.augment else None)
             return number, mask_window(record, number, seconds, jitter)
         return None, record.get("view", MIDDLE)["window"] if jitter is None else rng.uniform()
@@ -306,13 +306,13 @@ class ClipLoader(grain.transforms.RandomMap):
             ]
             sources = np.stack([waveform, *others])
             return sources.sum(0), sources
-        if {"sources", "waveforms"} & set(self.data.truth):
+        if {"sources", "waveforms"} & set(self.data.annotations):
             return waveform, read_sources(record, rate, samples, place)
         return waveform, np.zeros((0, samples), np.float32)
 
     def _crop(self, height: int, width: int, rng: np.random.Generator) -> tuple[frames.Box, bool]:
         if not self.augment:
-            share = 1.0 if "mask" in self.data.truth else frames.EVALUATION_SHARE  # as published
+            share = 1.0 if "mask" in self.data.annotations else frames.EVALUATION_SHARE  # as published
             return frames.centre_box(height, width, self.image_size, share), False
         flip = self.data.flip and rng.uniform() < 0.5
         return frames.random_box(rng, height, width, self.data.crop_scale), flip
@@ -321,7 +321,7 @@ class ClipLoader(grain.transforms.RandomMap):
 class HostBatches(grain.MapDataset):
     """This host's rows of the global batches that begin at global position `first` of a dataset of clips.
 
-    Batch i holds positions first + i · batch_size + rows (`place`); `fields` has shape and dtype of what clips bring.
+    Batch i holds positions first + i · batch_size + rows (`index`); `fields` has shape and dtype of what clips bring.
     Positions from `total` on are padding: zeros, `valid` False, `id` and `error` ''. A failed clip is zeros and `valid`
     False with its `id` and `error`.
     """
@@ -342,7 +342,7 @@ class HostBatches(grain.MapDataset):
         count, begin = len(self._rows), self._first + index * self._batch_size
         batch = {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in self._fields.items()}
         batch |= {
-            "place": (begin + np.array(self._rows)).astype(np.int32),
+            "index": (begin + np.array(self._rows)).astype(np.int32),
             "valid": np.zeros(count, bool),
             "id": np.full(count, "", object),
             "error": np.full(count, "", object),

@@ -220,8 +220,8 @@ class TrainingData(_Batches):
         """Host batches from the global clip count `position` on, without reading what came before.
 
         With b = len(rows): `image` uint8 [b, H, W, 3], `audio` float32 [b, mels, frames], `label` int32 [b], `start`
-        float32 [b] (s), `place` int32 [b] (global clip count), `valid` bool [b], `id` and `error` str [b], and what
-        `data.truth` asks for. A clip that fails is zeros, `valid` False.
+        float32 [b] (s), `index` int32 [b] (global clip count), `valid` bool [b], `id` and `error` str [b], and what
+        `data.annotations` asks for. A clip that fails is zeros, `valid` False.
         """
         return self._iterate(position, _ENDLESS)
 
@@ -229,7 +229,7 @@ class TrainingData(_Batches):
 class EvaluationData(_Batches):
     """The items of a plan in order, without augmentation: iterable (anew each time), `len` batches.
 
-    Batches are those of TrainingData, `place` being the item's number in `plan`; the last one is padded with `valid`
+    Batches are those of TrainingData, `index` being the item's number in `plan`; the last one is padded with `valid`
     False and empty `id` and `error`. With `swap` 'image' or 'audio' that stream is another clip's. `most`: only so many
     of the stored clips (0: all). `make_plan` None: that of `usual_plan`.
     """
@@ -263,16 +263,16 @@ class EvaluationData(_Batches):
     def __iter__(self) -> BatchIterator:
         return self._iterate(0, len(self.plan))
 
-    def clip(self, place: int) -> dict:
-        """The fields of one clip, by its place in the stored order; of one that fails `id` and `error` alone."""
-        return self._dataset[place]
+    def clip(self, index: int) -> dict:
+        """The fields of one clip, by its index in the stored order; of one that fails `id` and `error` alone."""
+        return self._dataset[index]
 
 
 def usual_plan(data: DataConfig) -> MakePlan:
     """Mixtures of clips where clips are mixed, else each annotated frame where masks are wanted, else each clip."""
     if data.mix > 1:
         return functools.partial(random_mixtures, mixed=data.mix)
-    return each_mask if "mask" in data.truth else each_clip
+    return each_mask if "mask" in data.annotations else each_clip
 
 
 def read_field(clips: Sequence[dict], field: str, count: int) -> list[Any]:
@@ -339,9 +339,9 @@ def open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSour
     check_sound(data.sound)
     from av_mae.data import records  # brings in TFDS
 
-    if {"label", "labels"} & set(data.truth) and len(data.paths) > 1:
+    if {"label", "labels"} & set(data.annotations) and len(data.paths) > 1:
         check_classes({path: records.class_names(path) for path in data.paths})
-    fields = dict.fromkeys((*FIELDS, *(field for name in data.truth for field in RECORD_FIELDS[name])))
+    fields = dict.fromkeys((*FIELDS, *(field for name in data.annotations for field in RECORD_FIELDS[name])))
     stored = [records.open_source(path, data.split, tuple(fields)) for path in data.paths]
     return [
         ClipSource(path, Cached(source, data.cache * 1e9) if data.cache else source)

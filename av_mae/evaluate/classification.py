@@ -310,7 +310,7 @@ class Classification(Task):
         super().__init__(config, stored)
         self.plan = functools.partial(each_clip, windows=config.windows)
         self.names, multi_label = common_classes(config.paths, config.head.classes), config.settings.multi_label
-        self.truth = ("labels",) if multi_label else ("label",)
+        self.annotations = ("labels",) if multi_label else ("label",)
         self.classes = config.head.classes if multi_label else 0
         counted = config.settings.balanced or config.settings.log_odds
         self.objective = ClassificationObjective(
@@ -328,7 +328,7 @@ class Classification(Task):
     def forward(self, model: models.Classifier, batch: Batch) -> dict[str, jax.Array]:
         image = models.normalize_image(batch["image"])
         if self.config.data.image_noise:
-            keys = row_keys(jax.random.key(self.config.seed), batch["place"])
+            keys = row_keys(jax.random.key(self.config.seed), batch["index"])
             image = degrade(image, self.config.data.image_noise, keys)
         logits = model(image, batch["audio"])
         return {f"{name}_logits": x for name, x in logits.items()} | {f"{JOINT}_logits": models.joint_score(logits)}

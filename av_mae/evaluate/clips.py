@@ -83,7 +83,7 @@ def box_masks(boxes: np.ndarray, size: tuple[int, int], frame: tuple[float, floa
 
 
 def objects_in(clip: dict[str, np.ndarray], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes of a clip (the truth 'objects' of a batch's row) as masks bool [k, *size]; which sound, bool [k]."""
+    """The boxes of a clip (the annotation 'objects' of a batch's row) as masks bool [k, *size]; which sound, bool [k]."""
     count = int(np.sum(clip["sounding"] >= 0))
     return box_masks(clip["boxes"][:count], size), clip["sounding"][:count] > 0
 
@@ -91,15 +91,15 @@ def objects_in(clip: dict[str, np.ndarray], size: tuple[int, int]) -> tuple[np.n
 class Clips(NamedTuple):
     """The clips of one set that could be read, [n] each.
 
-    image uint8 [n, H, W, 3], audio float32 [n, mels, frames] (standardised log-mels), label int32, id str, and place
-    int64, the clip's place in the stored set, failed clips counted in. `skipped` names those that failed.
+    image uint8 [n, H, W, 3], audio float32 [n, mels, frames] (standardised log-mels), label int32, id str, and index
+    int64, the clip's position in the stored set, failed clips counted in. `skipped` names those that failed.
     """
 
     image: np.ndarray
     audio: np.ndarray
     label: np.ndarray
     id: np.ndarray
-    place: np.ndarray
+    index: np.ndarray
     skipped: list[str]
 
 
@@ -115,22 +115,22 @@ def set_names(data: EvaluationDataConfig) -> dict[str, str]:
 
 
 def load_clips(path: str, data: EvaluationDataConfig, sound: SoundConfig, model: AVMAEConfig, batch_size: int) -> Clips:
-    """Reads one set's clips (at most `data.clips` places of it) as the model takes them.
+    """Reads one set's clips (at most `data.clips` of them) as the model takes them.
 
     Raises UserError when the set cannot be opened, or none of its clips can be read (naming the first error).
     """
     source = DataConfig(path=path, split=data.split, workers=data.workers, sound=sound)
     limit = data.clips or sys.maxsize
-    batches, place = [], 0
+    batches, index = [], 0
     with open_evaluation_data(source, model.image.size, model.audio.size, batch_size, np.arange(batch_size)) as clips:
         total = min(limit, clips.clips)
         with Progress(total, f"reading {pathlib.Path(path).name}") as progress:
             for batch in clips:
-                places = np.arange(place, place + batch_size)
-                batches.append(_rows(batch | {"place": places}, places < total))
-                progress.update(min(batch_size, total - place))
-                place += batch_size
-                if place >= total:
+                indices = np.arange(index, index + batch_size)
+                batches.append(_rows(batch | {"index": indices}, indices < total))
+                progress.update(min(batch_size, total - index))
+                index += batch_size
+                if index >= total:
                     break
     return _join(batches, path)
 

@@ -58,11 +58,11 @@ class TaskConfig(RunConfig):
         """All prepared sets that are used, each once."""
         return tuple(dict.fromkeys((*self.data.paths, *self.test_data.paths)))
 
-    def run_config(self, pretrained: TrainConfig, truth: tuple[str, ...], classes: int) -> TrainConfig:
-        """The recipe of the run that trains the head on the encoder of a pretraining: batches also carry `truth`, of
+    def run_config(self, pretrained: TrainConfig, annotations: tuple[str, ...], classes: int) -> TrainConfig:
+        """The recipe of the run that trains the head on the encoder of a pretraining: batches also carry `annotations`, of
         `classes` classes where there are several."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)}
-        data = dataclasses.replace(self.data, sound=pretrained.data.sound, truth=truth, classes=classes)
+        data = dataclasses.replace(self.data, sound=pretrained.data.sound, annotations=annotations, classes=classes)
         return TrainConfig(**fields | {"data": data}, model=pretrained.model)
 
 
@@ -149,9 +149,9 @@ class NeighboursConfig(TaskConfig):
     task: str = "neighbours"
     steps: int = 1
 
-    def run_config(self, pretrained: TrainConfig, truth: tuple[str, ...], classes: int) -> TrainConfig:
+    def run_config(self, pretrained: TrainConfig, annotations: tuple[str, ...], classes: int) -> TrainConfig:
         """As of the other tasks, but only the split that is measured needs to be there."""
-        config = super().run_config(pretrained, truth, classes)
+        config = super().run_config(pretrained, annotations, classes)
         return dataclasses.replace(config, data=dataclasses.replace(config.data, split=self.test_split))
 
 

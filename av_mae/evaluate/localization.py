@@ -248,7 +248,7 @@ class Localization(Task):
     def __init__(self, config: LocalizationConfig, stored: Stored):
         super().__init__(config, stored)
         self.trains, self.cut = config.method == "contrastive", Cut("top", config.top)
-        self.truth = ("objects",) if config.against == "box" else ("mask", "objects")
+        self.annotations = ("objects",) if config.against == "box" else ("mask", "objects")
         self.details = {"cut": str(self.cut), "detected": f"maximum of the map at least {config.detected:g}"}
         self.objective = (
             LocalizationObjective(stored.config.model, config.head, config.encoder_rate)
@@ -263,7 +263,7 @@ class Localization(Task):
             return {"heat": finer(lambda moved: model(moved, audio), image, patch, self.config.shifts)}
         if self.config.method == "attention":
             return {"heat": attention_map(model, image, audio)}
-        keys = jax.random.wrap_key_data(row_keys(jax.random.key(self.config.seed), batch["place"]))
+        keys = jax.random.wrap_key_data(row_keys(jax.random.key(self.config.seed), batch["index"]))
         return {
             "heat": occlusion_map(model, image, audio, occlusion_noise(keys, self.config.masks, model.config.audio))
         }

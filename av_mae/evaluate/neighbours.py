@@ -69,8 +69,8 @@ class Neighbours(Task):
         return features(model, batch)
 
     def score(self, clip: Clip) -> Clip:
-        """The clip's features [D] by stream, its label and its place in the set."""
-        return {name: x for name, x in clip.items() if name.startswith(FEATURES) or name in ("label", "place")}
+        """The clip's features [D] by stream, its label and its index in the set."""
+        return {name: x for name, x in clip.items() if name.startswith(FEATURES) or name in ("label", "index")}
 
     def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
         values = clip_values(*stacked(scores[""]), self.mesh)
@@ -87,7 +87,7 @@ class Neighbours(Task):
         )
         with open_evaluation_data(data, model.image.size, model.audio.size, 1, np.arange(1)) as source:
             rows = [
-                [source.clip(int(clips[number]["place"]))["image"] for number in (query, *others)]
+                [source.clip(int(clips[number]["index"]))["image"] for number in (query, *others)]
                 for query, others in zip(queries, found, strict=True)
             ]
         titles = [

@@ -88,13 +88,13 @@ def run(config: EvaluationConfig, workdir: pathlib.Path) -> Report:
     figures, tables, measured, skipped = {}, [], 0, []
     for name, path in names.items():
         clips = load_clips(path, config.data, recipe.data.sound, recipe.model, config.batch_size)
-        noise = mask_noise(clips.place, recipe.model, config.seed)
+        noise = mask_noise(clips.index, recipe.model, config.seed)
         errors = model_errors(model, untrained, clips, noise, recipe.data.sound, config)
         errors |= baseline_errors(clips, noise, recipe.model)
-        found = summarize(errors, Bootstrap(len(clips.place), config.seed, config.bootstrap))
+        found = summarize(errors, Bootstrap(len(clips.index), config.seed, config.bootstrap))
         figures |= {f"{name}/{figure}": value for figure, value in found.items()}
-        tables.append(format_table(name, found, len(clips.place), len(clips.skipped)))
-        measured, skipped = measured + len(clips.place), skipped + clips.skipped
+        tables.append(format_table(name, found, len(clips.index), len(clips.skipped)))
+        measured, skipped = measured + len(clips.index), skipped + clips.skipped
         if config.pictures:
             picture = draw(model, clips, noise, config)
             pictures.save_png(workdir / "images" / f"reconstruction_{pathlib.Path(name).name}.png", picture)
@@ -140,7 +140,7 @@ def model_errors(
         errors = map_batches(function, (image, audio, *noise), config.batch_size)
         return {prefix + name: values for name, values in errors.items()}
 
-    image, audio, partner = clips.image, clips.audio, partners(len(clips.place), config.seed)
+    image, audio, partner = clips.image, clips.audio, partners(len(clips.index), config.seed)
     grey = np.broadcast_to(np.round(models.IMAGENET_MEAN * 255).astype(np.uint8), image.shape)
     silence = np.full_like(audio, (np.log10(sound.log_floor) - sound.mean) / sound.std)
     both, image_alone, audio_alone = (
@@ -217,7 +217,7 @@ def format_table(name: str, figures: dict[str, Figure], clips: int, skipped: int
 
 def draw(model: models.AVMAE, clips: Clips, noise: Noise, config: EvaluationConfig) -> np.ndarray:
     """Reconstructions of clips spread over the set."""
-    chosen = np.unique(np.linspace(0, len(clips.place) - 1, config.pictures).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(clips.index) - 1, config.pictures).round().astype(int))
     image, audio = clips.image[chosen], clips.audio[chosen]
     out = _forward(model, image, audio, noise.image[chosen], noise.audio[chosen])
     return pictures.reconstructions(image, audio, out, model.config, [str(clip) for clip in clips.id[chosen]])

@@ -144,7 +144,7 @@ class Segmentation(Task):
     """The segmenter, fine-tuned with its encoder; the sound is what is swapped and blanked."""
 
     kind = "segmenter"
-    truth = ("mask", "objects")
+    annotations = ("mask", "objects")
 
     def __init__(self, config: SegmentationConfig, stored: Stored):
         super().__init__(config, stored)

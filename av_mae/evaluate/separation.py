@@ -115,7 +115,7 @@ class Separation(Task):
     """The separator, fine-tuned with its encoder; the image is what is swapped and blanked."""
 
     kind = "separator"
-    truth = ("sources", "waveforms")
+    annotations = ("sources", "waveforms")
     other = "image"
 
     def __init__(self, config: SeparationConfig, stored: Stored):
@@ -160,13 +160,13 @@ class Separation(Task):
 
     def references(self, clip: Clip, sources: np.ndarray) -> tuple[Ratios | str, dict[str, Value]]:
         """Ratios of the unprocessed mixture and scores of the ideal mask: once per clip, whatever its image is."""
-        place = int(clip["place"])
-        if place not in self._references:
+        index = int(clip["index"])
+        if index not in self._references:
             unprocessed = mixture_ratios(sources, clip["mixture"], 1)
             ideal = apply_mask(clip["mixture"], ideal_masks(sources, "ratio", self.sound)[0], self.sound)
             scores = score_clip(sources, ideal[None], unprocessed)
-            self._references[place] = unprocessed, {f"ideal/{name}": value for name, value in scores.items()}
-        return self._references[place]
+            self._references[index] = unprocessed, {f"ideal/{name}": value for name, value in scores.items()}
+        return self._references[index]
 
     def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
         found = {

@@ -112,7 +112,7 @@ TASKS = {
 class Task(abc.ABC):
     """How a head is trained (`objective`), and how it is measured. A subclass per task.
 
-    kind: the model's name in models.kinds. truth: what batches carry beside frame and sound. other: the stream
+    kind: the model's name in models.kinds. annotations: what batches carry beside frame and sound. other: the stream
     ('image' or 'audio') that is exchanged for another clip's under `swapped/`, and for nothing under `blank/`.
     classes: how many the labels or pixels of masks have, where there are several. trains: whether there is a head to
     train; else the checkpoint's own model is measured. conditions: which of CONDITIONS are measured. plan: what is
@@ -125,7 +125,7 @@ class Task(abc.ABC):
     conditions: tuple[str, ...] = CONDITIONS
     plan: MakePlan | None = None
     classes: int = 0
-    truth: tuple[str, ...] = ()
+    annotations: tuple[str, ...] = ()
     other: str = "audio"
     objective: Objective
 
@@ -177,7 +177,7 @@ class Measured:
         ids = gather_texts(list(host["id"]))
         for row in np.flatnonzero(arrays["valid"]):
             clip = {name: x[row] for name, x in arrays.items()}
-            self.items.setdefault(int(self.plan.group[clip["place"]]), []).append(task.score(clip))
+            self.items.setdefault(int(self.plan.group[clip["index"]]), []).append(task.score(clip))
             if row in drawn:
                 self.drawn.append(clip)
                 self.names.append(ids[row])
@@ -199,7 +199,7 @@ def run(config: TaskConfig, workdir: pathlib.Path) -> Report:
         raise UserError("no checkpoint: set --config.init=DIR to a run's workdir or one of its checkpoints")
     stored = open_checkpoint(config.init)
     task = make_task(config, stored)
-    step, state = train_head(task, config.run_config(stored.config, task.truth, task.classes), workdir)
+    step, state = train_head(task, config.run_config(stored.config, task.annotations, task.classes), workdir)
     measured = {prefix: measure(task, step, state, prefix) for prefix in task.conditions}
     return report(task, measured, workdir)
 
@@ -321,7 +321,7 @@ def measure(task: Task, step: TrainStep, state: TrainState, prefix: str) -> Meas
         rates = Rates(feed)
         for number, (host, batch) in enumerate(feed):
             arrays = jax.device_get(rates.timed(compiled, state, batch))
-            measured.add(task, arrays, host, [place - number * size for place in drawn])
+            measured.add(task, arrays, host, [index - number * size for index in drawn])
             progress.update(min(size, items - number * size))
         measured.rates |= rates.figures(size, compiled, state, batch)
     if not measured.items:

@@ -16,7 +16,7 @@ import pytest
 from av_mae.data import loading, pipeline
 from av_mae.errors import FailureCount, UserError
 
-FIELDS = ("image", "audio", "label", "start", "place", "valid", "id", "error")
+FIELDS = ("image", "audio", "label", "start", "index", "valid", "id", "error")
 
 
 def sources(*sets: fake_clips.FakeSet) -> list[loading.ClipSource]:

@@ -33,7 +33,7 @@ def task(config):
 
 
 def annotated(boxes, sounding, annotators=1, by=None) -> dict[str, np.ndarray]:
-    """The fields of the truth 'objects' for boxes (top, left, bottom, right) in pixels of SIZE."""
+    """The fields of the annotation 'objects' for boxes (top, left, bottom, right) in pixels of SIZE."""
     count = len(boxes)
     fields = {"boxes": np.zeros((PLACES, 4), np.float32), "annotators": np.int32(annotators)}
     fields["boxes"][:count] = np.reshape(boxes, (count, 4)) / np.tile(SIZE, 2)
@@ -197,7 +197,7 @@ def test_every_source_of_a_mixture_has_its_figure():
         turned[:3] = np.roll(sources, -first, axis=0)
         if silent:
             turned[(2 - first) % 3] = 0
-        return {"sources": turned, "mixture": mixture, "mask": mask, "place": place}
+        return {"sources": turned, "mixture": mixture, "mask": mask, "index": place}
 
     scores = [separation.score(item(first, first)) for first in range(3)]
     whole = separation.combine(scores)

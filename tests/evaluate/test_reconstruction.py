@@ -38,7 +38,7 @@ def _clips(count: int) -> Clips:
         audio=generator.normal(size=(count, 8, 20)).astype(np.float32),
         label=np.zeros(count, np.int32),
         id=np.array([f"clip{number}" for number in range(count)], object),
-        place=np.arange(count) * 2,
+        index=np.arange(count) * 2,
         skipped=[],
     )
 
@@ -51,7 +51,7 @@ def _models(normalize: bool) -> tuple[models.AVMAE, models.AVMAE]:
 def _errors(batch_size: int, normalize: bool = False, count: int = 5, seed: int = 2):
     model, untrained = _models(normalize)
     clips, config = _clips(count), EvaluationConfig(seed=seed, batch_size=batch_size)
-    noise = reconstruction.mask_noise(clips.place, model.config, seed)
+    noise = reconstruction.mask_noise(clips.index, model.config, seed)
     return reconstruction.model_errors(model, untrained, clips, noise, SOUND, config), model, untrained, clips, noise
 
 
@@ -179,7 +179,7 @@ def test_a_flat_image_is_interpolated_without_error():
 @pytest.mark.parametrize("normalize", [False, True])
 def test_baseline_errors(normalize):
     clips, config = _clips(4), _config(normalize)
-    noise = reconstruction.mask_noise(clips.place, config, 0)
+    noise = reconstruction.mask_noise(clips.index, config, 0)
     errors = reconstruction.baseline_errors(clips, noise, config)
     rows = np.array([clips.audio[:, row].mean() for row in range(8)])
     for clip in range(4):
@@ -233,7 +233,7 @@ def test_bootstrap_is_paired():
 def test_summary_and_table():
     errors = _errors(2)[0]
     clips, config = _clips(5), _config(False)
-    errors |= reconstruction.baseline_errors(clips, reconstruction.mask_noise(clips.place, config, 2), config)
+    errors |= reconstruction.baseline_errors(clips, reconstruction.mask_noise(clips.index, config, 2), config)
     figures = reconstruction.summarize(errors, Bootstrap(5, 0, 200))
     for stream in ("image_error", "audio_error"):
         right, swapped = (figures[f"{name}/{stream}"].value for name in ("right", "swapped"))

@@ -1,4 +1,4 @@
-"""What batches carry of the truth about a clip: masks and boxes cut as the frame is, clean sounds, mixtures, swaps."""
+"""What batches carry of what is annotated of a clip: masks and boxes cut as the frame is, clean sounds, mixtures, swaps."""
 
 import io
 
@@ -9,7 +9,7 @@ import soundfile
 from PIL import Image
 
 from av_mae.data import loading, pipeline, plans
-from av_mae.data import loading as truth
+from av_mae.data import loading
 
 SIZE = (32, 48)
 
@@ -66,7 +66,7 @@ def batches(count=8, training=False, swap="", broken=None, **changes):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_mask_and_box_are_cut_as_the_frame_is(training):
-    batch = batches(training=training, truth=("mask", "objects"), crop_scale=(0.3, 1.0))
+    batch = batches(training=training, annotations=("mask", "objects"), crop_scale=(0.3, 1.0))
     assert batch["valid"].all() and batch["mask"].dtype == np.uint8
     for image, mask, boxes in zip(batch["image"], batch["mask"], batch["boxes"]):
         assert np.mean((image.mean(-1) > 127) == mask) > 0.97
@@ -77,12 +77,12 @@ def test_mask_and_box_are_cut_as_the_frame_is(training):
         np.testing.assert_allclose(boxes[1], found, atol=1.5 / 32)
         np.testing.assert_array_equal(boxes[2:], 0)
     for name, values in (("object_labels", [4, 7]), ("sounding", [0, 1]), ("box_annotators", [0, 2])):
-        np.testing.assert_array_equal(batch[name][0], values + [-1] * (truth.OBJECTS - 2))
+        np.testing.assert_array_equal(batch[name][0], values + [-1] * (loading.OBJECTS - 2))
     assert (batch["annotators"] == 3).all()
 
 
 def test_clean_sounds_add_up_to_the_mixture():
-    batch = batches(training=True, truth=("sources", "waveforms"))
+    batch = batches(training=True, annotations=("sources", "waveforms"))
     np.testing.assert_allclose(batch["sources"].sum(1), batch["mixture"], atol=3e-4)  # three 16-bit roundings, 6 dB up
     assert batch["source"].shape == batch["audio"].shape and not np.allclose(batch["source"], batch["audio"])
     np.testing.assert_array_equal(batch["sources"][:, 2:], 0)
@@ -90,7 +90,7 @@ def test_clean_sounds_add_up_to_the_mixture():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_sounds_of_several_clips_are_added(training):
-    options = {"truth": ("waveforms", "sources"), "volume_db": 0.0}
+    options = {"annotations": ("waveforms", "sources"), "volume_db": 0.0}
     alone = {one: wave for one, wave in _waves(batches(count=12, training=training, **options))}
     batch = batches(count=12, training=training, mix=3, **options)
     for own, mixture, sources in zip(batch["id"], batch["mixture"], batch["sources"]):
@@ -106,7 +106,7 @@ def _waves(batch):
 
 
 def test_swapped_streams_are_another_clips():
-    options = {"count": 12, "truth": ("mask",)}
+    options = {"count": 12, "annotations": ("mask",)}
     own, image, audio = (batches(swap=swap, **options) for swap in ("", "image", "audio"))
     for swapped, changed, kept in ((image, "image", "audio"), (audio, "audio", "image")):
         np.testing.assert_array_equal(swapped["id"], own["id"])
@@ -117,8 +117,8 @@ def test_swapped_streams_are_another_clips():
 
 
 def test_noise_has_its_level():
-    quiet = batches(count=12, truth=("waveforms",))["mixture"]
-    noisy = batches(count=12, truth=("waveforms",), sound_snr=-10.0)["mixture"]
+    quiet = batches(count=12, annotations=("waveforms",))["mixture"]
+    noisy = batches(count=12, annotations=("waveforms",), sound_snr=-10.0)["mixture"]
     ratio = np.mean(np.square(quiet), 1) / np.mean(np.square(noisy - quiet), 1)
     np.testing.assert_allclose(10 * np.log10(ratio), -10, atol=0.6)
 
@@ -134,27 +134,27 @@ def test_a_partner_that_fails_costs_the_clip():
 @pytest.mark.parametrize(
     "name, field, message",
     [
-        ("mask", {"masks": []}, "truth: the clip has no mask"),
-        ("mask", {"masks": [COLOURED]}, "truth: a mask must be an 8-bit greyscale picture, got mode RGB"),
+        ("mask", {"masks": []}, "annotations: the clip has no mask"),
+        ("mask", {"masks": [COLOURED]}, "annotations: a mask must be an 8-bit greyscale picture, got mode RGB"),
         ("sources", {"sources": []}, "sound: the clip has no clean"),
         ("waveforms", {"sources": [b""] * 5}, "sound: the clip has 5 clean sounds, at most 4"),
-        ("mask", {"masks": [b"no picture"]}, "truth: cannot identify image file"),
+        ("mask", {"masks": [b"no picture"]}, "annotations: cannot identify image file"),
         ("labels", {"label": np.int64(-1)}, "label: the class is unknown"),
         ("label", {"label": np.int64(-1)}, "label: the class is unknown"),
         ("labels", {"labels": np.array([1, 12])}, "label: class 12 is none of 12"),
-        ("objects", {"boxes": np.zeros((33, 4))}, "truth: the clip has 33 boxes, at most 32"),
+        ("objects", {"boxes": np.zeros((33, 4))}, "annotations: the clip has 33 boxes, at most 32"),
     ],
 )
 def test_what_is_missing_is_named(name, field, message, monkeypatch):
     read = TrueSet.__getitem__
     monkeypatch.setattr(TrueSet, "__getitem__", lambda self, index: read(self, index) | (field if index == 2 else {}))
-    batch = batches(truth=(name,), classes=12 if name == "labels" else 0)
+    batch = batches(annotations=(name,), classes=12 if name == "labels" else 0)
     assert batch["error"][2].startswith(f"clip a-2: {message}") and not batch["valid"][2]
     assert batch["valid"].sum() == 7
 
 
 def test_all_labels_of_a_clip_are_marked():
-    batch = batches(truth=("labels",), classes=12)
+    batch = batches(annotations=("labels",), classes=12)
     expected = np.zeros((8, 12), np.int32)
     for index in range(8):
         expected[index, [index, (index + 5) % 12]] = 1
@@ -190,7 +190,7 @@ class FilmSet(fake_clips.FakeSet):
 
 def films(training: bool, swap: str = "", **changes) -> list[dict]:
     """The rows that are valid of the first batches (all, in evaluation) of 4 clips."""
-    config = fake_clips.small_config(truth=("mask",), crop_scale=(1.0, 1.0), flip=False, **changes)
+    config = fake_clips.small_config(annotations=("mask",), crop_scale=(1.0, 1.0), flip=False, **changes)
     source, sizes = loading.ClipSource("f", FilmSet("f", 4)), ((32, 48), (16, 16))
     if training:
         with pipeline.TrainingData([source], config, *sizes, 0, 16, np.arange(16)) as data:
@@ -231,10 +231,12 @@ def test_training_takes_any_annotated_frame_and_a_window_that_holds_it():
 
 
 def test_a_mask_of_more_classes_than_there_are_is_named():
-    config = fake_clips.small_config(truth=("mask",), classes=3)
+    config = fake_clips.small_config(annotations=("mask",), classes=3)
     with pipeline.EvaluationData(
         [loading.ClipSource("f", FilmSet("f", 4))], config, (32, 48), (16, 16), 7, np.arange(7)
     ) as data:
         (batch,) = data
     assert list(batch["valid"]) == [True, True, False, True, False, False, True]
-    assert "truth: the mask holds class 3, there are 3 (0 to 2); binary masks have no classes" in batch["error"][2]
+    assert (
+        "annotations: the mask holds class 3, there are 3 (0 to 2); binary masks have no classes" in batch["error"][2]
+    )
