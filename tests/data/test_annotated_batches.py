@@ -9,7 +9,6 @@ import soundfile
 from PIL import Image
 
 from av_mae.data import loading, pipeline, plans
-from av_mae.data import loading
 
 SIZE = (32, 48)
 
