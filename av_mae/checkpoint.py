@@ -380,7 +380,7 @@ def load_config(path: str) -> TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class Checkpoint:
     """Where a checkpoint lies, its recipe, the kind of its model and the configuration of its head (or None)."""
 
     folder: pathlib.Path
@@ -405,7 +405,7 @@ class Stored:
         return definition, load_params(str(self.folder), abstract)
 
 
-def open_checkpoint(path: str) -> Stored:
+def open_checkpoint(path: str) -> Checkpoint:
     """The checkpoint that `path` names: one itself, or the newest of a work directory or its `checkpoints`.
 
     Raises:
@@ -415,4 +415,4 @@ def open_checkpoint(path: str) -> Stored:
     meta = read_meta(folder)
     kind = meta.get("kind", kinds.PRETRAINING)
     head = recipes.from_dict(meta.get("head") or {}, kinds.HEADS[kind][1]) if kind in kinds.HEADS else None
-    return Stored(folder, config, kind, head)
+    return Checkpoint(folder, config, kind, head)

@@ -45,16 +45,16 @@ def load(path: str | os.PathLike) -> nnx.Module:
         model = load_published(path)
         model.sound = SoundConfig(mels=model.config.audio.size[0])
         return model
-    stored = open_checkpoint(os.fspath(path))
-    if stored.kind in kinds.STREAMS:
-        stream = kinds.STREAMS[stored.kind]
+    checkpoint = open_checkpoint(os.fspath(path))
+    if checkpoint.kind in kinds.STREAMS:
+        stream = kinds.STREAMS[checkpoint.kind]
         raise UserError(
             f"{path} holds a unimodal {stream} encoder, which is no whole model: start a run from it with "
             f"--config.init_{stream}={path}"
         )
-    definition, arrays = stored.load()
+    definition, arrays = checkpoint.load()
     model = definition.merge(arrays)
-    model.sound = stored.config.data.sound
+    model.sound = checkpoint.config.data.sound
     return model
 
 
@@ -87,7 +87,7 @@ def load_run(path: str) -> tuple[TrainConfig, models.AVMAE]:
     """
     if not path:
         raise UserError("no checkpoint: set --config.init=DIR to a run's workdir or one of its checkpoints")
-    stored = open_checkpoint(path)
-    if stored.kind != kinds.PRETRAINING:
-        raise UserError(f"init={path} must be a pretraining checkpoint, with decoders; it holds: {stored.kind}")
-    return stored.config, load(path)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.kind != kinds.PRETRAINING:
+        raise UserError(f"init={path} must be a pretraining checkpoint, with decoders; it holds: {checkpoint.kind}")
+    return checkpoint.config, load(path)

@@ -99,3 +99,16 @@ def test_import_is_light(root):
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert result.stdout == "[]\n" and "module 'av_mae' has no attribute 'lod'" in result.stderr
     assert av_mae.encode is loading.encode and av_mae.load is loading.load
+
+
+def test_what_is_public(root):
+    """`dir` and `import *` give the same names, without importing anything before it is used."""
+    code = (
+        "import sys, av_mae\n"
+        "names = set(dir(av_mae))\n"
+        "assert {'__version__', 'load', 'encode', 'models', 'convert', 'preprocess'} <= names, names\n"
+        "assert 'jax' not in sys.modules\n"
+        "from av_mae import *\n"
+        "assert models is av_mae.models and load is av_mae.loading.load and names - {'__version__'} <= set(globals())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from av_mae import recipes
-from av_mae.checkpoint import Stored, open_checkpoint
+from av_mae.checkpoint import Checkpoint, open_checkpoint
 from av_mae.config import DataConfig, SoundConfig, TrainConfig
 from av_mae.console import note
 from av_mae.convert.infer import Found, identify
@@ -220,14 +220,14 @@ def recipe_of(model: AVMAEConfig) -> TrainConfig:
     return TrainConfig(epochs=200.0, data=DataConfig(sound=SoundConfig(mels=model.audio.size[0])), model=model)
 
 
-def published_tensors(stored: Stored) -> list[tuple[str, Lazy | StoredTensor]]:
+def published_tensors(checkpoint: Checkpoint) -> list[tuple[str, Lazy | StoredTensor]]:
     """What a checkpoint is in the published system, by published name: of a converted file just what that held.
 
     Raises:
       UserError: the published system has no such model, or the checkpoint cannot be read.
     """
-    definition, values = stored.load()
-    model, record = definition.merge(values), stored.folder / "published"
+    definition, values = checkpoint.load()
+    model, record = definition.merge(values), checkpoint.folder / "published"
     known = json.loads((record / RECORD).read_text()) if record.is_dir() else {"prefix": "encoder.", "tensors": None}
     names = names_of(model, known["prefix"])
     kept = open_weights(record / KEPT).tensors if record.is_dir() else {}
@@ -279,6 +279,6 @@ def read_file(path: str, kind: str, config: AVMAEConfig) -> dict[str, np.ndarray
 
 
 def read_checkpoint(path: str, kind: str, config: AVMAEConfig) -> dict[str, np.ndarray]:
-    stored = open_checkpoint(path)
-    check_kind(path, stored.kind, kind)
-    return {name: np.asarray(x) for name, x in stored.load(config)[1].items()}
+    checkpoint = open_checkpoint(path)
+    check_kind(path, checkpoint.kind, kind)
+    return {name: np.asarray(x) for name, x in checkpoint.load(config)[1].items()}

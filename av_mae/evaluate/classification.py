@@ -14,7 +14,7 @@ from flax import nnx
 
 from av_mae import models
 from av_mae import plots as pictures
-from av_mae.checkpoint import Stored
+from av_mae.checkpoint import Checkpoint
 from av_mae.data.plans import each_clip
 from av_mae.errors import UserError
 from av_mae.evaluate.bootstrap import Bootstrap, Figure, Value, divide, mean_defined, require_finite, require_labels
@@ -306,15 +306,15 @@ class Classification(Task):
     kind = "classifier"
     other = "image"
 
-    def __init__(self, config: ClassificationConfig, stored: Stored):
-        super().__init__(config, stored)
+    def __init__(self, config: ClassificationConfig, checkpoint: Checkpoint):
+        super().__init__(config, checkpoint)
         self.plan = functools.partial(each_clip, windows=config.windows)
         self.names, multi_label = common_classes(config.paths, config.head.classes), config.settings.multi_label
         self.annotations = ("labels",) if multi_label else ("label",)
         self.classes = config.head.classes if multi_label else 0
         counted = config.settings.balanced or config.settings.log_odds
         self.objective = ClassificationObjective(
-            stored.config.model,
+            checkpoint.config.model,
             config.head,
             config.settings,
             frequency=class_frequencies(config.data.paths, config.data.split, config.head.classes, multi_label)

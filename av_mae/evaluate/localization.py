@@ -12,7 +12,7 @@ from flax import nnx
 
 from av_mae import models
 from av_mae import plots as pictures
-from av_mae.checkpoint import Stored
+from av_mae.checkpoint import Checkpoint
 from av_mae.errors import UserError
 from av_mae.evaluate.bootstrap import Bootstrap, Figure, Value, divide, figures_of, require_finite
 from av_mae.evaluate.classification import row_keys
@@ -245,15 +245,15 @@ class Localization(Task):
 
     kind = "localizer"
 
-    def __init__(self, config: LocalizationConfig, stored: Stored):
-        super().__init__(config, stored)
+    def __init__(self, config: LocalizationConfig, checkpoint: Checkpoint):
+        super().__init__(config, checkpoint)
         self.trains, self.cut = config.method == "contrastive", Cut("top", config.top)
         self.annotations = ("objects",) if config.against == "box" else ("mask", "objects")
         self.details = {"cut": str(self.cut), "detected": f"maximum of the map at least {config.detected:g}"}
         self.objective = (
-            LocalizationObjective(stored.config.model, config.head, config.encoder_rate)
+            LocalizationObjective(checkpoint.config.model, config.head, config.encoder_rate)
             if self.trains
-            else Pretraining(stored.config.model)
+            else Pretraining(checkpoint.config.model)
         )
 
     def forward(self, model: models.Localizer | models.AVMAE, batch: Batch) -> dict[str, jax.Array]:

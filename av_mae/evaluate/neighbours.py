@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from av_mae import models
 from av_mae import plots as pictures
-from av_mae.checkpoint import Stored
+from av_mae.checkpoint import Checkpoint
 from av_mae.config import TrainConfig
 from av_mae.data.pipeline import open_evaluation_data
 from av_mae.errors import UserError
@@ -59,11 +59,11 @@ class Neighbours(Task):
     trains = False
     conditions = ("",)
 
-    def __init__(self, config: NeighboursConfig, stored: Stored):
-        super().__init__(config, stored)
+    def __init__(self, config: NeighboursConfig, checkpoint: Checkpoint):
+        super().__init__(config, checkpoint)
         self.names = common_classes(config.data.paths)
         self.mesh = make_mesh(config.mesh)
-        self.objective = Encoding(stored.config.model)
+        self.objective = Encoding(checkpoint.config.model)
 
     def forward(self, model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:
         return features(model, batch)
@@ -82,7 +82,7 @@ class Neighbours(Task):
         queries = np.linspace(0, len(clips) - 1, min(len(clips), self.config.pictures)).astype(int)
         found = nearest_of(stacked(clips)[0], queries, SHOWN)
         model, data = (
-            self.stored.config.model,
+            self.checkpoint.config.model,
             dataclasses.replace(self.config.data, sound=self.sound, workers=0, split=self.config.test_split),
         )
         with open_evaluation_data(data, model.image.size, model.audio.size, 1, np.arange(1)) as source:

@@ -12,7 +12,7 @@ import numpy as np
 
 from av_mae import models
 from av_mae import plots as pictures
-from av_mae.checkpoint import Stored
+from av_mae.checkpoint import Checkpoint
 from av_mae.evaluate.bootstrap import Bootstrap, Figure, Value, divide, mean_defined, require_finite, require_labels
 from av_mae.evaluate.clips import common_classes, objects_in
 from av_mae.evaluate.config import SegmentationConfig
@@ -146,8 +146,8 @@ class Segmentation(Task):
     kind = "segmenter"
     annotations = ("mask", "objects")
 
-    def __init__(self, config: SegmentationConfig, stored: Stored):
-        super().__init__(config, stored)
+    def __init__(self, config: SegmentationConfig, checkpoint: Checkpoint):
+        super().__init__(config, checkpoint)
         if config.head.classes > 1:
             common_classes(config.paths, config.head.classes)
         self.classes = config.head.classes
@@ -156,7 +156,7 @@ class Segmentation(Task):
             "region_sizes": f"iou/small: what sounds takes less than {small} of the image; medium: less "
             f"than {medium}; large: more"
         }
-        self.objective = Finetuning(self.kind, config, stored, self.loss)
+        self.objective = Finetuning(self.kind, config, checkpoint, self.loss)
 
     def loss(self, model: models.Segmenter, rows: Rows) -> jax.Array:
         logits = model(models.normalize_image(rows["image"]), rows["audio"], train_rows=rows["valid"])

@@ -11,7 +11,7 @@ import soundfile
 
 from av_mae import models
 from av_mae import plots as pictures
-from av_mae.checkpoint import Stored
+from av_mae.checkpoint import Checkpoint
 from av_mae.data.audio import apply_mask, ideal_masks, log_mel
 from av_mae.data.plans import Clips, Plan, listed_mixtures, read_lists
 from av_mae.evaluate.bootstrap import Bootstrap, Figure, Value, figures_of, require_finite
@@ -118,11 +118,11 @@ class Separation(Task):
     annotations = ("sources", "waveforms")
     other = "image"
 
-    def __init__(self, config: SeparationConfig, stored: Stored):
-        super().__init__(config, stored)
+    def __init__(self, config: SeparationConfig, checkpoint: Checkpoint):
+        super().__init__(config, checkpoint)
         if config.pairs:
             self.plan = functools.partial(self.listed, lists=read_lists(config.pairs, config.data.mix))
-        self.objective = Finetuning(self.kind, config, stored, self.loss)
+        self.objective = Finetuning(self.kind, config, checkpoint, self.loss)
         self._references: dict[int, tuple[Ratios | str, dict[str, Value]]] = {}
 
     def listed(self, clips: Clips, lists: list[list[str]]) -> Plan:

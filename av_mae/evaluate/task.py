@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from av_mae import models, recipes
-from av_mae.checkpoint import Checkpoints, Stored, TrainState, load_params, open_checkpoint, read_meta
+from av_mae.checkpoint import Checkpoint, Checkpoints, TrainState, load_params, open_checkpoint, read_meta
 from av_mae.config import SoundConfig, TrainConfig
 from av_mae.console import Progress, note
 from av_mae.data.pipeline import MakePlan, open_evaluation_data
@@ -44,8 +44,10 @@ class Finetuning(Objective):
     Learning rates: those of the encoder times `encoder_rate` (0: frozen), those of its layers by `layer_decay`.
     """
 
-    def __init__(self, kind: str, config: TaskConfig, stored: Stored, loss: Callable[[nnx.Module, Rows], jax.Array]):
-        self.kind, self.config, self.encoder_config, self.loss = kind, config, stored.config.model, loss
+    def __init__(
+        self, kind: str, config: TaskConfig, checkpoint: Checkpoint, loss: Callable[[nnx.Module, Rows], jax.Array]
+    ):
+        self.kind, self.config, self.encoder_config, self.loss = kind, config, checkpoint.config.model, loss
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         return kinds.build_model(self.kind, self.encoder_config, self.config.head, rngs)
@@ -129,9 +131,9 @@ class Task(abc.ABC):
     other: str = "audio"
     objective: Objective
 
-    def __init__(self, config: TaskConfig, stored: Stored):
-        self.config, self.stored = config, stored
-        self.sound = stored.config.data.sound
+    def __init__(self, config: TaskConfig, checkpoint: Checkpoint):
+        self.config, self.checkpoint = config, checkpoint
+        self.sound = checkpoint.config.data.sound
         self.details: dict[str, Any] = {}
         self.missing: list[str] = []
 
@@ -183,10 +185,10 @@ class Measured:
                 self.names.append(ids[row])
 
 
-def make_task(config: TaskConfig, stored: Stored) -> Task:
+def make_task(config: TaskConfig, checkpoint: Checkpoint) -> Task:
     """The task that a recipe names."""
     module, name = TASKS[config.task]
-    return getattr(importlib.import_module(module), name)(config, stored)
+    return getattr(importlib.import_module(module), name)(config, checkpoint)
 
 
 def run(config: TaskConfig, workdir: pathlib.Path) -> Report:
@@ -197,9 +199,9 @@ def run(config: TaskConfig, workdir: pathlib.Path) -> Report:
     """
     if not config.init:
         raise UserError("no checkpoint: set --config.init=DIR to a run's workdir or one of its checkpoints")
-    stored = open_checkpoint(config.init)
-    task = make_task(config, stored)
-    step, state = train_head(task, config.run_config(stored.config, task.annotations, task.classes), workdir)
+    checkpoint = open_checkpoint(config.init)
+    task = make_task(config, checkpoint)
+    step, state = train_head(task, config.run_config(checkpoint.config, task.annotations, task.classes), workdir)
     measured = {prefix: measure(task, step, state, prefix) for prefix in task.conditions}
     return report(task, measured, workdir)
 
@@ -232,7 +234,7 @@ def report(task: Task, measured: dict[str, Measured], workdir: pathlib.Path) -> 
         "missing": len(missing),
         **task.details,
         "config": recipes.to_dict(config),
-        "checkpoint": identity(task.stored.folder),
+        "checkpoint": identity(task.checkpoint.folder),
         "skipped_clips": failures,
         **whole.rates,
     }
@@ -255,7 +257,7 @@ def train_head(task: Task, config: TrainConfig, workdir: pathlib.Path) -> tuple[
         labels = {
             "kind": task.kind,
             "head": recipes.to_dict(task.config.head),
-            "init": str(task.stored.folder),
+            "init": str(task.checkpoint.folder),
             "random_weights": task.config.random_weights,
         }
         checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last, config.keep_every, labels=labels)
@@ -277,7 +279,7 @@ def first_weights(task: Task, step: TrainStep) -> Params | None:
         return None
     abstract = step.abstract_state().model
     wanted = {name: x for name, x in abstract.items() if not task.trains or name.startswith("encoder.")}
-    return load_params(str(task.stored.folder), wanted, partly=True)
+    return load_params(str(task.checkpoint.folder), wanted, partly=True)
 
 
 def blank(batch: Batch, stream: str, sound: SoundConfig) -> Batch:

@@ -27,7 +27,7 @@ _current: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Contex
 
 
 @contextlib.contextmanager
-def cut_over(mesh: Mesh, rules: Rules) -> Iterator[None]:
+def activation_sharding(mesh: Mesh, rules: Rules) -> Iterator[None]:
     """What is traced inside lies on the mesh as the rules say."""
     token = _current.set((mesh, rules))
     try:

@@ -18,7 +18,7 @@ from av_mae.checkpoint import TrainState
 from av_mae.config import MeshConfig, TrainConfig
 from av_mae.models.encoder import run_layers
 from av_mae.models.kinds import Params, define_model, flat_values
-from av_mae.models.layers import Initial, cut_over
+from av_mae.models.layers import Initial, activation_sharding
 from av_mae.train.optimizer import Length, Multipliers, learning_rate, make_optimizer, pretrained_multipliers
 from av_mae.train.sharding import (
     LAYERS,
@@ -229,7 +229,7 @@ class TrainStep:
         def run(state: TrainState, batch: Batch):
             if drawn:
                 batch = self._prepared(state.step, batch)
-            with cut_over(self.mesh, RULES):
+            with activation_sharding(self.mesh, RULES):
                 return function(self._model(state.params, state.statistics), batch)
 
         return jax.jit(run, in_shardings=(self.shardings, self.rows), out_shardings=replicated(self.mesh))
@@ -308,7 +308,7 @@ class TrainStep:
     ) -> tuple[jax.Array, tuple[Metrics, Params]]:
         """Σ weight · loss over the given rows; the same sums of the metrics; the statistics after them."""
         model = self._model(trained | frozen, statistics)
-        with cut_over(self.mesh, RULES):
+        with activation_sharding(self.mesh, RULES):
             loss, metrics = self.objective.losses(model, rows)
         metrics = {name: jnp.sum(rows["weight"] * x.astype(jnp.float32)) for name, x in metrics.items()}
         loss = jnp.sum(rows["weight"] * loss.astype(jnp.float32))

@@ -87,17 +87,17 @@ def refused(tmp_path, tensors, options=GOLDEN_OPTIONS):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_configuration_of_golden_files(shared, converted, name):
     stem = name.partition(".")[0]
-    stored = open_checkpoint(str(converted(name)))
-    assert stored.kind == KIND.get(stem, "pretraining")
-    assert stored.config.model == configuration(shared, stem)
-    assert recipes.load(converted(name) / "config.json") == stored.config
+    checkpoint = open_checkpoint(str(converted(name)))
+    assert checkpoint.kind == KIND.get(stem, "pretraining")
+    assert checkpoint.config.model == configuration(shared, stem)
+    assert recipes.load(converted(name) / "config.json") == checkpoint.config
     heads = {
         "classifier_plain": models.ClassifierConfig(7),
         "classifier_norm": models.ClassifierConfig(7, True),
         "separation": models.SeparatorConfig(),
         "segmentation5": models.SegmenterConfig(5),
     }
-    assert stored.head == heads.get(stem)
+    assert checkpoint.head == heads.get(stem)
 
 
 @pytest.mark.parametrize(

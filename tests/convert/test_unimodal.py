@@ -111,10 +111,10 @@ def test_converted_folder_and_file_start_alike(files, folders, stream):
 
 
 def test_what_converted_folders_say(folders, files, capsys):
-    stored = {stream: open_checkpoint(folder) for stream, folder in folders.items()}
-    assert [stored[stream].kind for stream in CHANNELS] == ["image_encoder", "audio_encoder"]
-    assert stored["image"].config.model.image == dataclasses.replace(RUN.image, size=(64, 64), mask_ratio=0.75)
-    assert stored["audio"].config.model.audio.size == (64, 128)
+    checkpoints = {stream: open_checkpoint(folder) for stream, folder in folders.items()}
+    assert [checkpoints[stream].kind for stream in CHANNELS] == ["image_encoder", "audio_encoder"]
+    assert checkpoints["image"].config.model.image == dataclasses.replace(RUN.image, size=(64, 64), mask_ratio=0.75)
+    assert checkpoints["audio"].config.model.audio.size == (64, 128)
     for stream, source in [("image", folders["image"]), ("audio", files["audio"])]:
         with pytest.raises(UserError, match=f"start a run from it with --config.init_{stream}="):
             av_mae.load(source)

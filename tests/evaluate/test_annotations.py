@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_tasks
 
-from av_mae.checkpoint import Stored
+from av_mae.checkpoint import Checkpoint
 from av_mae.config import DataConfig, TrainConfig
 from av_mae.errors import UserError
 from av_mae.evaluate import clips as annotations
@@ -29,7 +29,7 @@ PLACES = 32  # for boxes in a batch
 def task(config):
     """The task on a checkpoint of which only the recipe is looked at."""
     recipe = TrainConfig(steps=1, batch_size=8, model=tiny_tasks.MODEL, data=DataConfig(sound=tiny_tasks.SOUND))
-    return make_task(config, Stored(pathlib.Path("nowhere"), recipe, "pretraining", None))
+    return make_task(config, Checkpoint(pathlib.Path("nowhere"), recipe, "pretraining", None))
 
 
 def annotated(boxes, sounding, annotators=1, by=None) -> dict[str, np.ndarray]:
