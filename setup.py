@@ -50,7 +50,7 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",  # two test files at a time: compilation uses one core
         "PyYAML>=6,<7",  # reads the JobSet that a launcher writes; ml_collections brings it
         "scikit-learn>=1.6,<2",  # an independent reference for metrics; 1.6 is the first tested with numpy 2
-        "playwright>=1.50,<2",  # drives the system's Chromium on the viewer's page; brings no browser itself
+        "playwright>=1.50,<2",  # drives the system's Chromium on a run's page; brings no browser itself
         "papermill>=2.6,<3",
         "ipykernel>=6.29,<8",  # run the notebooks
         *DOCS,

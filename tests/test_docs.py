@@ -19,7 +19,6 @@ from av_mae.evaluate import config as task_config
 from av_mae.models import flops
 from av_mae.train import run
 from av_mae.train import sharding as mesh
-from av_mae.view.server import Server
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -149,7 +148,6 @@ def test_tutorial_from_folder_to_search(tmp_path, monkeypatch, capsys):
     """Its blocks one after the other as they are typed, with less data and fewer steps appended."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:1]))
-    monkeypatch.setattr(Server, "serve_forever", lambda server: None)
     for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", TUTORIAL.read_text(), re.DOTALL | re.MULTILINE):
         if language == "python":
             exec(compile(block, "tutorial.md", "exec"), {})

@@ -19,7 +19,6 @@ from av_mae.evaluate import __main__ as evaluate
 from av_mae.evaluate import compare
 from av_mae.train import run
 from av_mae.train import sharding as mesh
-from av_mae.view.server import Server
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -88,7 +87,6 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     """All commands but the two scripts, in the README's order, on less data and for fewer steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:1]))
-    monkeypatch.setattr(Server, "serve_forever", lambda server: None)
     cell = compare.Cell.config
     monkeypatch.setattr(
         compare.Cell,

@@ -1,62 +1,61 @@
-"""`python -m av_mae.view`: a local page of a run's curves, pictures, sounds and figures. It only reads."""
+"""`python -m av_mae.view`: writes one page of a run's curves, images, sounds and results into its work directory."""
 
 import argparse
+import os
 import pathlib
+import tempfile
+import webbrowser
 
 from av_mae.errors import UserError, run_command
-from av_mae.view.page import MARKS, Workdir
-from av_mae.view.server import Server
-
-PORT = 6008  # TensorBoard's is 6006
-PORTS = range(65536)
+from av_mae.view import RUN_FILES, Workdir
+from av_mae.view.page import PAGE_FILE, page
 
 
-def open_workdir(path: str) -> Workdir:
-    """The work directory to show. Raises UserError where it is none, or holds no run."""
-    folder = pathlib.Path(path)
-    if not folder.is_dir():
-        raise UserError(f"--workdir={path} must be a folder; there is none of that name")
+def write_page(folder: str) -> pathlib.Path:
+    """Writes `view.html` into a work directory, in the place of an older one, and returns its path.
+
+    Raises:
+      UserError: the folder is missing, holds no run, or cannot be written to.
+    """
     workdir = Workdir(folder)
-    if not workdir.runs():
+    if not workdir.root.is_dir():
+        raise UserError(f"--workdir={folder} must be a folder; there is none of that name")
+    names = workdir.runs()
+    if not names:
         raise UserError(
-            f"--workdir={path} holds no run: neither it nor a folder in it has {' or '.join(MARKS)}; name "
+            f"--workdir={folder} holds no run: neither it nor a folder in it has {' or '.join(RUN_FILES)}; name "
             "the --workdir of av_mae.train or av_mae.evaluate, or a folder of several"
         )
-    return workdir
-
-
-def open_server(workdir: Workdir, port: int) -> Server:
-    """The server, listening. Raises UserError for a port that cannot be had."""
-    if port not in PORTS:
-        raise UserError(f"--port={port} must be between 0 (any that is free) and {PORTS[-1]}")
+    path = workdir.root / PAGE_FILE
     try:
-        return Server(workdir, port)
+        # A new file takes the page's name: what a link of that name leads to is not written to.
+        with tempfile.NamedTemporaryFile(dir=workdir.root, prefix=".view_", delete=False) as file:
+            file.write(page(workdir, names))
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
     except OSError as error:
-        raise UserError(
-            f"cannot listen at --port={port}: {error.strerror}; name another, or 0 for any that is free"
-        ) from error
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return path
 
 
 def main(argv: list[str]) -> None:
-    """Opens the page of a work directory and serves it until the process is stopped."""
+    """Writes the page of a work directory."""
     parser = argparse.ArgumentParser(
         prog="python -m av_mae.view",
-        description="Serves a local page of a run, or of all runs in a folder: curves, reconstructions, heat maps, "
-        "separated sounds, results. It only reads, and only this machine can open it.",
-        epilog="example: python -m av_mae.view --workdir=runs/demo    on another machine: ssh -L 6008:localhost:6008 "
-        "HOST, then open http://localhost:6008",
+        description=f"Writes {PAGE_FILE} into a work directory: curves, reconstructions, heat maps, separated sounds, "
+        "results and skipped clips of a run, or of all runs in a folder. The page shows the run as it is now.",
+        epilog="example: python -m av_mae.view --workdir=runs/demo --open    curves that move: tensorboard "
+        "--logdir=runs/demo",
     )
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="a run's work directory, or a folder of several"
     )
-    parser.add_argument("--port", type=int, default=PORT, help="port to listen at (%(default)s); 0 takes a free one")
+    parser.add_argument("--open", action="store_true", help="also open the page in the browser")
     arguments = parser.parse_args(argv)
-    with open_server(open_workdir(arguments.workdir), arguments.port) as server:
-        print(f"{server.url} shows {arguments.workdir}; Ctrl-C ends it", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("ended")
+    path = write_page(arguments.workdir)
+    print(path)
+    if arguments.open and not webbrowser.open(path.as_uri()):
+        print("there is no browser here: open the page yourself")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,18 @@
-"""The viewer: what it shows of a run, that it escapes and refuses what it must, and that only this machine sees it."""
+"""The page of a run: what it shows, that it escapes what it must, and that nothing from elsewhere gets onto it."""
 
-import contextlib
 import html.parser
-import http.client
 import json
 import os
-import socket
-import threading
 import time
 import urllib.parse
+import webbrowser
 
-import numpy as np
 import pytest
-import soundfile
+from made_run import HOSTILE, write_run
 
-from av_mae import plots as pictures
 from av_mae.errors import UserError
+from av_mae.view import Workdir, page
 from av_mae.view import __main__ as view
-from av_mae.view import page
-from av_mae.view.page import Refused, Workdir
-from av_mae.view.server import Server
-
-HOSTILE = "<script>alert('x')</script>&\"$\\frac{"
 
 
 class Elements(html.parser.HTMLParser):
@@ -42,53 +33,16 @@ class Elements(html.parser.HTMLParser):
         return [attributes["src"] for name, attributes in self.tags if name == tag]
 
 
-def write_run(folder, steps=3):
-    """A run with metrics, reconstructions, a heat map, separated sounds and results, some of them hostile."""
-    (folder / "images" / "separation").mkdir(parents=True)
-    lines = [json.dumps({"step": 10 * n, "loss": 1 / (n + 1), HOSTILE: n, "seen": True}) for n in range(1, steps + 1)]
-    (folder / "metrics.jsonl").write_text("\n".join([*lines, "[1, 2]", '{"step": 40, "lo']))
-    (folder / "config.json").write_text(json.dumps({"steps": 30, "data": {"path": HOSTILE}}))
-    for n in range(1, steps + 1):
-        pictures.save_png(folder / "images" / f"step_{10 * n:08d}.png", np.full((4, 6, 3), n, np.uint8))
-    pictures.save_png(folder / "images" / "localization.png", np.zeros((5, 5, 3), np.uint8))
-    for kind in ("mixture", "estimate", "truth"):
-        soundfile.write(folder / "images" / "separation" / f"clip 1#_{kind}.wav", np.zeros(800), 8000)
-    figures = {
-        "sdr": {"value": 7.1663, "low": 6.3041, "high": 8.0312, "left_out": {"silent": 2}},
-        "swapped/sdr": {"value": None, "low": None, "high": None, "left_out": {"nothing left": 9}},
-        HOSTILE: {"value": 1, "low": 0, "high": 2},
-    }
-    (folder / "results.json").write_text(json.dumps(figures | {"clips": 20, "skipped": 1, "skipped_clips": [HOSTILE]}))
-    return folder
-
-
-@contextlib.contextmanager
-def serving(folder):
-    with Server(Workdir(folder), 0) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def ask(server, target, method="GET", **headers):
-    """status, headers and body of one request, its target sent as it is."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
-    connection.putrequest(method, target, skip_host="Host" in headers)
-    for name, value in headers.items():
-        connection.putheader(name, value)
-    connection.endheaders()
-    response = connection.getresponse()
-    body = response.read()
-    connection.close()
-    return response.status, response.headers, body
+def shown_page(folder) -> Elements:
+    """The page that the command writes into a folder, within seconds."""
+    started = time.monotonic()
+    view.main([f"--workdir={folder}"])
+    assert time.monotonic() - started < 8
+    return Elements((folder / "view.html").read_text())
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def run(tmp_path_factory):
     folder = write_run(tmp_path_factory.mktemp("view") / "run")
     write_run(folder / "tasks" / "second run")
     (folder.parent / "secret.png").write_bytes(b"secret")
@@ -96,156 +50,78 @@ def server(tmp_path_factory):
     (folder / "images" / "in.png").symlink_to(folder / "images" / "localization.png")
     (folder / "images" / "folder").symlink_to(folder.parent)
     os.mkfifo(folder / "images" / "pipe.png")
-    with serving(folder) as server:
-        yield server
+    return folder
 
 
-def test_page_shows_curves_pictures_sounds_and_figures(server):
-    status, headers, body = ask(server, "/")
-    shown = Elements(body.decode())
-    assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
-    images = shown.sources("img")
-    assert images[0] == "/curves/"
-    names = [urllib.parse.unquote(path).removeprefix("/file/images/") for path in images[1:]]
-    assert names == [*(f"step_{10 * n:08d}.png" for n in (1, 2, 3)), "in.png", "localization.png"]
-    assert [text for text in shown.texts if text.startswith("step ")] == ["step 10", "step 20", "step 30"]
-    sounds = shown.sources("audio")
-    assert sounds == [f"/file/images/separation/clip%201%23_{kind}.wav" for kind in ("mixture", "estimate", "truth")]
-    for path in images + sounds:
-        status, headers, body = ask(server, path)
-        kind = {".png": "image/png", ".wav": "audio/wav"}.get(path[-4:], "image/svg+xml")
-        assert (status, headers["Content-Type"]) == (200, kind) and body
+def test_page_shows_curves_images_sounds_and_metrics(run):
+    shown = shown_page(run)
+    images = [path for path in shown.sources("img") if path.startswith("images/")]
+    assert [urllib.parse.unquote(path).removeprefix("images/") for path in images] == [
+        *(f"step_{10 * n:08d}.png" for n in (1, 2, 3)),
+        "in.png",
+        "localization.png",
+    ]
+    assert [text for text in shown.texts if text.startswith("step ")][:3] == ["step 10", "step 20", "step 30"]
+    sounds = [path for path in shown.sources("audio") if path.startswith("images/")]
+    assert sounds == [f"images/separation/clip%201%23_{kind}.wav" for kind in ("mixture", "estimate", "truth")]
+    assert all((run / urllib.parse.unquote(path)).is_file() for path in shown.sources("img") + shown.sources("audio"))
     texts = " ".join(shown.texts)
     assert "Step 30 of 30" in texts and "20 clips measured, 1 skipped" in texts
     assert "7.166 [6.304, 8.031] (without 2 silent)" in texts and "– (9 nothing left)" in texts
     assert "metrics.jsonl: 2 lines are no metrics of a step" in texts
+    assert f"tensorboard --logdir={run}" in texts
 
 
-def test_other_runs_have_their_own_pages(server):
-    links = [attributes["href"] for tag, attributes in Elements(ask(server, "/")[2].decode()).tags if tag == "a"]
-    assert links == ["/run/", "/run/tasks/second%20run"]
-    shown = Elements(ask(server, links[1])[2].decode())
-    assert all(
-        path.startswith(("/file/tasks/second%20run/", "/curves/tasks/second%20run"))
-        for path in shown.sources("img") + shown.sources("audio")
+def test_skipped_clips_are_shown_by_their_causes(run):
+    texts = shown_page(run).texts
+    first = texts.index("frame")
+    assert texts[first : first + 4] == ["frame", "broken", "3", HOSTILE + "0"]
+    assert "4 clips" in texts
+
+
+def test_runs_of_a_folder_are_on_one_page(run):
+    shown = shown_page(run)
+    assert [attributes["href"] for tag, attributes in shown.tags if tag == "a"] == ["#run0", "#run1"]
+    assert [attributes["id"] for tag, attributes in shown.tags if tag == "h1"] == ["run0", "run1"]
+    second = [path for path in shown.sources("img") + shown.sources("audio") if path.startswith("tasks/second%20run/")]
+    assert len(second) == 4 + 3
+
+
+def test_curves_have_labelled_axes_and_their_values(run):
+    metrics = [{"step": float(step), "input_wait": 0.4 * step} for step in range(0, 101)]
+    svg = page.curve(metrics, "input_wait")
+    texts = [element.text for element in svg.iter("text")]
+    assert texts[:2] == ["input wait [share of the time]", "step"] and {"0", "50", "100"} <= set(texts[2:])
+    points = [tuple(map(float, pair.split(","))) for pair in svg.find("polyline").get("points").split()]
+    lines = {text.text: float(text.get("y")) - 4 for text in svg.iter("text") if text.get("text-anchor") == "end"}
+    assert points[0][1] == pytest.approx(lines["0"], abs=0.2) and points[-1][1] == pytest.approx(lines["40"], abs=0.2)
+    slopes = {round((b[1] - a[1]) / (b[0] - a[0]), 1) for a, b in zip(points, points[20:])}
+    assert len(points) == 101 and len(slopes) == 1  # a straight line
+
+
+def test_every_text_is_escaped_and_no_script_is_there(run):
+    shown = shown_page(run)
+    assert {tag for tag, _ in shown.tags} == set(
+        "html head meta title link style body nav ul li a main h1 h2 p section table thead tbody tr th td img figure "
+        "figcaption audio details summary pre div svg text line polyline circle code".split()
     )
-    assert ask(server, shown.sources("img")[0])[0] == 200
-
-
-def test_every_text_is_escaped_and_no_script_is_there(server):
-    shown = Elements(ask(server, "/")[2].decode())
-    assert {tag for tag, _ in shown.tags} == {
-        "html",
-        "head",
-        "meta",
-        "title",
-        "link",
-        "body",
-        "nav",
-        "ul",
-        "li",
-        "a",
-        "main",
-        "h1",
-        "h2",
-        "p",
-        "section",
-        "table",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-        "img",
-        "figure",
-        "figcaption",
-        "audio",
-        "details",
-        "summary",
-        "pre",
-    }
     assert not [name for _, attributes in shown.tags for name in attributes if name.startswith("on")]
-    assert shown.texts.count(HOSTILE) == 3  # last value, figure, skipped clip
-    assert HOSTILE in shown.tags[[tag for tag, _ in shown.tags].index("img")][1]["alt"]
-    curves = ask(server, "/curves/")[2].decode()
-    assert "<script" not in curves and "<path" in curves
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "/file/../secret.png",
-        "/file/images/../../secret.png",
-        "/file/%2e%2e/secret.png",
-        "/file/images%2f..%2f..%2fsecret.png",
-        "/file/..%5csecret.png",
-        "/file//etc/hostname",
-        "/file/%2fetc/hostname.png",
-        "/file/images/out.png",
-        "/file/images/folder/secret.png",
-        "/file/images/pipe.png",
-        "/file/images/step_00000010.png%00.png",
-        "/file/images",
-        "/file/config.json",
-        "/file/images/none.png",
-        "/file/",
-        "/run/..",
-        "/curves/../run",
-        "/run/images",
-        "/etc/passwd",
-        "//secret.png",
-        "/file/" + "a" * 5000 + ".png",
-    ],
-)
-def test_nothing_else_is_served(server, target):
-    started = time.monotonic()
-    status, _, body = ask(server, target)
-    assert status == 404 and b"secret" != body and b"root:" not in body
-    assert time.monotonic() - started < 5
-
-
-def test_read_only(server):
-    for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
-        assert ask(server, "/", method)[0] == 501
-    status, headers, body = ask(server, "/", "HEAD")
-    assert status == 200 and int(headers["Content-Length"]) > 500 and not body
-
-
-def test_only_this_machine_is_answered(server):
-    assert server.server_address[0] == "127.0.0.1"
-    for name in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
-        assert ask(server, "/", Host=name)[0] == 404
-    for name in ("localhost", f"localhost:{server.server_port}", f"127.0.0.1:{server.server_port}"):
-        assert ask(server, "/", Host=name)[0] == 200
-    policy = ask(server, "/")[1]["Content-Security-Policy"]
+    assert shown.texts.count(HOSTILE) == 2 * 4  # of both runs: last value, title of a curve, metric, cause
+    assert len([attributes for tag, attributes in shown.tags if tag == "script"]) == 0
+    (policy,) = (a["content"] for tag, a in shown.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none';") and "script" not in policy and "http" not in policy
+    asked = [value for _, a in shown.tags for name, value in a.items() if name in ("src", "href", "xlink:href", "data")]
+    assert all(urllib.parse.urlsplit(value).scheme in ("", "data") and value[0] != "/" for value in asked)
 
 
-def test_players_get_the_range_that_they_ask_for(server):
-    target = "/file/images/separation/clip%201%23_truth.wav"
-    whole = ask(server, target)[2]
-    for asked, status, expected in (
-        ("bytes=0-9", 206, whole[:10]),
-        ("bytes=100-", 206, whole[100:]),
-        ("bytes=1600-999999", 206, whole[1600:]),
-        ("bytes=999999-", 416, b""),
-        ("bytes=5-2", 416, b""),
-        ("lines=1-2", 200, whole),
-    ):
-        found = ask(server, target, Range=asked)
-        assert (found[0], found[2]) == (status, expected)
-    assert ask(server, target, Range="bytes=3-4")[1]["Content-Range"] == f"bytes 3-4/{len(whole)}"
-
-
-def test_many_pictures_are_spread_and_all_can_be_had(tmp_path):
+def test_many_images_are_spread_and_all_can_be_had(tmp_path):
     write_run(tmp_path, steps=40)
-    workdir = Workdir(tmp_path)
-    run = workdir.read("")
-    some, every = (Elements(page.run_page(run, [""], "run", whole).decode()) for whole in (False, True))
-    steps = [path for path in some.sources("img") if "step_" in path]
-    assert len(steps) == 12 and steps[0].endswith("00000010.png") and steps[-1].endswith("00000400.png")
-    assert len([path for path in every.sources("img") if "step_" in path]) == 40
-    assert "12 of 40, evenly spread; " in some.texts
+    shown = shown_page(tmp_path)
+    steps = [path for path in shown.sources("img") if "step_" in path]
+    first = steps[:12]
+    assert first[0].endswith("00000010.png") and first[-1].endswith("00000400.png") and first == sorted(first)
+    assert len(set(steps)) == len(steps) == 40
+    assert "12 of 40, evenly spread; the others" in shown.texts
 
 
 def test_spread_keeps_the_ends_and_the_order():
@@ -261,21 +137,55 @@ def test_spread_keeps_the_ends_and_the_order():
         ("results.json", "{", "results.json is no JSON"),
         ("results.json", "[" * 100_000, "results.json is no JSON"),
         ("config.json", "[]", "config.json must hold an object, it holds list"),
-        ("metrics.jsonl", "\udc80".encode("utf-8", "surrogateescape"), "metrics.jsonl cannot be read"),
+        ("config.json", b"\x80", "config.json cannot be read"),
+        ("metrics.jsonl", b'{"step": 1, "loss": 2}\n\x80\x00\n{"step": 2, "loss": 1', "2 lines are no metrics"),
         (
             "metrics.jsonl",
             '{"step": NaN}\n{"step": 1e999, "loss": 1}\n{"step": 1, "loss": 1' + "0" * 400 + "}",
             "2 lines are no metrics",
         ),
+        ("metrics.jsonl", "null\n" * 100_000 + "[" * 100_000, "100001 lines are no metrics"),
+        ("skipped.jsonl", "{}\n\x00\n3", "skipped.jsonl: 3 lines are no clips"),
     ],
 )
 def test_broken_files_are_named_and_the_rest_is_shown(tmp_path, name, text, problem):
     write_run(tmp_path)
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with serving(tmp_path) as server:
-        status, _, body = ask(server, "/")
-        shown = Elements(body.decode())
-        assert status == 200 and any(problem in line for line in shown.texts) and len(shown.sources("audio")) == 3
+    shown = shown_page(tmp_path)
+    assert any(problem in line for line in shown.texts) and len(shown.sources("audio")) == 3
+
+
+@pytest.mark.parametrize("digits", [19, 400, 5000])
+def test_numbers_of_any_length(tmp_path, digits):
+    write_run(tmp_path)
+    number = "9" * digits
+    (tmp_path / "results.json").write_text(
+        f'{{"sdr": {{"value": {number}, "low": 0.1, "high": {number}}}, "sir": {number}, "sar": -{number}, '
+        f'"clips": {number}, "iou": {{"value": 0.5, "low": 0.25, "high": 0.75, "left_out": {{"silent": {number}}}}}}}'
+    )
+    (tmp_path / "config.json").write_text(f'{{"steps": {number}, "seed": {number}}}')
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 2, "b": {number}}}\n{{"step": {number}, "loss": 1}}')
+    texts = " ".join(shown_page(tmp_path).texts)
+    assert "0.500 [0.250, 0.750] (without" in texts
+
+
+def test_four_hundred_metrics(tmp_path):
+    write_run(tmp_path)
+    lines = [{"step": step} | {f"metric_{n}": step * n for n in range(400)} for step in range(200)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shown = shown_page(tmp_path)
+    assert len([tag for tag, _ in shown.tags if tag == "svg"]) == 400 and "388 more curves" in shown.texts
+    assert (tmp_path / "view.html").stat().st_size < 5e6
+
+
+def test_images_linked_to_the_root_of_the_disk(tmp_path):
+    write_run(tmp_path / "other")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2}')
+    (run / "images").symlink_to("/")
+    shown = shown_page(run)
+    assert shown.sources("img") == [] and any("images is a link" in text for text in shown.texts)
 
 
 def test_files_of_a_run_that_are_links_out_of_the_folder_are_not_read(tmp_path):
@@ -287,33 +197,30 @@ def test_files_of_a_run_that_are_links_out_of_the_folder_are_not_read(tmp_path):
     assert read.config == {} and read.problems[0].startswith("config.json cannot be read: the path leads out")
 
 
+def test_page_is_not_written_through_a_link(tmp_path):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "elsewhere").write_text("kept")
+    (run / "view.html").symlink_to(tmp_path / "elsewhere")
+    shown_page(run)
+    assert (tmp_path / "elsewhere").read_text() == "kept" and not (run / "view.html").is_symlink()
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+
+
 def test_runs_are_found_but_not_in_checkpoints_or_data(tmp_path):
-    for place in ("b", "a/c", "checkpoints/1", "data/d", ".hidden", "a/c/e/too_deep"):
-        (tmp_path / place).mkdir(parents=True, exist_ok=True)
-        (tmp_path / place / "metrics.jsonl").touch()
+    for folder in ("b", "a/c", "checkpoints/1", "data/d", ".hidden", "a/c/e/too_deep"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "metrics.jsonl").touch()
     assert Workdir(tmp_path).runs() == ["a/c", "b"]
-    with pytest.raises(Refused, match="there is no run 'data/d'"):
-        Workdir(tmp_path).read("data/d")
 
 
 def test_bad_options_are_refused(tmp_path):
     for folder, message in ((tmp_path / "none", "must be a folder"), (tmp_path, "holds no run: neither it nor")):
         with pytest.raises(UserError, match=message):
             view.main([f"--workdir={folder}"])
-    workdir = Workdir(write_run(tmp_path / "run"))
-    with pytest.raises(UserError, match="between 0 .* and 65535"):
-        view.open_server(workdir, 65536)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(UserError, match="name another, or 0"):
-            view.open_server(workdir, taken.getsockname()[1])
 
 
-def test_a_folder_whose_runs_went_away_says_so(tmp_path):
-    write_run(tmp_path / "run")
-    with serving(tmp_path) as server:
-        for path in sorted((tmp_path / "run").rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        status, _, body = ask(server, "/")
-        assert status == 404 and b"holds no run any more" in body
+def test_open_shows_the_page_in_the_browser(tmp_path, monkeypatch, capsys):
+    run, opened = write_run(tmp_path / "a run"), []
+    monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(address) or True)
+    view.main([f"--workdir={run}", "--open"])
+    assert opened == [(run / "view.html").as_uri()] and capsys.readouterr().out == f"{run / 'view.html'}\n"

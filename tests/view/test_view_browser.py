@@ -1,4 +1,4 @@
-"""The viewer's page in a real browser: Chromium without a window, driven by Playwright.
+"""The page of a run in a real browser: Chromium without a window, driven by Playwright.
 
 The browser is the system's own (Debian: `apt install chromium`) or the one that AV_MAE_CHROMIUM names; without one this
 test fails.
@@ -10,9 +10,10 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
-from test_view import serving, write_run
+from made_run import write_run
 
-from av_mae import plots as pictures
+from av_mae import plots
+from av_mae.view.__main__ import write_page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -23,7 +24,7 @@ def chromium() -> str:
     found = next(filter(None, map(shutil.which, asked)), None)
     if found is None:
         pytest.fail(
-            "the viewer is tested in Chromium, which is not here: install it (Debian: apt install chromium) or "
+            "the page is tested in Chromium, which is not here: install it (Debian: apt install chromium) or "
             "name it with AV_MAE_CHROMIUM"
         )
     return found
@@ -44,7 +45,7 @@ def browser():
 @pytest.mark.slow
 def test_page_in_chromium(browser, tmp_path):
     run = write_run(tmp_path / "run")
-    pictures.save_png(run / "images" / "localization.png", np.zeros((40, 70, 3), np.uint8))
+    plots.save_png(run / "images" / "localization.png", np.zeros((40, 70, 3), np.uint8))
     tone = np.sin(np.arange(12_000) / 5)
     soundfile.write(run / "images" / "separation" / "clip 1#_estimate.wav", tone, 8000)
     said, asked, failed = [], [], []
@@ -53,36 +54,32 @@ def test_page_in_chromium(browser, tmp_path):
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
     page.on("requestfailed", lambda request: failed.append(request.url))
-    with serving(run) as server:
-        answer = page.goto(server.url, wait_until="networkidle")
-        for image in page.locator("img").all():  # the lazy ones too
-            image.scroll_into_view_if_needed()
-        page.wait_for_function("Array.from(document.images).every(image => image.complete)")
-        sizes = page.evaluate(
-            "Array.from(document.images, image => [image.alt, image.naturalWidth, image.naturalHeight])"
-        )
-        assert ["localization", 70, 40] in sizes and len(sizes) == 5 and all(width > 0 for _, width, _ in sizes)
-        assert sizes[0][0].startswith("curves of loss") and sizes[0][1] > 500
-        assert page.evaluate("getComputedStyle(document.querySelector('.problem')).borderLeftWidth") == "4px"
+    address = write_page(str(run)).as_uri()
+    page.goto(address, wait_until="networkidle")
+    for image in page.locator("img").all():  # the lazy ones too
+        image.scroll_into_view_if_needed()
+    page.wait_for_function("Array.from(document.images).every(image => image.complete)")
+    sizes = page.evaluate("Array.from(document.images, image => [image.alt, image.naturalWidth, image.naturalHeight])")
+    assert ["localization", 70, 40] in sizes and len(sizes) == 4 and all(width > 0 for _, width, _ in sizes)
+    curve = page.locator("svg").first
+    assert curve.get_attribute("aria-label").startswith("loss over steps") and curve.bounding_box()["width"] > 300
+    assert page.evaluate("getComputedStyle(document.querySelector('.problem')).borderLeftWidth") == "4px"
 
-        sounds = page.locator("audio")
-        assert sounds.count() == 3
-        page.wait_for_function("Array.from(document.querySelectorAll('audio')).every(sound => sound.readyState >= 1)")
-        assert page.evaluate("document.querySelectorAll('audio')[1].duration") == pytest.approx(1.5, abs=0.01)
-        played = page.evaluate("""async () => {
-            const sound = document.querySelectorAll('audio')[1];
-            sound.currentTime = 1.2;
-            await sound.play();
-            await new Promise(done => sound.onended = done);
-            return [sound.ended, sound.error];
-        }""")
-        assert played == [True, None]
+    sounds = page.locator("audio")
+    assert sounds.count() == 3
+    page.wait_for_function("Array.from(document.querySelectorAll('audio')).every(sound => sound.readyState >= 1)")
+    assert page.evaluate("document.querySelectorAll('audio')[1].duration") == pytest.approx(1.5, abs=0.01)
+    played = page.evaluate("""async () => {
+        const sound = document.querySelectorAll('audio')[1];
+        sound.currentTime = 1.2;
+        await sound.play();
+        await new Promise(done => sound.onended = done);
+        return [sound.ended, sound.error];
+    }""")
+    assert played == [True, None]
 
-        assert answer.status == 200 and said == [] and failed == []
-        assert all(url.startswith((server.url, "data:")) for url in asked)
-        refused = page.goto(server.url + "file/images%2f..%2f..%2fsecret.png")
-        assert refused.status == 404 and "out of the work directory" in page.inner_text("main")
-        page.get_by_role("link", name="to the first run").click()
-        assert page.title() == "run · av_mae"
-        page.get_by_text("Configuration").click()
-        assert "<script>" in page.inner_text("pre")
+    assert said == [] and failed == []
+    assert all(url.startswith((run.as_uri(), "data:")) for url in asked)
+    assert page.title() == "run · av_mae"
+    page.get_by_text("Configuration").click()
+    assert "<script>" in page.inner_text("pre")
