@@ -65,7 +65,7 @@ setup(
     description="Audio-visual masked autoencoders with early fusion, in JAX/Flax",
     license="Apache-2.0",
     packages=find_packages(include=["av_mae", "av_mae.*"]),
-    package_data={"av_mae": ["assets/*", "assets/*/*"]},
+    package_data={"av_mae": ["assets/*"]},
     python_requires=">=3.11",  # nested f-strings aside, the oldest Python that jax 0.10 supports
     install_requires=REQUIRES,
     extras_require=EXTRAS,

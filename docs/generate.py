@@ -16,7 +16,7 @@ from av_mae.config import EvaluationConfig, TrainConfig
 from av_mae.evaluate import config as task_config
 from av_mae.models import flops
 from av_mae.models.config import FUSION_KINDS
-from av_mae.prepare import readers as datasets
+from av_mae.prepare.readers import READERS
 
 DOCS = pathlib.Path(__file__).resolve().parent
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -99,8 +99,7 @@ def size_costs() -> str:
 def dataset_sources() -> str:
     """What each reader reads, and under which licence."""
     rows: dict[tuple[str, str], list[str]] = {}
-    for name in datasets.NAMES[1:]:
-        reader = datasets.reader(name)
+    for name, reader in list(READERS.items())[1:]:
         rows.setdefault((reader.description, reader.licence), []).append(f"`{name}`")
     return table(["`--dataset`", "data set", "licence"], [[", ".join(names), *texts] for texts, names in rows.items()])
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from av_mae.data import records
 from av_mae.prepare import run
+from av_mae.prepare.clips import Job, RecordOptions
 from av_mae.storage import Folder
 
 FPS, RATE = 5, 16000
@@ -31,10 +32,10 @@ def put(folder: pathlib.Path, files: dict[str, bytes | str]) -> pathlib.Path:
 
 
 def prepare(dataset: str, source: pathlib.Path, output: pathlib.Path, workers: int = 1, **options) -> dict:
-    """Prepares a set and returns its report; `options` are fields of run.Job or of RecordOptions."""
-    own = {field.name for field in dataclasses.fields(run.Job)}
-    record = run.RecordOptions(**{name: value for name, value in options.items() if name not in own})
-    job = run.Job(
+    """Prepares a set and returns its report; `options` are fields of Job or of RecordOptions."""
+    own = {field.name for field in dataclasses.fields(Job)}
+    record = RecordOptions(**{name: value for name, value in options.items() if name not in own})
+    job = Job(
         dataset,
         Folder(source),
         Folder(output),

@@ -11,7 +11,7 @@ from av_mae import inspect
 from av_mae.data import records
 from av_mae.data.records import Labels
 from av_mae.errors import UserError
-from av_mae.prepare.tfds_files import write_set
+from av_mae.prepare.shards import write_set
 
 
 def clip(index: int, labels: list[int], **options) -> dict:

@@ -21,7 +21,7 @@ from av_mae.data import frames, loading
 from av_mae.errors import UserError
 from av_mae.media import encode as clip_writer
 from av_mae.prepare.demo import toy_band
-from av_mae.prepare.tfds_files import complete
+from av_mae.prepare.shards import complete
 
 FIELDS = {"image", "audio", "id", "start", "has_image", "has_audio"}
 BROKEN = {

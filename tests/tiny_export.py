@@ -14,7 +14,7 @@ from av_mae.config import DataConfig, SoundConfig
 from av_mae.data.pipeline import open_evaluation_data
 from av_mae.export import embeddings, tables
 from av_mae.models.config import AVMAEConfig
-from av_mae.prepare import tfds_files
+from av_mae.prepare import shards
 
 SOUND = SoundConfig(rate=8000, n_fft=400, hop=125, mels=32, log_floor=1e-3)  # windows of half a second
 STREAMS = ("image", "audio", "fusion")
@@ -45,7 +45,7 @@ def write_set(folder: pathlib.Path, clips: int, seconds: float = 1.3, broken: tu
 
     folder.mkdir()
     splits = {"train": lambda: iter([record(0)]), "test": lambda: (record(index) for index in range(clips))}
-    tfds_files.write_set(folder, "made_up", "made up", ["even", "odd"], splits, clips)
+    shards.write_set(folder, "made_up", "made up", ["even", "odd"], splits, clips)
     return folder
 
 

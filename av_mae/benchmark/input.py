@@ -29,7 +29,7 @@ from av_mae.data.loading import ClipLoader, ClipSource, HostBatches, batch_field
 from av_mae.data.pipeline import TrainingData, open_sources, open_training_data
 from av_mae.errors import UserError
 from av_mae.media import decode as media
-from av_mae.prepare.tfds_files import write_set
+from av_mae.prepare.shards import write_set
 
 IMAGE, AUDIO = (224, 224), (128, 192)
 BATCH = 32

@@ -1,6 +1,6 @@
-"""A composed clip → mp4 bytes (H.264 + AAC) → what a decoder makes of them → a record.
+"""Frames and audio → mp4 (H.264 + AAC), JPEG, PNG and FLAC bytes, and what a decoder makes of an mp4.
 
-The same clip gives the same bytes: one thread, and no versions, dates or random numbers in the file.
+The same arrays give the same bytes: one thread, and no versions, dates or random numbers in the file.
 """
 
 import io
@@ -13,7 +13,6 @@ import soundfile
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from av_mae.prepare.demo.clips import MIDDLE, Clip
 
 JPEG_QUALITY = 93
 VIDEO_OPTIONS = {"crf": "15", "preset": "ultrafast", "tune": "zerolatency", "threads": "1", "flags": "+bitexact"}
@@ -85,27 +84,3 @@ def png(mask: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
     return file.getvalue()
-
-
-def encode_clip(clip: Clip) -> tuple[bytes, dict]:
-    """The clip's mp4 file, and its record (see records.py): frames and sound as decoded from that file."""
-    mp4 = encode_mp4(clip.frames, clip.frame_rate, clip.sound, clip.rate)
-    frames, times, sound, rate = decode_mp4(mp4)
-    sound = sound[: len(clip.sound)]  # AAC fills its last block with silence
-    return mp4, {
-        "id": clip.id,
-        "labels": np.array([clip.label], np.int64),
-        "duration": np.float32(len(clip.sound) / rate),
-        "source": clip.id,
-        "frames": [jpeg(frame) for frame in frames],
-        "frame_times": times,
-        "sound": flac(sound, rate),
-        "boxes": clip.boxes,
-        "object_labels": clip.object_labels,
-        "sounding": np.int64(np.arange(len(clip.boxes)) == clip.sounding),
-        "box_annotators": np.zeros(len(clip.boxes), np.int64),
-        "annotators": 1,
-        "masks": [png(clip.mask)],
-        "mask_frames": np.array([MIDDLE]),
-        "sources": [flac(source, clip.rate) for source in clip.sources],
-    }

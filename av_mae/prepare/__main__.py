@@ -7,11 +7,12 @@ import contextlib
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from av_mae.errors import UserError, check_name, run_command
-from av_mae.prepare import readers as datasets
-from av_mae.prepare.demo.sets import MODULES
+from av_mae.prepare.demo import MODULES
+from av_mae.prepare.readers import READERS
 from av_mae.prepare.readers.catalogue import CAUSES, SKIPPABLE
 
 EXAMPLE = """example: python -m av_mae.prepare --dataset=toy_band --output=data/toy_band --clips=2000 --seed=0
@@ -36,7 +37,7 @@ SET_OPTIONS: dict[str, Any] = {
     "max_failures": None,
     "beam_runner": None,
 }
-NAMES = (*MODULES, *datasets.NAMES)
+NAMES = (*MODULES, *READERS)
 
 
 def _cores() -> int:
@@ -44,6 +45,7 @@ def _cores() -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     made = argparse.ArgumentParser(
         "python -m av_mae.prepare",
         description=__doc__,
@@ -70,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         str,
         "single: one object; scene: several, of which one sounds; mixture: two sounds, the image shows the first",
     )
-    sets = made.add_argument_group("other sets: " + ", ".join(datasets.NAMES))
+    sets = made.add_argument_group("other sets: " + ", ".join(READERS))
     _add(sets, "source", str, "folder of the data set as downloaded; a path or a URL")
     _add(
         sets,
@@ -111,7 +113,7 @@ def _chosen(options: argparse.Namespace, own: dict[str, Any], others: dict[str, 
 
 
 @contextlib.contextmanager
-def _write_errors(output: str):
+def _write_errors(output: str) -> Iterator[None]:
     """Turns what the file system refuses into a UserError."""
     try:
         yield
@@ -124,51 +126,38 @@ def _write_errors(output: str):
 
 
 def _prepare_demo(options: argparse.Namespace) -> str:
-    from av_mae.prepare.demo import sets as demo
+    from av_mae.prepare import demo
 
     chosen = _chosen(options, DEMO_OPTIONS, SET_OPTIONS)
     if "://" in options.output:
         raise UserError(f"--output={options.output}: a demo set is written to a folder of this machine")
-    settings = demo.Settings(options.dataset, chosen["variant"], chosen["clips"], chosen["test_clips"], options.seed)
+    settings = demo.Settings(options.dataset, seed=options.seed, **chosen)
     return demo.run(settings, pathlib.Path(options.output), options.workers)
 
 
 def _prepare_set(options: argparse.Namespace, beam_options: list[str]) -> str:
-    from av_mae.prepare import run
-    from av_mae.prepare.clips import RecordOptions
-    from av_mae.prepare.engines import Limits
+    from av_mae.prepare import engines, run
+    from av_mae.prepare.clips import Job, Limits, RecordOptions
     from av_mae.storage import Folder
 
     chosen = _chosen(options, SET_OPTIONS, DEMO_OPTIONS)
     _check(chosen, options.dataset)
-    record = RecordOptions(
-        frames=chosen["frames"],
-        frame_rate=chosen["frame_rate"],
-        size=chosen["size"],
-        quality=chosen["quality"],
-        shortest=chosen["shortest"],
-        skip=_names(chosen["skip"]),
-    )
-    job = run.Job(
+    names = ("frames", "frame_rate", "size", "quality", "shortest")
+    record = RecordOptions(**{name: chosen[name] for name in names}, skip=_names(chosen["skip"]))
+    job = Job(
         options.dataset,
-        Folder(chosen["source"]),
-        Folder(options.output),
-        chosen["table"],
-        _names(chosen["splits"]),
-        options.seed,
-        chosen["shard_clips"],
-        record,
-        Limits(chosen["time_limit"], int(chosen["memory_limit"] * 2**30)),
-        options.workers,
-        chosen["on_error"],
-        chosen["max_failures"],
+        source=Folder(chosen["source"]),
+        output=Folder(options.output),
+        splits=_names(chosen["splits"]),
+        seed=options.seed,
+        record=record,
+        limits=Limits(chosen["time_limit"], int(chosen["memory_limit"] * 2**30)),
+        workers=options.workers,
+        **{name: chosen[name] for name in ("table", "shard_clips", "on_error", "max_failures")},
     )
-    if chosen["beam_runner"]:
-        from av_mae.prepare import engines as beam
-
-        report = run.prepare(job, beam.writer(chosen["beam_runner"], beam_options))
-    else:
-        report = run.prepare(job)
+    runner = chosen["beam_runner"]
+    write_shards = engines.beam_writer(runner, beam_options) if runner else engines.write_locally
+    report = run.prepare(job, write_shards)
     return _summary(options.output, report, record.skip)
 
 
@@ -208,6 +197,7 @@ def _summary(output: str, report: dict[str, Any], skipped: tuple[str, ...]) -> s
 
 
 def main(argv: list[str]) -> None:
+    """Prepares the set that the options ask for, and prints what it holds."""
     options, further = parser().parse_known_args(argv)
     if further and not options.beam_runner:
         parser().error(f"unrecognized arguments: {' '.join(further)}")

@@ -1,4 +1,4 @@
-"""One clip → one record: frames as JPEG, sound as FLAC, and what is odd about them.
+"""What a preparation is asked for, and one clip → one record: frames as JPEG, audio as FLAC, and what is odd.
 
 Imported by the decoding processes: nothing here may need more than FFmpeg and codecs.
 """
@@ -20,71 +20,30 @@ from av_mae.errors import ClipFailure, stage
 from av_mae.media.decode import MARGIN, Media
 from av_mae.media.encode import flac
 from av_mae.prepare.readers.catalogue import SourceClip
-
-BINARY = 255
-CLASSES = 256
-
-
-def read_mask(content: bytes, reader: str, size: tuple[int, int]) -> bytes:
-    """A mask picture → PNG of (height, width): 0 and 255 ('binary'), or class numbers ('colours', 'numbers').
-
-    'binary': whatever is not black sounds. 'colours': AVSBench's colour of each class. 'numbers': grey values.
-    Raises ValueError for a colour that is no class.
-    """
-    picture = Image.open(io.BytesIO(content))
-    if reader == "numbers":
-        pixels = np.asarray(picture if picture.mode in ("L", "P") else picture.convert("L"))
-    else:
-        colours = np.asarray(picture.convert("RGB"))
-        pixels = np.uint8(BINARY) * colours.any(axis=2) if reader == "binary" else _classes(colours)
-    height, width = size
-    resized = Image.fromarray(np.ascontiguousarray(pixels, np.uint8)).resize((width, height), Image.Resampling.NEAREST)
-    file = io.BytesIO()
-    resized.save(file, "PNG")
-    return file.getvalue()
-
-
-@functools.cache
-def palette() -> np.ndarray:
-    """AVSBench's (and PASCAL VOC's) colour of each class: uint8 [256, 3].
-
-    Bits 0, 1 and 2 of the class are the highest bits of red, green and blue, bits 3, 4 and 5 the next ones, and so on.
-    """
-    colours = np.zeros((CLASSES, 3), np.uint8)
-    for place in range(3):
-        shifted = np.arange(CLASSES) >> 3 * place
-        for channel in range(3):
-            colours[:, channel] |= ((shifted >> channel & 1) << 7 - place).astype(np.uint8)
-    return colours
-
-
-def _classes(colours: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] → uint8 [H, W]."""
-    weights = np.array([1 << 16, 1 << 8, 1])
-    known, asked = palette().astype(np.int64) @ weights, colours.astype(np.int64) @ weights
-    order = np.argsort(known)
-    place = np.minimum(np.searchsorted(known[order], asked), CLASSES - 1)
-    numbers = order[place]
-    wrong = known[numbers] != asked
-    if wrong.any():
-        raise ValueError(f"colour {tuple(map(int, colours[wrong][0]))} of a mask is no class")
-    return numbers.astype(np.uint8)
-
+from av_mae.storage import Folder
 
 LONGEST = 3600.0  # seconds
 SILENCE = 1e-3  # of full scale
 BLACK = 20  # of 255, of the brightest hundredth of the pixels
 STILL = 0.5  # of 255, the mean difference of successive frames
+BINARY = 255  # of a mask without classes: the value of what sounds
+CLASSES = 256  # that the colours of a mask can tell apart
 
 File = str | bytes  # a local path, or the content of a file
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordOptions:
-    """What a record depends on besides its clip. frames: how many, evenly spaced (0: `frame_rate` a second).
+    """What a record depends on besides its clip.
 
-    size: pixels of the shorter side, never enlarged. quality: of the JPEGs. rate: of the sound, Hz. shortest: seconds.
-    skip: causes (see catalogue.CAUSES) that leave a clip out.
+    Args:
+        frames: how many frames, evenly spaced; 0: `frame_rate` a second.
+        frame_rate: frames per second.
+        size: pixels of the frames' shorter side; smaller frames are not enlarged.
+        quality: of the JPEGs, 1 to 100.
+        rate: of the audio, Hz.
+        shortest: seconds; shorter clips are reported.
+        skip: causes (see catalogue.SKIPPABLE) that leave a clip out.
     """
 
     frames: int = 0
@@ -96,8 +55,55 @@ class RecordOptions:
     skip: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the decoding of one clip may take: seconds of time, bytes of memory."""
+
+    seconds: float = 60.0
+    memory: int = 4 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that a preparation is asked for.
+
+    Args:
+        dataset: a name in readers.READERS.
+        source: the data set as downloaded.
+        output: the prepared set.
+        table: of the clips, for the data set `folder`.
+        splits: only these; empty: all.
+        seed: of the clips' order.
+        shard_clips: clips per shard.
+        record: what each record holds.
+        limits: of each clip.
+        workers: decoding processes.
+        on_error: 'fail' stops at the first clip that cannot be decoded, 'skip' leaves it out.
+        max_failures: how many clips may fail; `None`: any number.
+    """
+
+    dataset: str
+    source: Folder
+    output: Folder
+    table: str | None = None
+    splits: tuple[str, ...] = ()
+    seed: int = 0
+    shard_clips: int = 1000
+    record: RecordOptions = RecordOptions()
+    limits: Limits = Limits()
+    workers: int = 1
+    on_error: str = "skip"
+    max_failures: int | None = None
+
+
 class Outcome(NamedTuple):
-    """record: what is stored, or None. findings: (cause, stage, message). facts: what the report counts."""
+    """What becomes of a clip.
+
+    Args:
+        record: what is stored, `None` where the clip is left out.
+        findings: (cause, stage, message) of each.
+        facts: what the report counts.
+    """
 
     record: dict[str, Any] | None
     findings: list[tuple[str, str, str]]
@@ -105,7 +111,16 @@ class Outcome(NamedTuple):
 
 
 def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOptions) -> Outcome:
-    """Decodes a clip whole. `files`: each of clip.files(). Raises ClipFailure where it cannot be decoded."""
+    """Decodes a whole clip.
+
+    Args:
+        clip: what to decode.
+        files: the file of each name in clip.files().
+        options: what the record holds.
+
+    Raises:
+        ClipFailure: where the clip cannot be decoded.
+    """
     media = Media(files[clip.media])
     end = media.duration if clip.end is None else min(clip.end, media.duration)
     duration = end - clip.start
@@ -114,15 +129,15 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
             f"open: {duration:.2f} s from {clip.start:g} s on; a clip lasts up to {LONGEST:g} s and lies "
             f"within its file, which lasts {media.duration:.2f} s"
         )
-    sound = _sound(media, clip.start, duration, options.rate)
-    sources = []
+    audio = _audio(media, clip.start, duration, options.rate)
+    sources: list[np.ndarray] = []
     if clip.mixed_with is not None:
-        sound, sources = _mixture(sound, clip.mixed_with, files, options)
+        audio, sources = _mixture(audio, clip.mixed_with, files, options)
     if clip.images:
-        pictures = list(_images(clip, files, duration))
+        frames = list(_images(clip, files, duration))
     else:
-        pictures = list(_pictures(media, clip.start, duration, options)) if media.picture else []
-    small = [_shrink(pixels, options.size) for _, pixels in pictures]
+        frames = list(_frames(media, clip.start, duration, options)) if media.picture else []
+    small = [_shrink(pixels, options.size) for _, pixels in frames]
     record = {
         "id": clip.id,
         "labels": np.array(clip.labels, np.int64),
@@ -130,18 +145,18 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
         "source": clip.source,
         "source_start": np.float32(clip.source_start),
         "frames": [_jpeg(pixels, options.quality) for pixels in small],
-        "frame_times": np.array([time for time, _ in pictures], np.float32),
-        "sound": b"" if sound is None else flac(sound, options.rate),
+        "frame_times": np.array([time for time, _ in frames], np.float32),
+        "sound": b"" if audio is None else flac(audio, options.rate),
         "sources": [flac(source, options.rate) for source in sources],
     }
-    record |= _truth(clip, files, small)
-    findings = list(_findings(clip, duration, small, sound, options))
+    record |= _annotations(clip, files, small)
+    findings = list(_findings(clip, duration, small, audio, options))
     left_out = any(cause in options.skip for cause, _, _ in findings)
-    return Outcome(None if left_out else record, findings, _facts(record, small, sound))
+    return Outcome(None if left_out else record, findings, _facts(record, small, audio))
 
 
-def _sound(media: Media, start: float, seconds: float, rate: int) -> np.ndarray | None:
-    """float32 [samples] at `rate` Hz from `start` on, silent before the sound begins; None without sound there."""
+def _audio(media: Media, start: float, seconds: float, rate: int) -> np.ndarray | None:
+    """float32 [samples] at `rate` Hz from second `start` on, silent before the audio begins; `None` without any."""
     if media.sound is None:
         return None
     waveform, own_rate, began = media.waveform(start - MARGIN, seconds + 2 * MARGIN)
@@ -153,33 +168,31 @@ def _sound(media: Media, start: float, seconds: float, rate: int) -> np.ndarray 
         return None
     with stage("sound"):
 
-        def read(place: int, length: int) -> np.ndarray:
-            return waveform[place : place + length]
+        def read(position: int, length: int) -> np.ndarray:
+            return waveform[position : position + length]
 
-        sound = read_resampled(read, len(waveform), own_rate, rate, first, count)
-        if not np.isfinite(sound).all():
+        audio = read_resampled(read, len(waveform), own_rate, rate, first, count)
+        if not np.isfinite(audio).all():
             raise ValueError("samples are not finite")
     late = round((began - start) * rate)
-    return np.concatenate([np.zeros(late, np.float32), sound]) if late > 0 else sound
+    return np.concatenate([np.zeros(late, np.float32), audio]) if late > 0 else audio
 
 
 def _mixture(
-    sound: np.ndarray | None, other: SourceClip, files: Mapping[str, File], options: RecordOptions
+    first: np.ndarray | None, other: SourceClip, files: Mapping[str, File], options: RecordOptions
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Two clips' sounds added, as long as the shorter one, and the two; all quieter where the sum is beyond 1."""
+    """The sum of two clips' audio, as long as the shorter one, and the two; all quieter where the sum is beyond 1."""
     media = Media(files[other.media])
-    second = _sound(media, other.start, media.duration - other.start, options.rate)
-    if sound is None or second is None:
-        raise ClipFailure("sound: a pair needs two clips with sound")
-    length = min(len(sound), len(second))
-    sources = np.stack([sound[:length], second[:length]])
+    second = _audio(media, other.start, media.duration - other.start, options.rate)
+    if first is None or second is None:
+        raise ClipFailure("sound: a pair needs two clips with audio")
+    length = min(len(first), len(second))
+    sources = np.stack([first[:length], second[:length]])
     sources /= max(1.0, float(np.abs(sources.sum(0)).max()), float(np.abs(sources).max()))
     return sources.sum(0), list(sources)
 
 
-def _pictures(
-    media: Media, start: float, duration: float, options: RecordOptions
-) -> Iterator[tuple[float, np.ndarray]]:
+def _frames(media: Media, start: float, duration: float, options: RecordOptions) -> Iterator[tuple[float, np.ndarray]]:
     """Frames with their times in the clip, at the middles of equal parts of it. The rest is decoded and dropped, so
     that damage is found wherever it is."""
     count = options.frames or max(1, round(duration * options.frame_rate))
@@ -221,7 +234,7 @@ def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
     return simplejpeg.encode_jpeg(pixels, quality=quality, colorsubsampling="420", fastdct=False)
 
 
-def _truth(clip: SourceClip, files: Mapping[str, File], small: list[np.ndarray]) -> dict[str, Any]:
+def _annotations(clip: SourceClip, files: Mapping[str, File], small: list[np.ndarray]) -> dict[str, Any]:
     """The annotations of a record."""
     boxes = np.array(clip.boxes, np.float32).reshape(-1, 4)
     label = clip.labels[0] if clip.labels else -1
@@ -242,14 +255,14 @@ def _truth(clip: SourceClip, files: Mapping[str, File], small: list[np.ndarray])
 
 
 def _findings(
-    clip: SourceClip, duration: float, small: list[np.ndarray], sound: np.ndarray | None, options: RecordOptions
+    clip: SourceClip, duration: float, small: list[np.ndarray], audio: np.ndarray | None, options: RecordOptions
 ) -> Iterator[tuple[str, str, str]]:
     if duration < options.shortest:
         yield "too_short", "open", f"lasts {duration:.2f} s"
-    if sound is None:
-        yield "no_sound", "sound", "the file has no sound in this part" if clip.start or clip.end else "no audio stream"
-    elif np.abs(sound).max() < SILENCE:
-        yield "silence", "sound", f"peak {_decibels(float(np.abs(sound).max()))} dB"
+    if audio is None:
+        yield "no_sound", "sound", "the file has no audio in this part" if clip.start or clip.end else "no audio stream"
+    elif np.abs(audio).max() < SILENCE:
+        yield "silence", "sound", f"peak {_decibels(float(np.abs(audio).max()))} dB"
     if not small:
         yield "no_picture", "frame", "no video stream"
         return
@@ -262,8 +275,8 @@ def _findings(
             yield "still", "frame", f"successive frames differ by {moved:.2f} of 255 at most"
 
 
-def _facts(record: dict[str, Any], small: list[np.ndarray], sound: np.ndarray | None) -> dict[str, Any]:
-    peak = 0.0 if sound is None or not len(sound) else float(np.abs(sound).max())
+def _facts(record: dict[str, Any], small: list[np.ndarray], audio: np.ndarray | None) -> dict[str, Any]:
+    peak = 0.0 if audio is None or not len(audio) else float(np.abs(audio).max())
     digest = hashlib.sha256(b"".join([*record["frames"], record["sound"]])).hexdigest()[:32]
     return {
         "seconds": round(float(record["duration"]), 3),
@@ -276,3 +289,55 @@ def _facts(record: dict[str, Any], small: list[np.ndarray], sound: np.ndarray | 
 
 def _decibels(peak: float) -> float:
     return round(20 * math.log10(max(peak, 1e-5)), 1)
+
+
+def read_mask(content: bytes, reader: str, size: tuple[int, int]) -> bytes:
+    """An image file of a mask → a PNG file with a value per pixel.
+
+    Args:
+        content: of the image file.
+        reader: 'binary': what is not black becomes 255. 'colours': AVSBench's colour of a class becomes the class's
+            number. 'numbers': grey values stay.
+        size: (height, width) of the result.
+
+    Raises:
+        ValueError: for a colour that is no class.
+    """
+    image = Image.open(io.BytesIO(content))
+    pixels: np.ndarray
+    if reader == "numbers":
+        pixels = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))
+    else:
+        colours = np.asarray(image.convert("RGB"))
+        pixels = colours.any(axis=2) * np.uint8(BINARY) if reader == "binary" else _classes(colours)
+    height, width = size
+    resized = Image.fromarray(np.ascontiguousarray(pixels, np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    resized.save(file, "PNG")
+    return file.getvalue()
+
+
+@functools.cache
+def palette() -> np.ndarray:
+    """AVSBench's (and PASCAL VOC's) colour of each class: uint8 [256, 3].
+
+    Bits 0, 1 and 2 of the class are the highest bits of red, green and blue, bits 3, 4 and 5 the next ones, and so on.
+    """
+    colours = np.zeros((CLASSES, 3), np.uint8)
+    for bit in range(3):
+        shifted = np.arange(CLASSES) >> 3 * bit
+        for channel in range(3):
+            colours[:, channel] |= ((shifted >> channel & 1) << 7 - bit).astype(np.uint8)
+    return colours
+
+
+def _classes(colours: np.ndarray) -> np.ndarray:
+    """The class of each colour: uint8 [H, W, 3] → uint8 [H, W]."""
+    weights = np.array([1 << 16, 1 << 8, 1])
+    known, asked = palette().astype(np.int64) @ weights, colours.astype(np.int64) @ weights
+    order = np.argsort(known)
+    numbers = order[np.minimum(np.searchsorted(known[order], asked), CLASSES - 1)]
+    wrong = known[numbers] != asked
+    if wrong.any():
+        raise ValueError(f"colour {tuple(map(int, colours[wrong][0]))} of a mask is no class")
+    return numbers.astype(np.uint8)

@@ -1,31 +1,59 @@
-"""The same shards by Apache Beam: a pipeline whose elements are shards, on any of its runners."""
+"""What writes the shards of a set: processes of this machine, or Apache Beam on any of its runners. The shards are the
+same.
+"""
 
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from av_mae.console import Progress
 from av_mae.errors import ClipFailure, UserError
 from av_mae.media.bounded import Worker
 from av_mae.prepare import shards
-from av_mae.prepare.clips import File, Outcome, RecordOptions, make_record
+from av_mae.prepare.clips import File, Job, Limits, Outcome, RecordOptions, make_record
 from av_mae.prepare.readers.catalogue import Catalogue, SourceClip
 from av_mae.storage import Folder
 
 AHEAD = 6  # clips per worker that are under way or wait for a slower one before them
+POLL = 2.0  # seconds between looks at what is finished
+
+WriteShards = Callable[[Job, Sequence[shards.Shard], Catalogue], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What one clip may take. seconds: of time; memory: bytes."""
+class FailureLimit:
+    """Stops a preparation whose clips fail too often."""
 
-    seconds: float = 60.0
-    memory: int = 4 << 30
+    def __init__(self, job: Job):
+        self._job, self._failures = job, 0
+        self._most = 0 if job.on_error == "fail" else job.max_failures
+
+    def count_finished(self, plan: Sequence[shards.Shard]) -> list[shards.Shard]:
+        """Counts the failures of finished shards; returns the shards that are not finished."""
+        unfinished = shards.unfinished(self._job.output, plan)
+        left = {shard.summary for shard in unfinished}
+        for _, summary in shards.Summaries(self._job.output, [shard for shard in plan if shard.summary not in left]):
+            for cause, clip, stage, message, _ in summary["findings"]:
+                self.add(clip, [(cause, stage, message)])
+        return unfinished
+
+    def add(self, clip: str, causes: Sequence[tuple[str, str, str]]) -> None:
+        """Counts the failures among a clip's findings (cause, stage, message). Raises UserError beyond the limit."""
+        for cause, stage, message in causes:
+            if cause != "undecodable":
+                continue
+            self._failures += 1
+            if self._most is not None and self._failures > self._most:
+                limit = "--on_error=fail" if self._job.on_error == "fail" else f"--max_failures={self._most}"
+                raise UserError(
+                    f"{limit}: clip {clip}: {stage}: {message} ({self._failures} failed). Repair or remove "
+                    "what fails and run the command again; it goes on at the finished shards"
+                )
 
 
 class Decoder:
@@ -93,18 +121,41 @@ def _first(pending: collections.deque) -> tuple[SourceClip, Outcome]:
     return clip, outcome.result()
 
 
-if TYPE_CHECKING:
-    from av_mae.prepare.run import Job, WriteShards
+def write_locally(job: Job, plan: Sequence[shards.Shard], catalogue: Catalogue) -> None:
+    """Writes shards by `job.workers` decoding processes of this machine.
 
-POLL = 2.0  # seconds between looks at what is finished
+    Args:
+        job: what to prepare.
+        plan: all shards; those that are finished are not written again.
+        catalogue: of the clips.
+
+    Raises:
+        UserError: where more clips fail than the job allows.
+    """
+    encode, limit = shards.encoder(catalogue.classes), FailureLimit(job)
+    unfinished = limit.count_finished(plan)
+    total, left = len(catalogue.clips), sum(len(shard.clips) for shard in unfinished)
+    with (
+        DecoderPool(job.source, job.record, job.limits, job.workers) as pool,
+        Progress(total, f"prepare {job.dataset}", initial=total - left) as progress,
+    ):
+        outcomes = pool.map(clip for shard in unfinished for clip in shard.clips)
+
+        def counted() -> Iterator:
+            for clip, outcome in outcomes:
+                limit.add(clip.id, outcome.findings)
+                progress.update()
+                yield clip, outcome
+
+        stream = counted()
+        for shard in unfinished:
+            shards.write_shard(job.output, shard, itertools.islice(stream, len(shard.clips)), encode)
 
 
-def writer(runner: str, options: Sequence[str]) -> "WriteShards":
-    """A function that writes shards on a Beam runner; `options` are Beam's own (--direct_num_workers=2, …)."""
+def beam_writer(runner: str, options: Sequence[str]) -> WriteShards:
+    """An engine that writes shards on a Beam runner; `options` are Beam's own (--direct_num_workers=2, …)."""
 
-    def write(job: "Job", plan: Sequence[shards.Shard], catalogue: Catalogue) -> None:
-        from av_mae.prepare.run import FailureLimit
-
+    def write(job: Job, plan: Sequence[shards.Shard], catalogue: Catalogue) -> None:
         unfinished = FailureLimit(job).count_finished(plan)
         for shard in unfinished:  # a job's description must stay small; its workers read what is in a shard
             clips = [dataclasses.asdict(clip) for clip in shard.clips]
@@ -119,7 +170,7 @@ def writer(runner: str, options: Sequence[str]) -> "WriteShards":
 
 
 def _run_pipeline(
-    runner: str, options: Sequence[str], job: "Job", unfinished: list[shards.Shard], classes: tuple[str, ...]
+    runner: str, options: Sequence[str], job: Job, unfinished: list[shards.Shard], classes: tuple[str, ...]
 ) -> None:
     try:
         import apache_beam
@@ -139,13 +190,11 @@ def _run_pipeline(
         )
 
 
-def _write_shard(shard: shards.Shard, job: "Job", classes: tuple[str, ...]) -> str:
+def _write_shard(shard: shards.Shard, job: Job, classes: tuple[str, ...]) -> str:
     """Runs on a worker: decodes the clips of a shard, one after the other."""
-    from av_mae.prepare import tfds_files
-
     clips = [read_clip(values) for values in json.loads(job.output.read(_clips_file(shard)))]
     with contextlib.closing(Decoder(job.source, job.record, job.limits)) as decode:
-        shards.write_shard(job.output, shard, ((clip, decode(clip)) for clip in clips), tfds_files.encoder(classes))
+        shards.write_shard(job.output, shard, ((clip, decode(clip)) for clip in clips), shards.encoder(classes))
     return shard.file
 
 
@@ -167,7 +216,7 @@ def _tuples(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _progress(job: "Job", plan: Sequence[shards.Shard], unfinished: Sequence[shards.Shard]) -> Iterator[None]:
+def _progress(job: Job, plan: Sequence[shards.Shard], unfinished: Sequence[shards.Shard]) -> Iterator[None]:
     """Shows how many shards are finished, wherever they are written."""
     ended, before = threading.Event(), len(plan) - len(unfinished)
     with Progress(len(plan), f"prepare {job.dataset}", unit="shards", initial=before) as progress:

@@ -1,4 +1,6 @@
-"""The report as one HTML file without scripts or links: contact sheets, histograms, findings by cause."""
+"""What a preparation tells of a set: report.json, the same as one HTML file without scripts or links (contact sheets,
+histograms, findings by cause), and the README of the set.
+"""
 
 import base64
 import bisect
@@ -9,19 +11,19 @@ import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
+from av_mae.prepare.clips import Job
+from av_mae.prepare.readers import Reader
 from av_mae.prepare.readers.catalogue import CAUSES, NEVER_STORED, SKIPPABLE, Catalogue, Finding
 from av_mae.prepare.shards import Shard, Summaries
 from av_mae.storage import Folder
 
-if TYPE_CHECKING:
-    from av_mae.prepare.run import Job
-
-FILE = "report.json"
+FILE, PAGE_FILE, CARD_FILE = "report.json", "report.html", "README.md"
 # Of what the histograms are, by the name of the clip's fact, and the lower edges of their bins.
 HISTOGRAMS = {
     "seconds": (0, 0.5, 1, 2, 3, 4, 5, 7, 9, 11, 15, 30, 60, 300),
@@ -31,10 +33,30 @@ HISTOGRAMS = {
 }
 
 
-def make(job: "Job", catalogue: Catalogue, summaries: Summaries) -> dict[str, Any]:
-    """The report: `splits` (of each `clips`, `stored`, `bytes`, `seconds`), `classes` (name → stored clips), `causes`
-    (of the catalogue's CAUSES → count), `histograms` (name → `edges`, `counts`) and `findings` (`cause`, `clip`,
-    `stage`, `message`, `split`), all of it a function of the input."""
+SHEET_CLIPS = 32  # per split
+MOST_FINDINGS = 200  # per cause; report.json has them all
+MOST_THUMBNAILS = 12  # per cause
+THUMBNAIL = 128  # pixels
+_STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:left}
+td.n{text-align:right;font-variant-numeric:tabular-nums}figure{display:inline-block;margin:.2rem;width:8.6rem;
+vertical-align:top}figcaption{font-size:11px;overflow-wrap:anywhere}img{max-width:100%}h2{margin-top:2rem}
+svg text{font-size:10px}code{background:#f4f4f4}"""
+
+
+def make(job: Job, catalogue: Catalogue, summaries: Summaries) -> dict[str, Any]:
+    """The report, all of it a function of the input.
+
+    Args:
+        job: what was prepared.
+        catalogue: of the clips.
+        summaries: of all shards.
+
+    Returns:
+        `splits` (of each `clips`, `stored`, `bytes`, `seconds`), `classes` (name → stored clips), `causes` (of the
+        catalogue's CAUSES → count), `histograms` (name → `edges`, `counts`) and `findings` (`cause`, `clip`, `stage`,
+        `message`, `split`).
+    """
     findings = sorted(
         _findings(catalogue, summaries),
         key=lambda finding: (list(CAUSES).index(finding.cause), finding.split, finding.clip, finding.message),
@@ -86,30 +108,18 @@ def _findings(catalogue: Catalogue, summaries: Summaries) -> Iterator[Finding]:
                     "duplicate_content",
                     clip["id"],
                     "content",
-                    f"the same frames and sound as {twin[0]} ({twin[1]})",
+                    f"the same frames and audio as {twin[0]} ({twin[1]})",
                     shard.split,
                 )
 
 
 def _histograms(clips: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list]]:
-    made = {name: {"edges": list(edges), "counts": [0] * len(edges)} for name, edges in HISTOGRAMS.items()}
+    counts = {name: [0] * len(edges) for name, edges in HISTOGRAMS.items()}
     for clip in clips:
         for name, edges in HISTOGRAMS.items():
             value = min(clip["size"]) if name == "shorter_side" else clip[name]
-            made[name]["counts"][bisect.bisect(edges, value) - 1] += 1
-    return made
-
-
-PAGE_FILE = "report.html"
-SHEET_CLIPS = 32  # per split
-MOST_FINDINGS = 200  # per cause; report.json has them all
-MOST_PICTURES = 12  # per cause
-THUMBNAIL = 128  # pixels
-_STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:left}
-td.n{text-align:right;font-variant-numeric:tabular-nums}figure{display:inline-block;margin:.2rem;width:8.6rem;
-vertical-align:top}figcaption{font-size:11px;overflow-wrap:anywhere}img{max-width:100%}h2{margin-top:2rem}
-svg text{font-size:10px}code{background:#f4f4f4}"""
+            counts[name][bisect.bisect(edges, value) - 1] += 1
+    return {name: {"edges": list(edges), "counts": counts[name]} for name, edges in HISTOGRAMS.items()}
 
 
 class Thumbnail(NamedTuple):
@@ -122,67 +132,65 @@ class Thumbnail(NamedTuple):
 
 
 def thumbnails(output: Folder, summaries: Summaries, made: Mapping[str, Any]) -> dict[str, Thumbnail]:
-    """Pictures of the first stored clips of each split, and of clips with findings, by 'split/id'."""
-    wanted = {}
+    """Thumbnails of the first stored clips of each split, and of clips with findings, by 'split/id'."""
+    wanted: dict[tuple[str, str], str] = {}
     for finding in made["findings"]:
         key = (finding["split"], finding["clip"])
-        if sum(cause == finding["cause"] for cause in wanted.values()) < MOST_PICTURES:
+        if sum(cause == finding["cause"] for cause in wanted.values()) < MOST_THUMBNAILS:
             wanted[key] = finding["cause"]
     classes = list(made["classes"])
-    pictures: dict[str, Thumbnail] = {}
+    found: dict[str, Thumbnail] = {}
     taken: dict[str, int] = {}
     for shard, summary in summaries:
-        places = [
-            (place, clip)
-            for place, clip in enumerate(summary["clips"])
-            if (shard.split, clip["id"]) in wanted or place < SHEET_CLIPS - taken.get(shard.split, 0)
+        chosen = [
+            (index, clip)
+            for index, clip in enumerate(summary["clips"])
+            if (shard.split, clip["id"]) in wanted or index < SHEET_CLIPS - taken.get(shard.split, 0)
         ]
         taken[shard.split] = taken.get(shard.split, 0) + len(summary["clips"])
-        for (_, clip), content in zip(places, _stored_records(output, shard, [place for place, _ in places])):
+        for (_, clip), content in zip(chosen, _records(output, shard, [index for index, _ in chosen])):
             labels = ", ".join(classes[label] for label in clip["labels"])
-            pictures[f"{shard.split}/{clip['id']}"] = Thumbnail(clip["id"], shard.split, labels, _jpeg(content))
-    return pictures
+            found[f"{shard.split}/{clip['id']}"] = Thumbnail(clip["id"], shard.split, labels, _jpeg(content))
+    return found
 
 
-def _stored_records(output: Folder, shard: Shard, places: list[int]) -> list[bytes]:
-    """Records of a shard by place."""
-    if not places:
+def _records(output: Folder, shard: Shard, indices: list[int]) -> list[bytes]:
+    """The records of a shard with these indices."""
+    if not indices:
         return []
-    from array_record.python.array_record_module import ArrayRecordReader
-
     if output.is_local:
-        return ArrayRecordReader(output.path(shard.file), "readahead_buffer_size:0").read(places)
+        return ArrayRecordReader(output.path(shard.file), "readahead_buffer_size:0").read(indices)
     with tempfile.TemporaryDirectory() as folder:
         copy = os.path.join(folder, shard.file)
         with open(copy, "wb") as file:
             file.write(output.read(shard.file))
-        return ArrayRecordReader(copy, "readahead_buffer_size:0").read(places)
+        return ArrayRecordReader(copy, "readahead_buffer_size:0").read(indices)
 
 
 def _jpeg(record: bytes) -> bytes:
     frames = tf_example_pb2.Example.FromString(record).features.feature["frames"].bytes_list.value
     if not frames:
         return b""
-    picture = Image.open(io.BytesIO(frames[len(frames) // 2]))
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    image = Image.open(io.BytesIO(frames[len(frames) // 2]))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=75)
+    image.save(file, "JPEG", quality=75)
     return file.getvalue()
 
 
-def page(made: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> bytes:
-    """The report `made` (see report.make) as HTML."""
+def page(made: Mapping[str, Any], shown: Mapping[str, Thumbnail]) -> bytes:
+    """The report `made` (see `make`) as HTML, with thumbnails by 'split/id'."""
     parts = [
         f"<h1>{html.escape(made['dataset'])}</h1>",
         _splits_html(made),
         "<h2>Sizes</h2>",
         *(_histogram(name, **histogram) for name, histogram in made["histograms"].items()),
         "<h2>Findings</h2>",
-        *_findings_html(made, pictures),
+        *_findings_html(made, shown),
     ]
     for split in made["splits"]:
-        shown = [picture for picture in pictures.values() if picture.split == split][:SHEET_CLIPS]
-        parts += [f"<h2>Clips of {html.escape(split)}</h2>", *map(_figure, shown)]
+        own = [thumbnail for thumbnail in shown.values() if thumbnail.split == split][:SHEET_CLIPS]
+        parts += [f"<h2>Clips of {html.escape(split)}</h2>", *map(_figure, own)]
     if made["classes"]:
         parts += ["<h2>Classes</h2>", _table(("class", "stored clips"), made["classes"].items())]
     title = f"{made['dataset']}: report"
@@ -192,8 +200,8 @@ def page(made: Mapping[str, Any], pictures: Mapping[str, Thumbnail]) -> bytes:
     ).encode(errors="backslashreplace")
 
 
-def _table(header, rows) -> str:
-    def cell(value) -> str:
+def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    def cell(value: Any) -> str:
         number = isinstance(value, (int, float))
         return f"<td{' class=n' if number else ''}>{value if number else html.escape(str(value))}</td>"
 
@@ -214,11 +222,11 @@ def _splits_html(made: Mapping[str, Any]) -> str:
 def _histogram(name: str, edges: list[float], counts: list[int]) -> str:
     """Bars of the counts with the lower edge of each bin below."""
     most, bars = max(1, *counts), []
-    for place, (edge, count) in enumerate(zip(edges, counts)):
-        height = round(80 * count / most, 1)
+    for number, (edge, count) in enumerate(zip(edges, counts)):
+        left, height = 44 * number, round(80 * count / most, 1)
         bars.append(
-            f"<rect x='{44 * place}' y='{95 - height}' width='38' height='{height}' fill='#4a7'/>"
-            f"<text x='{44 * place}' y='108'>≥{edge:g}</text><text x='{44 * place}' y='{92 - height}'>"
+            f"<rect x='{left}' y='{95 - height}' width='38' height='{height}' fill='#4a7'/>"
+            f"<text x='{left}' y='108'>≥{edge:g}</text><text x='{left}' y='{92 - height}'>"
             f"{count or ''}</text>"
         )
     return (
@@ -227,14 +235,14 @@ def _histogram(name: str, edges: list[float], counts: list[int]) -> str:
     )
 
 
-def _figure(picture: Thumbnail) -> str:
-    data = base64.b64encode(picture.jpeg).decode()
-    shown = f"<img alt='' src='data:image/jpeg;base64,{data}'>" if data else "(no picture)"
-    caption = f"{html.escape(picture.clip)}<br>{html.escape(picture.caption)}"
+def _figure(thumbnail: Thumbnail) -> str:
+    data = base64.b64encode(thumbnail.jpeg).decode()
+    shown = f"<img alt='' src='data:image/jpeg;base64,{data}'>" if data else "(no frame)"
+    caption = f"{html.escape(thumbnail.clip)}<br>{html.escape(thumbnail.caption)}"
     return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
 
 
-def _findings_html(made: Mapping[str, Any], pictures: Mapping[str, Thumbnail]):
+def _findings_html(made: Mapping[str, Any], shown: Mapping[str, Thumbnail]) -> Iterator[str]:
     yield _table(
         ("cause", "clips", "meaning", "stored"),
         [
@@ -253,7 +261,7 @@ def _findings_html(made: Mapping[str, Any], pictures: Mapping[str, Thumbnail]):
             continue
         yield f"<h3>{cause} ({len(own)})</h3>"
         keys = [f"{finding['split']}/{finding['clip']}" for finding in own]
-        yield "".join(_figure(pictures[key]) for key in keys[:MOST_PICTURES] if key in pictures)
+        yield "".join(_figure(shown[key]) for key in keys[:MOST_THUMBNAILS] if key in shown)
         yield _table(
             ("clip", "split", "stage", "what"),
             [
@@ -263,3 +271,54 @@ def _findings_html(made: Mapping[str, Any], pictures: Mapping[str, Thumbnail]):
         )
         if len(own) > MOST_FINDINGS:
             yield f"<p>{len(own) - MOST_FINDINGS} more in report.json</p>"
+
+
+def card(job: Job, reader: Reader, catalogue: Catalogue, made: dict[str, Any]) -> bytes:
+    """The README of a set in Markdown: what the set holds, under which licence, and how it was made."""
+    record = job.record
+    frames = (
+        f"{record.frames} frames, evenly spaced" if record.frames else f"a frame every {1 / record.frame_rate:.3g} s"
+    )
+    rows = [
+        f"| {name} | {split['clips']} | {split['stored']} | {split['seconds'] / 3600:.2f} | "
+        f"{split['bytes'] / 1e6:.1f} |"
+        for name, split in made["splits"].items()
+    ]
+    found = [f"- {count} × {cause}: {CAUSES[cause]}" for cause, count in made["causes"].items() if count]
+    left_out = f" Clips with {', '.join(record.skip)} were left out." if record.skip else ""
+    lines = [
+        f"# {job.dataset}",
+        "",
+        reader.description,
+        "",
+        "| split | clips found | stored | hours | MB |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        f"{len(catalogue.classes)} classes.",
+        "",
+        "## Licence",
+        "",
+        reader.licence,
+        "",
+        "## How it was made",
+        "",
+        f"By `python -m av_mae.prepare --dataset={job.dataset}`, seed {job.seed}, {job.shard_clips} clips a shard, in "
+        "the order of hashes of seed and id.",
+        f"A record holds {frames} (JPEG, quality {record.quality}, shorter side at most {record.size} pixels, turned "
+        f"and with square pixels), the whole audio (FLAC, mono, {record.rate} Hz), labels, id, duration, source and "
+        f"the time in it, and what is annotated.{left_out}",
+        "",
+        "```python",
+        "import tensorflow_datasets as tfds",
+        f'source = tfds.builder_from_directory("THIS FOLDER").as_data_source(split="{next(iter(made["splits"]))}")',
+        "```",
+        "",
+        "## What was found",
+        "",
+        *(found or ["Nothing odd."]),
+        "",
+        "`report.html` and `report.json` name each clip.",
+        "",
+    ]
+    return "\n".join(lines).encode(errors="backslashreplace")

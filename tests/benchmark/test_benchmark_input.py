@@ -15,7 +15,7 @@ from av_mae.benchmark import input_clips
 from av_mae.config import DataConfig
 from av_mae.errors import UserError
 from av_mae.media import decode as media
-from av_mae.prepare.tfds_files import write_set
+from av_mae.prepare.shards import write_set
 
 
 def test_figures_of_a_made_set(tmp_path, capsys):

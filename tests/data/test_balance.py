@@ -15,7 +15,7 @@ from av_mae.data.loading import ClipSource
 from av_mae.data.pipeline import Balanced, clip_weights
 from av_mae.data.records import Cached, Labels, labels_file
 from av_mae.errors import UserError
-from av_mae.prepare.tfds_files import write_set
+from av_mae.prepare.shards import write_set
 
 
 def some_labels(clips: int, seed: int = 0) -> list[list[int]]:

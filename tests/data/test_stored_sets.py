@@ -18,8 +18,8 @@ import tensorflow_datasets as tfds
 from av_mae.data import pipeline, records
 from av_mae.data.loading import ClipSource
 from av_mae.errors import FailureCount, UserError
-from av_mae.prepare import tfds_files
-from av_mae.prepare.tfds_files import complete, write_set
+from av_mae.prepare import shards
+from av_mae.prepare.shards import complete, write_set
 
 
 def stored_record(index: int) -> dict:
@@ -146,7 +146,7 @@ def test_a_damaged_shard_costs_its_clips_only(stored, share, workers):
 @pytest.fixture
 def two_shards(tmp_path, monkeypatch) -> pathlib.Path:
     """32 clips in two shards, the second of which is cut off."""
-    monkeypatch.setattr(tfds_files, "SHARD_CLIPS", 16)
+    monkeypatch.setattr(shards, "SHARD_CLIPS", 16)
     folder = tmp_path / "two"
     folder.mkdir()
     write_set(

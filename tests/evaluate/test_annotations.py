@@ -20,7 +20,7 @@ from av_mae.evaluate.bootstrap import Bootstrap
 from av_mae.evaluate.config import LocalizationConfig, SegmentationConfig, SeparationConfig
 from av_mae.evaluate.task import make_task
 from av_mae.models.config import SegmenterConfig
-from av_mae.prepare.tfds_files import write_set
+from av_mae.prepare.shards import write_set
 
 SIZE = (20, 30)
 PLACES = 32  # for boxes in a batch

@@ -18,7 +18,7 @@ from av_mae.errors import UserError
 from av_mae.evaluate import __main__ as evaluate
 from av_mae.evaluate import separation
 from av_mae.media import encode as clip_writer
-from av_mae.prepare.tfds_files import write_set
+from av_mae.prepare.shards import write_set
 from av_mae.train import run
 from av_mae.train import sharding as mesh
 

@@ -21,6 +21,7 @@ from PIL import Image
 from av_mae.data import records
 from av_mae.errors import UserError
 from av_mae.prepare import __main__ as prepare
+from av_mae.prepare import shards
 from av_mae.prepare.demo import spoken_digits, toy_band
 
 CLIPS = ["--clips=18", "--test_clips=5", "--seed=3"]
@@ -169,7 +170,7 @@ def test_leftovers_of_an_interrupted_run_are_replaced(tmp_path, monkeypatch):
 
 
 def test_many_clips_are_spread_over_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "SHARD_CLIPS", 2)
+    monkeypatch.setattr(shards, "SHARD_CLIPS", 2)
     run(tmp_path / "set", "--dataset=toy_band", "--workers=1", "--clips=5", "--test_clips=3")
     assert len(list((tmp_path / "set").glob("*train.array_record*-of-00003"))) == 3
     source = records.open_source(tmp_path / "set", "train")

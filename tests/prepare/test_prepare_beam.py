@@ -15,7 +15,8 @@ from av_mae.errors import UserError
 from av_mae.prepare import __main__ as prepare
 from av_mae.prepare import engines as beam
 from av_mae.prepare import run
-from av_mae.prepare.readers import SourceClip
+from av_mae.prepare.clips import Job
+from av_mae.prepare.readers.catalogue import SourceClip
 from av_mae.storage import Folder
 
 BEAM = "apache-beam>=2.70,<3"
@@ -68,7 +69,7 @@ def test_a_shard_by_a_worker_of_beam_is_that_of_a_local_run(tmp_path, monkeypatc
 
 
 def test_failures_stop_a_beam_run_too(tmp_path, monkeypatch):
-    job = run.Job("folder", Folder(_source(tmp_path / "in")), Folder(tmp_path / "out"), on_error="fail")
+    job = Job("folder", Folder(_source(tmp_path / "in")), Folder(tmp_path / "out"), on_error="fail")
     monkeypatch.setattr(
         beam,
         "_run_pipeline",
@@ -77,7 +78,7 @@ def test_failures_stop_a_beam_run_too(tmp_path, monkeypatch):
         ],
     )
     with pytest.raises(UserError, match="--on_error=fail: clip b-bad: open: Invalid data"):
-        run.prepare(job, beam.writer("DirectRunner", []))
+        run.prepare(job, beam.beam_writer("DirectRunner", []))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Beam is installed")

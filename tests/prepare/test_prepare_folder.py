@@ -24,7 +24,7 @@ from av_mae.data import pipeline, records
 from av_mae.errors import UserError
 from av_mae.media import decode as media
 from av_mae.prepare import __main__ as prepare
-from av_mae.prepare.engines import Limits
+from av_mae.prepare.clips import Limits
 
 
 @pytest.fixture(scope="module")

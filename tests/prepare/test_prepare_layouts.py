@@ -11,7 +11,8 @@ from PIL import Image
 
 from av_mae.data import records
 from av_mae.prepare import __main__ as prepare
-from av_mae.prepare import readers as datasets
+from av_mae.prepare.readers import READERS
+from av_mae.storage import Folder
 
 # Of each set: the clips of each split with their labels.
 CLIPS = {
@@ -73,7 +74,7 @@ RULES = ("bad_row", "bad_id", "missing", "duplicate_id", "undecodable")
 
 
 def test_every_set_is_tested():
-    assert set(CLIPS) == set(FOUND) == set(layouts.MAKERS) == set(datasets.NAMES) - {"folder"}
+    assert set(CLIPS) == set(FOUND) == set(layouts.MAKERS) == set(READERS) - {"folder"}
 
 
 @pytest.mark.parametrize("name", layouts.MAKERS)
@@ -104,7 +105,7 @@ def test_a_layout_is_prepared_by_one_command_twice_the_same(name, shared, tmp_pa
 
 @pytest.mark.parametrize("name", layouts.MAKERS)
 def test_what_is_missing_or_wrong_is_listed(name, shared, tmp_path):
-    catalogue = datasets.reader(name).read(datasets.Folder(layouts.MAKERS[name](shared, tmp_path)))
+    catalogue = READERS[name].read(Folder(layouts.MAKERS[name](shared, tmp_path)))
     found: dict[str, set[str]] = {}
     for finding in catalogue.findings:
         found.setdefault(finding.cause, set()).add(finding.clip)
@@ -204,7 +205,7 @@ def test_colours_of_classes_are_those_of_pascal_voc():
 )
 def test_variants_of_rows_and_names(rows, file, tmp_path):
     source = clip_trees.put(tmp_path, {"annotations/vggsound.csv": rows, file: b""})
-    (clip,) = datasets.reader("vggsound").read(datasets.Folder(source)).clips
+    (clip,) = READERS["vggsound"].read(Folder(source)).clips
     assert (clip.id, clip.media, clip.split, clip.source_start) == ("aaaaaaaaaaa_000030", file, "train", 30)
 
 
@@ -219,7 +220,7 @@ def test_bad_rows_of_vggsound(tmp_path):
         b"caf\xe9,30,dog,train",
     ]
     source = clip_trees.put(tmp_path, {"vggsound.csv": b"\n".join(rows), "aaa_30.mp4": b""})
-    catalogue = datasets.reader("vggsound").read(datasets.Folder(source))
+    catalogue = READERS["vggsound"].read(Folder(source))
     assert len(catalogue.clips) == 1
     assert [finding.message for finding in catalogue.findings] == [
         "vggsound.csv, row 2: 3 fields, expected 4",

@@ -17,7 +17,9 @@ import pytest
 
 from av_mae.data import records
 from av_mae.errors import UserError
-from av_mae.prepare import run, shards
+from av_mae.prepare import shards
+from av_mae.prepare.clips import Limits
+from av_mae.prepare.readers.catalogue import SourceClip
 from av_mae.storage import Folder
 
 CLIPS = 120
@@ -162,7 +164,7 @@ def test_another_source_or_other_options_are_refused(tmp_path):
 
 
 def test_shards_depend_on_seed_and_ids_alone():
-    clips = [run.datasets.SourceClip(f"c{number}", "train", "x") for number in range(50)]
+    clips = [SourceClip(f"c{number}", "train", "x") for number in range(50)]
     plan = shards.plan("name", clips, 3, 20)
     assert [len(shard.clips) for shard in plan] == [20, 20, 10]
     assert [shard.file for shard in plan][1] == "name-train.array_record-00001-of-00003"
@@ -195,7 +197,7 @@ def test_corrupted_clips_cost_themselves(count, shared, tmp_path):
         clip_trees.put(tmp_path / "in", {f"{number:03d}{path.suffix}": _corrupted(path.read_bytes(), rng)})
     clip_trees.put(tmp_path / "in", {"whole.mp4": clip_trees.clip(1)})
     before = _children(os.getpid())
-    report = clip_trees.prepare("folder", tmp_path / "in", tmp_path / "set", workers=2, limits=run.Limits(seconds=60.0))
+    report = clip_trees.prepare("folder", tmp_path / "in", tmp_path / "set", workers=2, limits=Limits(seconds=60.0))
     assert not _wait_for_end(_children(os.getpid()) - before)
     failed = clip_trees.causes(report).get("undecodable", set())
     stored = clip_trees.stored(tmp_path / "set")

@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 
 from av_mae.prepare.demo import clips as demo_clips
-from av_mae.prepare.demo import shapes as textures
-from av_mae.prepare.demo import shapes as toy_shapes
 from av_mae.prepare.demo import toy_band
-from av_mae.prepare.demo import toy_band as toy_sounds
 
 
 def peak_frequency(sound: np.ndarray, rate: int = 8000) -> float:
@@ -30,21 +27,21 @@ def instrument(kind: str, **changes) -> toy_band.Instrument:
 def test_pitch_follows_size(kind, expected):
     pitch = toy_band.pitch_of(instrument(kind))
     assert pitch == pytest.approx(440)
-    note = toy_sounds.NOTES[kind](pitch, 0.5, np.random.default_rng(0))
+    note = toy_band.NOTES[kind](pitch, 0.5, np.random.default_rng(0))
     assert peak_frequency(note) == pytest.approx(expected, rel=0.005)
     assert toy_band.pitch_of(instrument(kind, size=28.0)) == pytest.approx(880)
     assert toy_band.pitch_of(instrument(kind, size=56.0)) == pytest.approx(220)
 
 
 def test_string_repeats_with_the_period_of_its_pitch():
-    note = toy_sounds.NOTES["string"](220.0, 0.5, np.random.default_rng(0))
+    note = toy_band.NOTES["string"](220.0, 0.5, np.random.default_rng(0))
     late = note[400:2400]
     correlation = np.array([np.dot(late, note[400 - lag : 2400 - lag]) for lag in range(20, 60)])
     assert 20 + correlation.argmax() == round(8000 / 220)
 
 
 def test_siren_rises_by_an_octave_and_falls():
-    note = toy_sounds.NOTES["siren"](300.0, 0.5, np.random.default_rng(0))
+    note = toy_band.NOTES["siren"](300.0, 0.5, np.random.default_rng(0))
     begin, middle, end = note[:400], note[len(note) // 2 - 200 : len(note) // 2 + 200], note[-400:]
     assert peak_frequency(begin) < 400 and peak_frequency(end) < 400
     assert peak_frequency(middle) > 500
@@ -69,12 +66,12 @@ def test_brightness_gives_the_level():
 
 @pytest.mark.parametrize("kind", toy_band.CLASSES)
 def test_silhouettes_have_their_size_and_stripes(kind):
-    coverage, darkness = toy_shapes.silhouette(kind, 48.0, 0.0, False, 3)
+    coverage, darkness = toy_band.silhouette(kind, 48.0, 0.0, False, 3)
     assert max(coverage.shape) == 48
-    along = 0 if toy_shapes.SHAPES[kind][1] == "y" else 1
+    along = 0 if toy_band.SHAPES[kind][1] == "y" else 1
     across = np.where(coverage >= 0.5, darkness, 0).max(1 - along) > 0.5
     assert int(across[0]) + np.count_nonzero(across[1:] & ~across[:-1]) == 3
-    mirrored, _ = toy_shapes.silhouette(kind, 48.0, 0.0, True, 3)
+    mirrored, _ = toy_band.silhouette(kind, 48.0, 0.0, True, 3)
     np.testing.assert_array_equal(mirrored, coverage[:, ::-1])
 
 
@@ -109,7 +106,7 @@ def test_objects_do_not_overlap():
 def test_painted_hue_is_that_of_the_instrument():
     image = np.full((96, 96, 3), 128, np.float32)
     one = instrument("drum", hue=200.0)
-    shape = toy_shapes.silhouette(one.kind, one.size, one.degrees, one.flip, one.stripes)
+    shape = toy_band.silhouette(one.kind, one.size, one.degrees, one.flip, one.stripes)
     toy_band.paint(image, one, 10, 20, *shape)
     inside = image[10 : 10 + shape[0].shape[0], 20 : 20 + shape[0].shape[1]][shape[0] == 1] / 255
     colours = np.array([colorsys.rgb_to_hsv(*pixel) for pixel in inside])
@@ -133,9 +130,9 @@ def test_clips_depend_on_their_place_alone_and_splits_differ():
     np.testing.assert_array_equal(first.sound, again.sound)
     for other in ((4, "train", 7), (3, "test", 7), (3, "train", 8)):
         assert not np.array_equal(first.sound, toy_band.compose(*other, "single").sound)
-    assert not set(textures.TEXTURES["train"]) & set(textures.TEXTURES["test"])
+    assert not set(demo_clips.TEXTURES["train"]) & set(demo_clips.TEXTURES["test"])
     generator = np.random.default_rng(0)
-    for texture in (*textures.TEXTURES["train"], *textures.TEXTURES["test"]):
+    for texture in (*demo_clips.TEXTURES["train"], *demo_clips.TEXTURES["test"]):
         drawn = texture(generator)
         assert drawn.shape == (96, 96) and np.abs(drawn).max() <= 1 and drawn.std() > 0.1
 

@@ -18,12 +18,11 @@ from PIL import Image
 from scipy.signal import lfilter
 
 from av_mae.prepare.demo import clips as demo_clips
-from av_mae.prepare.demo import shapes as textures
 from av_mae.prepare.demo.clips import RATE
 
 WINDOW = 256  # samples: 32 ms, two periods of a low voice
 HOP = WINDOW // 2
-SEARCH = 80  # samples around the expected place, one period of a low voice
+SEARCH = 80  # samples around the expected position, one period of a low voice
 _HANN = 0.5 - 0.5 * np.cos(2 * math.pi * np.arange(WINDOW) / WINDOW)
 
 
@@ -35,14 +34,14 @@ def stretch(sound: np.ndarray, factor: float) -> np.ndarray:
     length = round(factor * len(sound))
     padded = np.concatenate([np.zeros(HOP + SEARCH), sound, np.zeros(2 * WINDOW + 2 * SEARCH)])
     result = np.zeros(length + 2 * WINDOW)
-    place = SEARCH
+    position = SEARCH
     for start in range(0, length + HOP, HOP):
         expected = SEARCH + round(start / factor)
         if start:
-            follow = padded[place + HOP : place + HOP + WINDOW]
+            follow = padded[position + HOP : position + HOP + WINDOW]
             around = padded[expected - SEARCH : expected + SEARCH + WINDOW]
-            place = expected - SEARCH + int(np.argmax(np.correlate(around, follow, "valid")))
-        result[start : start + WINDOW] += _HANN * padded[place : place + WINDOW]
+            position = expected - SEARCH + int(np.argmax(np.correlate(around, follow, "valid")))
+        result[start : start + WINDOW] += _HANN * padded[position : position + WINDOW]
     return result[HOP : HOP + length]
 
 
@@ -55,7 +54,7 @@ def perturb(sound: np.ndarray, tempo: float, pitch: float) -> np.ndarray:
 NAME = "spoken_digits"
 DESCRIPTION = (
     "Spoken Digits: handwriting from MNIST (CC BY-SA 3.0), speech from the Free Spoken Digit Dataset "
-    "(CC BY-SA 4.0), composed to clips with exact truth (class, boxes, mask, clean sounds)."
+    "(CC BY-SA 4.0), composed to clips with exact annotations (class, boxes, mask, clean sounds)."
 )
 CLASSES = tuple("zero one two three four five six seven eight nine".split())
 TEST_SPEAKER = "theo"
@@ -67,9 +66,17 @@ NOISE_LEVELS = 255 * 0.7 * 0.225  # deviation 0.7 of a normalised image (ImageNe
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A variant: digits in the image, their range of size in pixels (of the 28 × 28 field), speakers at once,
-    deviation of the image noise in levels, speech over noise in decibels (mean power over the whole clip, so that
-    spoken sounds rise above the noise at 0), drift in pixels per second."""
+    """A variant.
+
+    Args:
+        digits: how many are in the image.
+        sizes: smallest and largest size of a digit's 28 × 28 field, in pixels.
+        voices: speakers at once.
+        image_noise: deviation of the noise in the image, in levels of 255.
+        noise_db: speech over noise in decibels, mean powers over the whole clip: at 0, spoken sounds rise above the
+            noise.
+        drift: pixels per second.
+    """
 
     digits: int
     sizes: tuple[float, float]
@@ -86,7 +93,7 @@ RECIPES = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def handwriting(split: str) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Images uint8 [n, 28, 28] and, for each digit, the numbers of the split's images."""
     with np.load(_asset("handwriting.npz"), allow_pickle=False) as stored:
@@ -95,7 +102,7 @@ def handwriting(split: str) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     return images, tuple(np.flatnonzero(of_split & (digits == digit)) for digit in range(10))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def recordings(split: str) -> tuple[dict, tuple[np.ndarray, ...]]:
     """The stored arrays and, for each digit, the numbers of the split's recordings."""
     with np.load(_asset("speech.npz"), allow_pickle=False) as stored:
@@ -106,7 +113,7 @@ def recordings(split: str) -> tuple[dict, tuple[np.ndarray, ...]]:
 
 
 def _asset(name: str) -> io.BytesIO:
-    return io.BytesIO(importlib.resources.files("av_mae.assets").joinpath(name).read_bytes())
+    return io.BytesIO(importlib.resources.files("av_mae").joinpath("assets", name).read_bytes())
 
 
 def read_recording(arrays: dict, number: int) -> np.ndarray:
@@ -136,15 +143,15 @@ def draw_colour(generator: np.random.Generator) -> np.ndarray:
 def draw_video(generator, split: str, digits: list[int], recipe: Recipe) -> tuple[np.ndarray, list[np.ndarray]]:
     """Frames uint8 [k, H, W, 3] and each digit's pixels in the middle frame, bool [H, W]."""
     reach = round(recipe.drift * demo_clips.SECONDS / 2)  # pixels on either side that the drift needs
-    places = None
-    while places is None:
+    corners = None
+    while corners is None:
         glyphs = [draw_digit(generator, split, digit, recipe.sizes) for digit in digits]
         spans = [(glyph.shape[0] + 2 * reach, glyph.shape[1] + 2 * reach) for glyph in glyphs]
-        places = demo_clips.place_boxes(generator, spans)
+        corners = demo_clips.place_boxes(generator, spans)
     seconds = (np.arange(demo_clips.FRAMES) - demo_clips.MIDDLE) / demo_clips.FRAME_RATE
-    video = np.repeat(textures.background(generator, split)[None], demo_clips.FRAMES, 0)
+    video = np.repeat(demo_clips.background(generator, split)[None], demo_clips.FRAMES, 0)
     masks = []
-    for glyph, (top, left) in zip(glyphs, places):
+    for glyph, (top, left) in zip(glyphs, corners):
         colour, velocity = draw_colour(generator), generator.uniform(-recipe.drift, recipe.drift, 2)
         steps = np.rint(seconds[:, None] * velocity).astype(int) + (top + reach, left + reach)
         for frame, (row, column) in zip(video, steps):
@@ -163,7 +170,7 @@ def draw_speech(generator: np.random.Generator, split: str, digit: int) -> np.nd
     """A digit spoken at a random time and level: float64 [SAMPLES]."""
     arrays, numbers = recordings(split)
     spoken = read_recording(arrays, int(generator.choice(numbers[digit])))
-    tempo, pitch = np.exp(generator.uniform(*np.log(PERTURBATION), 2))
+    tempo, pitch = np.exp(generator.uniform(math.log(PERTURBATION[0]), math.log(PERTURBATION[1]), 2))
     if split == "train":
         spoken = perturb(spoken, tempo, pitch)
     loudness = LEVEL * 10 ** (generator.uniform(-12, 0) / 20)

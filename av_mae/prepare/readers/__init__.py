@@ -1,50 +1,45 @@
-"""Readers of data sets as users have them: `read(name, folder)` → Catalogue of classes, clips and findings.
+"""Readers of data sets as users have them: a folder as downloaded → Catalogue of classes, clips and findings.
 
-A reader is a module with DESCRIPTION, LICENCE and functions read(folder, …) → Catalogue. It reads annotations and lists
-of files; it opens no media.
+A reader is a function read(folder, …) → Catalogue, entered in READERS with a description and a licence. A reader reads
+annotations and lists of files; it opens no media.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from av_mae.prepare.readers.catalogue import Catalogue, SourceClip
-from av_mae.storage import Folder
-
-__all__ = ["Catalogue", "NAMES", "Reader", "SourceClip", "reader"]
-
-# The name of a data set → its reader's module, function and arguments.
-_READERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "folder": ("folder", "read", {}),
-    "vggsound": ("vggsound", "read", {}),
-    "vggsound_music": ("vggsound", "read_music", {}),
-    "audioset": ("audioset", "read", {}),
-    "music_solo": ("music", "read", {"part": "solo"}),
-    "music_duet": ("music", "read", {"part": "duet"}),
-    "music_21": ("music", "read", {"part": "21"}),
-    "avsbench_s4": ("avsbench", "read", {"part": "s4"}),
-    "avsbench_ms3": ("avsbench", "read", {"part": "ms3"}),
-    "avsbench_avss": ("avsbench", "read", {"part": "avss"}),
-    "vggss": ("vggss", "read", {}),
-    "flickr_soundnet": ("flickr_soundnet", "read", {}),
-    "grid": ("grid", "read", {}),
-}
-NAMES = tuple(_READERS)
+from av_mae.prepare.readers import avsbench, boxes, folder, youtube
+from av_mae.prepare.readers.catalogue import Catalogue
 
 
 class Reader(NamedTuple):
-    """How a data set is read. `read` takes the source folder (a Folder)."""
+    """How a data set is read: `read` takes the source Folder; that of `folder` also a `table`."""
 
     description: str
     licence: str
-    read: Callable[[Folder], Catalogue]
+    read: Callable[..., Catalogue]
 
 
-def reader(name: str, **options: Any) -> Reader:
-    """The reader of one of NAMES; `options` go on to its `read`."""
-    module_name, function, arguments = _READERS[name]
-    module: ModuleType = importlib.import_module(f"av_mae.prepare.readers.{module_name}")
-    read = functools.partial(getattr(module, function), **arguments, **options)
-    return Reader(module.DESCRIPTION, module.LICENCE, read)
+def _music(part: str) -> Reader:
+    return Reader(youtube.MUSIC, youtube.MUSIC_LICENCE, functools.partial(youtube.read_music, part=part))
+
+
+def _avsbench(part: str) -> Reader:
+    return Reader(avsbench.DESCRIPTION, avsbench.LICENCE, functools.partial(avsbench.read, part=part))
+
+
+READERS: dict[str, Reader] = {
+    "folder": Reader(folder.DESCRIPTION, folder.LICENCE, folder.read),
+    "vggsound": Reader(youtube.VGGSOUND, youtube.LICENCE, youtube.read_vggsound),
+    "vggsound_music": Reader(youtube.VGGSOUND, youtube.LICENCE, youtube.read_vggsound_music),
+    "audioset": Reader(youtube.AUDIOSET, youtube.LICENCE, youtube.read_audioset),
+    "music_solo": _music("solo"),
+    "music_duet": _music("duet"),
+    "music_21": _music("21"),
+    "avsbench_s4": _avsbench("s4"),
+    "avsbench_ms3": _avsbench("ms3"),
+    "avsbench_avss": _avsbench("avss"),
+    "vggss": Reader(boxes.VGGSS, boxes.VGGSS_LICENCE, boxes.read_vggss),
+    "flickr_soundnet": Reader(boxes.FLICKR, boxes.FLICKR_LICENCE, boxes.read_flickr_soundnet),
+    "grid": Reader(folder.GRID, folder.GRID_LICENCE, folder.read_grid),
+}

@@ -1,4 +1,4 @@
-"""AVSBench: 5 s (v1s, v1m) and 10 s (v2) clips as one frame a second, sound and masks of what sounds.
+"""AVSBench: 5 s (v1s, v1m) and 10 s (v2) clips as one frame a second, audio and masks of what sounds.
 
 metadata.csv (vid, uid, s_min, s_sec, a_obj, split, label), label2idx.json, and in v1s/, v1m/ and v2/ a folder UID with
 audio.wav, frames/0.jpg …, labels_rgb/0.png … or labels_semantic/0.png …
@@ -22,10 +22,10 @@ OFF_SCREEN = "off-the-screen"
 def read(folder: Folder, part: str) -> Catalogue:
     """`part`: s4 or ms3 (masks of 0 and 255), avss (masks of class numbers). Splits `train`, `validation`, `test`."""
     catalogue = Catalogue()
-    numbers = tables.read_json(folder, "label2idx.json", dict)
+    numbers: dict[str, int] = tables.read_json(folder, "label2idx.json", dict)
     if sorted(numbers.values()) != list(range(len(numbers))):
         raise UserError(f"{folder.path('label2idx.json')} must number its {len(numbers)} classes from 0 on")
-    catalogue.classes = tuple(sorted(numbers, key=numbers.get))
+    catalogue.classes = tuple(sorted(numbers, key=numbers.__getitem__))
     found: dict[str, list[str]] = {}
     for below in PARTS[part]:
         for name in folder.files(below):
@@ -33,9 +33,8 @@ def read(folder: Folder, part: str) -> Catalogue:
     for number, fields in tables.rows(folder, "metadata.csv", COLUMNS, catalogue, ("vid",)):
         if fields[6] not in PARTS[part]:
             continue
-        tables.guarded(
-            catalogue, "metadata.csv", number, lambda: _add(catalogue, numbers, found, fields, semantic=part == "avss")
-        )
+        with catalogue.row("metadata.csv", number):
+            _add(catalogue, numbers, found, fields, semantic=part == "avss")
     return catalogue
 
 
@@ -49,32 +48,32 @@ def _add(
     sound = next((name for name in files if ending(name) in SOUNDS), None)
     frames = _numbered(files, "frames")
     if sound is None or not frames:
-        catalogue.note("missing", uid, "files", f"{version}/{uid} has no {'frames' if sound else 'sound'}", split)
+        catalogue.note("missing", uid, "files", f"{version}/{uid} has no {'frames' if sound else 'audio'}", split)
         return
     # v1 tells what is not black apart only; of v2, colours are the classes by definition, greys where they are lacking.
     colours, greys = _numbered(files, "labels_rgb"), _numbered(files, "labels_semantic")
     masks = colours or greys
-    places = [place for place in masks if place in frames]
-    order = sorted(frames)
+    order = list(frames)
+    masked = [number for number in masks if number in frames]
     catalogue.clips.append(
         SourceClip(
             uid,
             split,
             sound,
-            images=tuple(frames[place] for place in order),
-            image_times=tuple(place + 0.5 for place in order),
+            images=tuple(frames[number] for number in order),
+            image_times=tuple(number + 0.5 for number in order),
             labels=labels,
             source=vid,
             source_start=60 * tables.number(minutes or "0", "s_min") + tables.number(seconds or "0", "s_sec"),
-            masks=tuple(masks[place] for place in places),
-            mask_frames=tuple(order.index(place) for place in places),
+            masks=tuple(masks[number] for number in masked),
+            mask_frames=tuple(order.index(number) for number in masked),
             mask_reader=("colours" if colours else "numbers") if semantic else "binary",
         )
     )
 
 
 def _numbered(files: list[str], below: str) -> dict[int, str]:
-    """The pictures of a subfolder by number: '3.jpg', 'uid_3.png'."""
+    """The images of a subfolder by rising number: '3.jpg', 'uid_3.png'."""
     numbered = {}
     for name in files:
         match = re.search(r"(\d+)$", stem(name))

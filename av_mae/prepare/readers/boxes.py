@@ -1,40 +1,88 @@
-"""Clips with boxes around what sounds, as media files or as frames/NAME.jpg with audio/NAME.wav."""
+"""Test sets of visual sound localization: boxes around what sounds, for clips that are media files or
+frames/NAME.jpg with audio/NAME.wav.
 
+VGG-SS: vggss.json, a list of {"file", "class", "bbox": [[xmin, ymin, xmax, ymax], …] in 0…1}, and VGGSound's test
+clips.
+
+Flickr-SoundNet: Annotations/NAME.xml, or a JSON file {NAME: [boxes of an annotator, …]}, both with xmin, ymin, xmax,
+ymax in pixels of an image of 256 × 256.
+"""
+
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from typing import Any
 
-from av_mae.media.files import IMAGES, SOUNDS, MediaFiles, ending
+from av_mae.media.files import IMAGES, SOUNDS, MediaFiles, ending, stem
+from av_mae.prepare.readers import catalogue as tables
 from av_mae.prepare.readers.catalogue import Catalogue, SourceClip, check_id
 from av_mae.storage import Folder
+
+VGGSS = "VGG-SS (Chen et al., CVPR 2021): boxes around what sounds in test clips of VGGSound."
+VGGSS_LICENCE = "Annotations: CC BY 4.0. The videos belong to their uploaders on YouTube."
+FLICKR = "Flickr-SoundNet (Senocak et al., CVPR 2018): boxes of several annotators around what sounds."
+FLICKR_LICENCE = "Annotations: for research, as its authors say. The videos belong to their uploaders on Flickr."
+FLICKR_PIXELS = 256  # sides of the images that the annotators saw
 
 Box = tuple[float, float, float, float]
 
 
-def add(catalogue: Catalogue, files: "Clips", name: str, boxes: list[list[Box]], label: int | None) -> None:
-    """Adds the test clip `name` with the boxes of each annotator. Raises ValueError for a name that is no id."""
-    check_id(name)
-    found = files.find(name)
-    if found is None:
-        catalogue.note("missing", name, "files", f"no media file {name}, nor frame and sound of this name", "test")
-        return
-    media, images = found
-    catalogue.clips.append(
-        SourceClip(
-            name,
-            "test",
-            media,
-            images=images,
-            labels=() if label is None else (label,),
-            source=name,
-            boxes=tuple(box for own in boxes for box in own),
-            annotators=len(boxes),
-            box_annotators=tuple(annotator for annotator, own in enumerate(boxes) for _ in own),
-        )
+def read_vggss(folder: Folder) -> Catalogue:
+    """Split `test`, one annotator."""
+    catalogue, files, name = Catalogue(), Clips(folder), tables.find_needed(folder, "vggss.json")
+    entries = tables.read_json(folder, name, list)
+    numbers = catalogue.set_classes(
+        entry["class"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("class"), str)
     )
+    for number, entry in enumerate(entries, 1):
+        with catalogue.row(name, number):
+            if not isinstance(entry, dict) or not {"file", "bbox"} <= entry.keys():
+                raise ValueError("an entry needs file and bbox")
+            boxes = [[box(values, 1.0) for values in entry["bbox"]]]
+            files.add(catalogue, entry["file"], boxes, numbers.get(entry.get("class", "")))
+    return catalogue
+
+
+def read_flickr_soundnet(folder: Folder) -> Catalogue:
+    """Split `test`, without classes."""
+    catalogue, files = Catalogue(), Clips(folder)
+    listed = tables.find(folder, "flickr_soundnet.json", "flickr_test.json", "annotations.json")
+    annotations = tables.read_json(folder, listed, dict) if listed else {}
+    for number, (clip, annotators) in enumerate(annotations.items(), 1):
+        with catalogue.row(listed or "", number):
+            files.add(catalogue, clip, _scaled(annotators), None)
+    for name in folder.files():
+        if ending(name) == "xml" and name.split("/")[0].lower().startswith("anno"):
+            with catalogue.row(name, 1):
+                files.add(catalogue, stem(name), _scaled(_xml_boxes(tables.read(folder, name))), None)
+    return catalogue
+
+
+def _scaled(annotators: Sequence[Sequence[Sequence[Any]]]) -> list[list[Box]]:
+    return [[box(values, FLICKR_PIXELS) for values in own] for own in annotators]
+
+
+def _xml_boxes(content: bytes) -> list[list[list[str]]]:
+    """Each child of the root that has boxes is an annotator.
+
+    A box names its sides, or its last four values are they.
+    """
+    try:
+        root = ElementTree.fromstring(content)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"is no XML file: {error}") from None
+    found = [[_sides(node) for node in child.iter() if node.tag in ("bbox", "bndbox")] for child in root]
+    return [boxes for boxes in found if boxes]
+
+
+def _sides(node: ElementTree.Element) -> list[str]:
+    named = {child.tag.lower(): child.text or "" for child in node}
+    if {"xmin", "ymin", "xmax", "ymax"} <= named.keys():
+        return [named[side] for side in ("xmin", "ymin", "xmax", "ymax")]
+    return [child.text or "" for child in node][-4:]
 
 
 class Clips:
-    """Finds a clip's media file, or its sound and picture."""
+    """Finds a clip's media file, or its audio and frame."""
 
     def __init__(self, folder: Folder):
         names = folder.files()
@@ -43,6 +91,7 @@ class Clips:
         self._images = MediaFiles(names, IMAGES)
 
     def find(self, name: str) -> tuple[str, tuple[str, ...]] | None:
+        """The media file and the frames beside it; `None` where the clip has no files."""
         video, sound, image = self._videos.find(name), self._sounds.find(name), self._images.find(name)
         if video is None and "_" in name:  # a part of a recording, its name with or without the end
             recording, _, start = name.rpartition("_")
@@ -50,6 +99,38 @@ class Clips:
         if video is not None:
             return video, ()
         return (sound, (image,)) if sound and image else None
+
+    def add(self, catalogue: Catalogue, name: str, boxes: list[list[Box]], label: int | None) -> None:
+        """Adds a test clip to a catalogue.
+
+        Args:
+            catalogue: takes the clip, or a finding where the clip has no files.
+            name: the clip's id.
+            boxes: of each annotator.
+            label: the class, `None` where the set has none.
+
+        Raises:
+            ValueError: where `name` cannot be an id.
+        """
+        check_id(name)
+        found = self.find(name)
+        if found is None:
+            catalogue.note("missing", name, "files", f"no media file {name}, nor frame and audio of this name", "test")
+            return
+        media, images = found
+        catalogue.clips.append(
+            SourceClip(
+                name,
+                "test",
+                media,
+                images=images,
+                labels=() if label is None else (label,),
+                source=name,
+                boxes=tuple(box for own in boxes for box in own),
+                annotators=len(boxes),
+                box_annotators=tuple(annotator for annotator, own in enumerate(boxes) for _ in own),
+            )
+        )
 
 
 def box(values: Sequence[Any], scale: float) -> Box:
@@ -59,5 +140,5 @@ def box(values: Sequence[Any], scale: float) -> Box:
     except (TypeError, ValueError):
         raise ValueError(f"box {list(values)!r} must be the four numbers xmin, ymin, xmax, ymax") from None
     if not (left < right and top < bottom):
-        raise ValueError(f"box {list(values)!r} is empty within the picture (xmin, ymin, xmax, ymax)")
+        raise ValueError(f"box {list(values)!r} is empty within the frame (xmin, ymin, xmax, ymax)")
     return top, left, bottom, right

@@ -1,11 +1,13 @@
-"""Annotation tables as users have them: with or without header, quoted or not, with bad rows among good ones."""
+"""What readers of data sets give (classes, clips, findings), and annotation tables as users have them: with or without
+header, quoted or not, with bad rows among good ones."""
 
+import contextlib
 import csv
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from av_mae.errors import UserError
 from av_mae.storage import Folder
@@ -17,14 +19,14 @@ CAUSES = {
     "duplicate_id": "the id of a clip that came before",
     "missing": "annotated, but there is no such file",
     "undecodable": "the file cannot be decoded",
-    "no_sound": "the file has no sound",
-    "no_picture": "the file has no picture",
+    "no_sound": "the file has no audio",
+    "no_picture": "the file has no frames",
     "too_short": "shorter than --shortest",
-    "silence": "the sound never rises above -60 dB of full scale",
+    "silence": "the audio never rises above -60 dB of full scale",
     "black": "every frame is black",
-    "still": "the picture never changes",
+    "still": "the frame never changes",
     "no_label": "the set has classes, the clip has none",
-    "duplicate_content": "the same frames and sound as a clip that came before",
+    "duplicate_content": "the same frames and audio as a clip that came before",
 }
 # With these, no record is stored whatever the options say.
 NEVER_STORED = ("bad_row", "bad_id", "duplicate_id", "missing", "undecodable")
@@ -43,11 +45,21 @@ SPLITS = {
     "evaluation": "test",
 }
 LONGEST_ID = 200
+_WIDE_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_Kind = TypeVar("_Kind")
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something that the report tells about a clip (or a row). `stage`: annotations, files, open, frame, sound, …"""
+    """Something that the report tells about a clip (or a row of annotations).
+
+    Args:
+        cause: one of CAUSES.
+        clip: the clip's id; the file and number of a row that gives no clip.
+        stage: where it was found: annotations, files, open, frame, sound, mask, decode, content.
+        message: what exactly is wrong or odd.
+        split: the clip's split, '' where it is unknown.
+    """
 
     cause: str
     clip: str
@@ -60,11 +72,24 @@ class Finding:
 class SourceClip:
     """One clip as the data set describes it; files are named relative to the source folder.
 
-    media: a file with picture and sound, or, with `images`, the sound of those pictures, which are shown at
-    `image_times` (s; empty: all of them in the middle of the sound). start, end: the part of `media` (s). source and
-    source_start: the recording the clip was cut from, and where. boxes: (ymin, xmin, ymax, xmax) in 0…1 in the clip's
-    middle frame, with the annotator of each; annotators: how many there were. masks: picture files, for the frames
-    `mask_frames`. mixed_with: the clip whose sound is added to this one's (a test pair of separation).
+    Args:
+        id: the clip's name, once in a set.
+        split: train, validation, test or another.
+        media: a file with frames and audio; with `images`, the audio of those.
+        images: image files that are the clip's frames, in place of those of `media`.
+        image_times: seconds at which the images are shown; empty: all of them in the middle of the audio.
+        start: seconds in `media` at which the clip begins.
+        end: seconds in `media` at which the clip ends; `None` at the end of the file.
+        labels: numbers of classes.
+        source: the recording that the clip was cut from.
+        source_start: seconds in the recording at which the clip begins.
+        boxes: (ymin, xmin, ymax, xmax) in 0…1 in the clip's middle frame.
+        box_annotators: the number of each box's annotator.
+        annotators: how many people looked at the clip.
+        masks: image files with the mask of each of `mask_frames`.
+        mask_frames: positions in the frames.
+        mask_reader: how the masks are written (see clips.read_mask).
+        mixed_with: the clip whose audio is added to this one's (a test pair of separation).
     """
 
     id: str
@@ -101,6 +126,19 @@ class Catalogue:
 
     def note(self, cause: str, clip: str, stage: str, message: str, split: str = "") -> None:
         self.findings.append(Finding(cause, clip, stage, message, split))
+
+    def set_classes(self, names: Iterable[str]) -> dict[str, int]:
+        """Makes the sorted different `names` the classes; returns the number of each."""
+        self.classes = tuple(sorted(set(names)))
+        return {name: number for number, name in enumerate(self.classes)}
+
+    @contextlib.contextmanager
+    def row(self, name: str, number: int) -> Iterator[None]:
+        """What is wrong with row `number` of the file `name` becomes a finding, and the row is left out."""
+        try:
+            yield
+        except (ValueError, TypeError, AttributeError) as error:  # JSON may hold any type in any place
+            self.note("bad_row", f"{name}:{number}", "annotations", f"{name}, row {number}: {error}")
 
 
 def check_id(name: str) -> None:
@@ -153,74 +191,75 @@ def checked(catalogue: Catalogue, splits: Iterable[str] = ()) -> Catalogue:
     return Catalogue(catalogue.classes, clips, findings)
 
 
-_WIDE_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+def find(folder: Folder, *names: str) -> str | None:
+    """The first of the files `names` that is there, in the folder or its `annotations`, `anno` or `metadata`; `None`
+    where none is."""
+    paths = (below + name for name in names for below in ("annotations/", "", "anno/", "metadata/"))
+    return next((path for path in paths if folder.exists(path)), None)
 
 
-def find(folder: Folder, *names: str, needed: bool = True) -> str | None:
-    """The first of the files `names` that is there, in the folder or its `annotations`, `anno` or `metadata`.
-
-    Raises UserError where none is there and one is `needed`.
-    """
-    for name in names:
-        for place in ("annotations/", "", "anno/", "metadata/"):
-            if folder.exists(place + name):
-                return place + name
-    if needed:
+def find_needed(folder: Folder, *names: str) -> str:
+    """As `find`, but raises UserError where none of the files is there."""
+    found = find(folder, *names)
+    if found is None:
         raise UserError(f"{folder} holds none of {', '.join(names)} (nor do its folders annotations, anno, metadata)")
-    return None
+    return found
 
 
 def rows(
-    folder: Folder, name: str, width: int | range, catalogue: Catalogue, header: Sequence[str] = (), skip: int = 0
+    folder: Folder, name: str, width: int | range, catalogue: Catalogue, header: Sequence[str] = ()
 ) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a csv file with their numbers, fields stripped; `#` lines, empty lines and the header left out.
+    """The rows of a csv file; `#` lines, empty lines and the header are left out.
 
-    width: how many fields a row may have. header: what the first field of a header may be called. skip: lines to leave
-    out at the top. A row that cannot be read is noted in the catalogue. Raises UserError where no row can be read.
+    Args:
+        folder: holds the file.
+        name: of the file.
+        width: how many fields a row may have.
+        catalogue: takes a finding for each row that cannot be read.
+        header: what the first field of a header may be called.
+
+    Yields:
+        The number of a row in the file, from 1 on, and its fields, stripped.
+
+    Raises:
+        UserError: where the file cannot be read, or none of its rows.
     """
     widths = range(width, width + 1) if isinstance(width, int) else width
     content = read(folder, name)
     if content[:2] in _WIDE_ENCODINGS:
         raise UserError(f"{folder.path(name)} is encoded as {_WIDE_ENCODINGS[content[:2]]}; save it as UTF-8")
-    good = bad = 0
+    good, found = 0, len(catalogue.findings)
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
-        if number <= skip or not line.strip() or line.lstrip().startswith(b"#"):
+        if not line.strip() or line.lstrip().startswith(b"#"):
             continue
-        try:
+        with catalogue.row(name, number):
             fields = _fields(line)
-            if number == 1 + skip and fields[0].lower() in header:
+            if number == 1 and fields[0].lower() in header:
                 continue
             if len(fields) not in widths:
                 raise ValueError(f"{len(fields)} fields, expected {_range(widths)}")
-        except ValueError as error:
-            bad += 1
-            catalogue.note("bad_row", f"{name}:{number}", "annotations", f"{name}, row {number}: {error}")
-            continue
-        good += 1
-        yield number, fields
-    if not good and bad:
+            good += 1
+            yield number, fields
+    bad = len(catalogue.findings) - found
+    if bad and not good:
         raise UserError(f"{folder.path(name)}: {catalogue.findings[-1].message}; none of its {bad} rows can be read")
 
 
-def guarded(catalogue: Catalogue, name: str, number: int, make: Callable[[], None]) -> None:
-    """Runs `make` for a row; a ValueError becomes a bad row of the catalogue."""
-    try:
-        make()
-    except ValueError as error:
-        catalogue.note("bad_row", f"{name}:{number}", "annotations", f"{name}, row {number}: {error}")
-
-
 def read(folder: Folder, name: str) -> bytes:
+    """The content of a file. Raises UserError where it cannot be read."""
     try:
         return folder.read(name)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {folder.path(name)}") from error
     except OSError as error:
         raise UserError(f"{folder.path(name)} cannot be read: {error.strerror or error}") from error
 
 
-def read_json(folder: Folder, name: str, kind: type | tuple[type, ...]) -> Any:
-    """A JSON file whose top is of a type. Raises UserError."""
+def read_json(folder: Folder, name: str, kind: type[_Kind]) -> _Kind:
+    """A JSON file whose top is of type `kind`. Raises UserError."""
+    content = read(folder, name)
     try:
-        value = json.loads(read(folder, name).decode("utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{folder.path(name)} is no UTF-8 JSON file: {error}") from error
     if not isinstance(value, kind):

@@ -1,21 +1,40 @@
-"""Any tree of media files. Labels are the folders that hold the files, or columns of a csv or Parquet table."""
+"""Sets whose clips are all media files of a tree.
+
+`folder`: any tree. Labels are the folders that hold the files, or columns of a csv or Parquet table.
+
+`grid`, spoken sentences of six words, which the names of the files spell: videos of any ending in folders s1 … s34 (at
+any depth) or in none. A name such as brbk7n is 'bin red by k seven now'.
+"""
 
 import collections
 import dataclasses
 import io
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from av_mae.errors import UserError
-from av_mae.media.files import MEDIA, MediaFiles, ending, stem
+from av_mae.media.files import MEDIA, SOUNDS, MediaFiles, ending, stem
 from av_mae.prepare.readers import catalogue as tables
 from av_mae.prepare.readers.catalogue import SPLITS, Catalogue, SourceClip, check_id, split_name
 from av_mae.storage import Folder
 
 DESCRIPTION = "A folder of media files."
 LICENCE = "That of the media files, which av_mae does not know."
+GRID = "GRID (Cooke et al., JASA 2006): 34 speakers read sentences of six words to a camera."
+GRID_LICENCE = "CC BY 4.0"
 COLUMNS = ("path", "id", "label", "split", "start", "end")
 SEPARATORS = ";|"  # between several labels of a clip
+WORDS = (
+    ("command", {"b": "bin", "l": "lay", "p": "place", "s": "set"}),
+    ("colour", {"b": "blue", "g": "green", "r": "red", "w": "white"}),
+    ("preposition", {"a": "at", "b": "by", "i": "in", "w": "with"}),
+    ("letter", {letter: letter for letter in "abcdefghijklmnopqrstuvxyz"}),
+    ("digit", dict(zip("z123456789", "zero one two three four five six seven eight nine".split()))),
+    ("adverb", {"a": "again", "n": "now", "p": "please", "s": "soon"}),
+)
+CLASSES = tuple(f"{kind} {word}" for kind, words in WORDS for word in words.values())
+HELD_OUT = ("s1", "s2", "s20", "s22")  # speakers for testing, as in LipNet (Assael et al., 2016)
 
 
 def read(folder: Folder, table: str | None = None) -> Catalogue:
@@ -24,6 +43,7 @@ def read(folder: Folder, table: str | None = None) -> Catalogue:
     known `id`, `label` (several: a;b), `split`, `start` and `end` (s)."""
     if table is not None:
         return _from_table(folder, table)
+    catalogue = Catalogue()
     names = [name for name in folder.files() if ending(name) in MEDIA]
     if not names:
         raise UserError(f"{folder} holds no media file (known endings: {', '.join(sorted(MEDIA))})")
@@ -31,22 +51,18 @@ def read(folder: Folder, table: str | None = None) -> Catalogue:
     split_folders = all("/" in name for name in names) and tops <= SPLITS.keys()
     inner = {name: name.split("/", 1)[1] if split_folders else name for name in names}
     labels = {name: inner[name].rpartition("/")[0] for name in names}
-    classes = tuple(sorted(set(labels.values()) - {""}))
-    numbers = {label: number for number, label in enumerate(classes)}
-    ids = _ids(names)
-    return Catalogue(
-        classes,
-        [
-            SourceClip(
-                ids[name],
-                split_name(name.split("/")[0]) if split_folders else "train",
-                name,
-                source=ids[name],
-                labels=(numbers[labels[name]],) if labels[name] else (),
-            )
-            for name in names
-        ],
-    )
+    numbers, ids = catalogue.set_classes(set(labels.values()) - {""}), _ids(names)
+    catalogue.clips = [
+        SourceClip(
+            ids[name],
+            split_name(name.split("/")[0]) if split_folders else "train",
+            name,
+            source=ids[name],
+            labels=(numbers[labels[name]],) if labels[name] else (),
+        )
+        for name in names
+    ]
+    return catalogue
 
 
 def _ids(names: list[str]) -> dict[str, str]:
@@ -60,27 +76,20 @@ def _from_table(folder: Folder, table: str) -> Catalogue:
     catalogue, files = Catalogue(), MediaFiles(folder.files())
     present = set(files.names)
     read_rows = list(_parquet_rows(table) if table.endswith(".parquet") else _csv_rows(table, catalogue))
-    names = sorted({label for _, row in read_rows for label in _labels(row)})
-    catalogue.classes, numbers = tuple(names), {label: number for number, label in enumerate(names)}
+    numbers = catalogue.set_classes(label for _, row in read_rows for label in _labels(row))
     for number, row in read_rows:
-
-        def add():
+        with catalogue.row(table, number):
             clip = _clip(row, numbers)
             media = clip.media if clip.media in present else files.find(stem(clip.media))
             if media is None:
                 catalogue.note("missing", clip.id, "files", f"{table}, row {number}: no file {clip.media}", clip.split)
             else:
                 catalogue.clips.append(dataclasses.replace(clip, media=media))
-
-        tables.guarded(catalogue, table, number, add)
     return catalogue
 
 
 def _labels(row: Mapping[str, str]) -> list[str]:
-    text = row.get("label", "")
-    for separator in SEPARATORS[1:]:
-        text = text.replace(separator, SEPARATORS[0])
-    return [label.strip() for label in text.split(SEPARATORS[0]) if label.strip()]
+    return [label.strip() for label in re.split(f"[{SEPARATORS}]", row.get("label", "")) if label.strip()]
 
 
 def _clip(row: Mapping[str, str], numbers: Mapping[str, int]) -> SourceClip:
@@ -106,28 +115,24 @@ def _clip(row: Mapping[str, str], numbers: Mapping[str, int]) -> SourceClip:
 
 
 def _csv_rows(table: str, catalogue: Catalogue) -> Iterator[tuple[int, dict[str, str]]]:
-    place, _, name = table.rpartition("/")
+    below, _, name = table.rpartition("/")
     columns: list[str] = []
-    for number, fields in tables.rows(Folder(place or "."), name, range(1, 100), catalogue):
+    for number, fields in tables.rows(Folder(below or "."), name, range(1, 100), catalogue):
         if not columns:
             columns = _columns([field.lower() for field in fields], table)
-        elif len(fields) != len(columns):
-            catalogue.note(
-                "bad_row",
-                f"{table}:{number}",
-                "annotations",
-                f"{table}, row {number}: {len(fields)} fields, the header has {len(columns)}",
-            )
         else:
-            yield number, dict(zip(columns, fields))
+            with catalogue.row(table, number):
+                if len(fields) != len(columns):
+                    raise ValueError(f"{len(fields)} fields, the header has {len(columns)}")
+                yield number, dict(zip(columns, fields))
 
 
 def _parquet_rows(table: str) -> Iterator[tuple[int, dict[str, str]]]:
     import pyarrow.parquet
 
-    place, _, name = table.rpartition("/")
+    below, _, name = table.rpartition("/")
     try:
-        rows = pyarrow.parquet.read_table(io.BytesIO(tables.read(Folder(place or "."), name)))
+        rows = pyarrow.parquet.read_table(io.BytesIO(tables.read(Folder(below or "."), name)))
     except pyarrow.ArrowException as error:
         raise UserError(f"{table} is no Parquet file: {error}") from error
     columns = _columns(rows.column_names, table)
@@ -150,3 +155,24 @@ def _columns(names: list[str], table: str) -> list[str]:
             f"{table} has the columns {', '.join(names)}; it needs `path`, and may have {', '.join(COLUMNS[1:])}"
         )
     return renamed
+
+
+def read_grid(folder: Folder) -> Catalogue:
+    """One label per word, in the order of the sentence. Split `test` holds the speakers HELD_OUT, `train` all else."""
+    catalogue, numbers = Catalogue(CLASSES), {name: number for number, name in enumerate(CLASSES)}
+    names = [name for name in folder.files() if ending(name) in MEDIA - SOUNDS]
+    if not names:
+        raise UserError(f"{folder} holds no video")
+    for name in names:
+        speaker = next((part for part in name.lower().split("/")[:-1] if re.fullmatch(r"s\d+", part)), "")
+        sentence = stem(name).lower()
+        words = [words.get(letter) for (_, words), letter in zip(WORDS, sentence)]
+        clip = f"{speaker}_{sentence}" if speaker else sentence
+        if len(sentence) != len(WORDS) or None in words:
+            catalogue.note("bad_row", clip, "annotations", f"{name}: {sentence!r} spells no sentence of GRID")
+            continue
+        labels = tuple(numbers[f"{kind} {word}"] for (kind, _), word in zip(WORDS, words))
+        catalogue.clips.append(
+            SourceClip(clip, "test" if speaker in HELD_OUT else "train", name, labels=labels, source=clip)
+        )
+    return catalogue

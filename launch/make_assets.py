@@ -1,6 +1,6 @@
 """Makes the shipped sources of Spoken Digits: handwriting.npz (MNIST) and speech.npz (FSDD). Run once:
 
-    python -m av_mae.assets.make --mnist=mnist_train_first10k.npz --fsdd=FOLDER_OF_WAV
+    python launch/make_assets.py --mnist=mnist_train_first10k.npz --fsdd=FOLDER_OF_WAV
 
 handwriting.npz: `images` uint8 [n, 28, 28], `digits` uint8 [n]; `train` of them, the first, are for training.
 speech.npz: FLAC files of 8 kHz mono one after another in `flac` uint8, recording i at offsets[i]:offsets[i + 1];
@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import soundfile
 
-FOLDER = pathlib.Path(__file__).resolve().parent
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "av_mae" / "assets"
 SEED = 2312
 IMAGES, TRAIN_IMAGES = 6000, 5000
 LONGEST = 0.9  # seconds; the few longer recordings hold mostly silence
