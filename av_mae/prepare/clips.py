@@ -309,7 +309,7 @@ def read_mask(content: bytes, reader: str, size: tuple[int, int]) -> bytes:
         pixels = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))
     else:
         colours = np.asarray(image.convert("RGB"))
-        pixels = colours.any(axis=2) * np.uint8(BINARY) if reader == "binary" else _classes(colours)
+        pixels = np.where(colours.any(axis=2), BINARY, 0) if reader == "binary" else _classes(colours)
     height, width = size
     resized = Image.fromarray(np.ascontiguousarray(pixels, np.uint8)).resize((width, height), Image.Resampling.NEAREST)
     file = io.BytesIO()

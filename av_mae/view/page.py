@@ -52,7 +52,7 @@ def page(workdir: Workdir, names: Sequence[str]) -> bytes:
     """
     title = workdir.root.name or str(workdir.root)
     links = [element("a", _short(name or title), href=f"#run{number}") for number, name in enumerate(names)]
-    styles = importlib.resources.files("av_mae.assets").joinpath("view.css").read_text()
+    styles = importlib.resources.files("av_mae").joinpath("assets", "view.css").read_text()
     head = element(
         "head",
         element("meta", charset="utf-8"),

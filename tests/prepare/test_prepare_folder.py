@@ -347,7 +347,7 @@ def test_the_command_tells_what_it_made(tmp_path, root):
         ({"source": ".", "on_error": "stop"}, "unknown value of --on_error 'stop', known are skip, fail"),
         ({"source": "empty"}, "empty holds no media file"),
         ({"source": "in", "splits": "test"}, "--splits=test: the data set has no 'test'; it has train"),
-        ({"source": "in", "table": "absent.csv"}, "absent.csv cannot be read: No such file"),
+        ({"source": "in", "table": "absent.csv"}, r"there is no \./absent\.csv"),
         ({"source": "in", "table": "wide.csv"}, "wide.csv is encoded as UTF-16; save it as UTF-8"),
         ({"source": "in", "table": "other.csv"}, "other.csv has the columns a, b; it needs `path`"),
         ({"source": "in", "table": "fake.parquet"}, "fake.parquet is no Parquet file"),

@@ -107,7 +107,7 @@ def test_painted_hue_is_that_of_the_instrument():
     image = np.full((96, 96, 3), 128, np.float32)
     one = instrument("drum", hue=200.0)
     shape = toy_band.silhouette(one.kind, one.size, one.degrees, one.flip, one.stripes)
-    toy_band.paint(image, one, 10, 20, *shape)
+    toy_band.paint(image, one, (10, 20), *shape)
     inside = image[10 : 10 + shape[0].shape[0], 20 : 20 + shape[0].shape[1]][shape[0] == 1] / 255
     colours = np.array([colorsys.rgb_to_hsv(*pixel) for pixel in inside])
     np.testing.assert_allclose(colours[:, 0] * 360, 200, atol=0.1)
