@@ -13,7 +13,6 @@ import soundfile
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-
 JPEG_QUALITY = 93
 VIDEO_OPTIONS = {"crf": "15", "preset": "ultrafast", "tune": "zerolatency", "threads": "1", "flags": "+bitexact"}
 # By quality, not by rate: faster, and the error stays more than 20 dB below noisy sounds, 40 dB below clear ones.
