@@ -11,8 +11,7 @@ import numpy as np
 
 from av_mae.config import SoundConfig
 from av_mae.console import Progress
-from av_mae.data import audio as sound
-from av_mae.data import frames
+from av_mae.data import audio, frames
 from av_mae.data.loading import ClipSource
 from av_mae.data.records import Labels
 from av_mae.errors import ClipFailure, UserError, run_command, stage
@@ -175,8 +174,8 @@ def _panels(record: Mapping[str, Any]) -> list[np.ndarray]:
     with stage("sound"):
         if record["sound"]:
             seconds = min(LONGEST, max(0.1, float(record["duration"])))
-            waveform, _, _ = sound.read_window(record["sound"], SOUND.rate, int(seconds * SOUND.rate), 0.0)
-            parts = np.array_split(sound.log_mel(waveform, SOUND), SHEET_SIZE[0], axis=1)  # as wide as frames are high
+            waveform, _, _ = audio.read_window(record["sound"], SOUND.rate, int(seconds * SOUND.rate), 0.0)
+            parts = np.array_split(audio.log_mel(waveform, SOUND), SHEET_SIZE[0], axis=1)  # as wide as frames are high
             spectrogram = np.stack([part.mean(axis=1) for part in parts if part.size], axis=1)
     return [*shown, spectrogram]
 
@@ -185,7 +184,7 @@ def _small(encoded: bytes) -> np.ndarray:
     """A whole frame, as high as the sheet's rows: uint8 [H, W, 3]."""
     height, width = frames.frame_size(encoded)
     size = SHEET_SIZE[0], max(1, round(SHEET_SIZE[0] * width / height))
-    return frames.decode_crop(encoded, (0, 0, width, height), size)
+    return frames.resize_box(*frames.decode(encoded, (0, 0, width, height), size), size)
 
 
 def inspect(path: str, splits: Sequence[str], clips: int, sampled: int, seed: int, sheet: pathlib.Path) -> str:

@@ -27,7 +27,7 @@ import torch
 import weight_file_bytes
 
 DATA = pathlib.Path(__file__).resolve().parent / "data"
-GOOD, VERDICTS = DATA / "torch", DATA / "torch_verdicts.json"
+GOOD, VERDICTS = DATA / "torch_files", DATA / "torch_verdicts.json"
 SECONDS, BYTES = 60, 2**33
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
 WIDE_UNSIGNED = ("uint16", "uint32", "uint64")

@@ -23,8 +23,7 @@ from av_mae.benchmark import input_clips, timing
 from av_mae.benchmark.chips import PEAK_FLOPS
 from av_mae.config import DataConfig
 from av_mae.console import Progress
-from av_mae.data import audio as sound
-from av_mae.data import frames, records
+from av_mae.data import audio, frames, records
 from av_mae.data.loading import ClipLoader, ClipSource, HostBatches, batch_fields
 from av_mae.data.pipeline import TrainingData, open_sources, open_training_data
 from av_mae.errors import UserError
@@ -80,7 +79,7 @@ def measure(folder: str, clips: int, rounds: int, device_rate: float = 0.0, work
         (source,) = open_sources(data, AUDIO)
         stages = _load_stages(data, source, min(clips, len(source)))
         videos = _write_videos(stages.records[:VIDEOS], pathlib.Path(temporary))
-        training = TrainingData([LargeSet(source, stages.numbers)], data, IMAGE, AUDIO, 0, BATCH, ROWS)
+        training = TrainingData([LargeSet(source, stages.numbers)], data, IMAGE, AUDIO, BATCH, ROWS, seed=0)
         batches = training.host_batches(0, -(-len(stages.clips) // BATCH) * BATCH)
         runs = _stage_runs(data, source, stages) | {
             "whole": functools.partial(_each, batches.__getitem__, range(len(batches))),
@@ -154,7 +153,7 @@ def _load_stages(data: DataConfig, source: ClipSource, count: int) -> Stages:
             errors.append(clip["error"])
             continue
         place, samples = generator.uniform(), AUDIO[1] * data.sound.hop
-        window, _, middle = sound.read_window(record["sound"], data.sound.rate, samples, place)
+        window, _, middle = audio.read_window(record["sound"], data.sound.rate, samples, place)
         encoded = record["frames"][int(np.argmin(np.abs(record["frame_times"] - middle)))]
         box = frames.random_box(generator, *frames.frame_size(encoded), data.crop_scale)
         for values, value in zip(
@@ -179,10 +178,10 @@ def _stage_runs(data: DataConfig, source: ClipSource, stages: Stages) -> dict[st
         "jpeg": functools.partial(_each, lambda frame: frames.decode(*frame, IMAGE), stages.encoded),
         "crop": functools.partial(_each, lambda frame: frames.resize_box(*frame, IMAGE, flip=True), stages.decoded),
         "sound": functools.partial(
-            _each, lambda it: sound.read_window(it[0], settings.rate, samples, it[1]), encoded_sounds
+            _each, lambda it: audio.read_window(it[0], settings.rate, samples, it[1]), encoded_sounds
         ),
         "log_mel": functools.partial(
-            _each, lambda window: sound.features(sound.change_volume(window, 3.0), settings), stages.windows
+            _each, lambda window: audio.features(audio.change_volume(window, 3.0), settings), stages.windows
         ),
         "batch": functools.partial(_each, joined.__getitem__, range(len(joined))),
     }
@@ -213,8 +212,8 @@ def _read_video(data: DataConfig, video: tuple[str, float, np.random.Generator])
     excerpt = media.read_excerpt(path, generator.uniform() * max(0.0, length - seconds), seconds)
     box = frames.random_box(generator, *excerpt.frame.shape[:2], data.crop_scale)
     frames.resize_box(excerpt.frame, box, IMAGE, flip=True)
-    waveform = sound.cut(excerpt.waveform, excerpt.rate, data.sound.rate, excerpt.first, samples)
-    sound.features(sound.change_volume(waveform, 3.0), data.sound)
+    waveform = audio.cut(excerpt.waveform, excerpt.rate, data.sound.rate, excerpt.first, samples)
+    audio.features(audio.change_volume(waveform, 3.0), data.sound)
 
 
 def _figures(seconds: dict[str, np.ndarray]) -> dict[str, Any]:

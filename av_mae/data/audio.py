@@ -1,9 +1,9 @@
-"""From a mask on the mel spectrogram of a mixture back to a waveform, as the published system does it; ideal masks."""
+"""Waveforms on the host: windows of encoded audio, log-mel features, and masks on mel spectrograms."""
 
 import functools
 import io
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import scipy.fft
@@ -14,6 +14,8 @@ import soxr
 from av_mae.config import SoundConfig
 from av_mae.errors import UserError
 
+_RESAMPLING_MARGIN = 0.02  # seconds
+_SILENT_WINDOW = 1e-11  # where no window reaches, the waveform is unknown
 BLOCK = 32  # frames transformed at once: what lies between waveform and spectrogram stays in the core's cache
 
 
@@ -40,22 +42,31 @@ def mel_filter_bank(sound: SoundConfig) -> np.ndarray:
     return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
 
 
+class _Transform(NamedTuple):
+    """What spectra are computed with: `window` float32 [n_fft], the periodic Hann window; `filters` float32
+    [n_fft // 2 + 1, mels], the filter bank; `sparse` [mels, n_fft // 2 + 1], the same for fast products."""
+
+    window: np.ndarray
+    filters: np.ndarray
+    sparse: scipy.sparse.csr_array
+
+
 @functools.lru_cache(maxsize=8)
-def _window_and_filters(sound: SoundConfig) -> tuple[np.ndarray, scipy.sparse.csr_array]:
-    """The periodic Hann window float32 [n_fft] and the filter bank as a sparse matrix [mels, n_fft // 2 + 1]."""
+def _transform(sound: SoundConfig) -> _Transform:
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(sound.n_fft) / sound.n_fft)
+    filters = mel_filter_bank(sound)
     # A frequency lies in two filters at most: the sparse product costs 1/8 of the dense one, and unlike a threaded
     # BLAS it gives the same bits in every process.
-    return window.astype(np.float32), scipy.sparse.csr_array(mel_filter_bank(sound).T)
+    return _Transform(window.astype(np.float32), filters, scipy.sparse.csr_array(filters.T))
 
 
 def log_mel(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
     """Log-mel spectrogram: (log10(mel power + log_floor) - mean) / std.
 
-    Frames are centred on multiples of hop, with reflect padding; the last one is dropped.
+    Frames are centred on multiples of hop, with reflect padding; the last frame is dropped.
     waveform: float32 [samples], more than one sample. Returns float32 [mels, samples // hop].
     """
-    window, filters = _window_and_filters(sound)
+    window, _, filters = _transform(sound)
     count, half = len(waveform) // sound.hop, sound.n_fft // 2
     if len(waveform) > half:  # np.pad alone would cost a tenth of the whole
         padded = np.concatenate([waveform[half:0:-1], waveform, waveform[-2 : -half - 2 : -1]])
@@ -68,7 +79,7 @@ def log_mel(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
         power = np.square(spectrum.real)
         power += np.square(spectrum.imag)
         mel[:, first : first + BLOCK] = filters @ power
-    logarithm = np.log(mel + np.float32(sound.log_floor))
+    logarithm: np.ndarray = np.log(mel + np.float32(sound.log_floor))
     # log10 by the natural logarithm, which NumPy vectorises in float32
     logarithm *= np.float32(1 / (math.log(10) * sound.std))
     logarithm -= np.float32(sound.mean / sound.std)
@@ -76,52 +87,49 @@ def log_mel(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
 
 
 def features(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
-    """log_mel, what the model takes. Raises ValueError where it is not finite."""
-    audio = log_mel(waveform, sound)
-    if not np.isfinite(audio).all():
+    """The log-mel spectrogram that the model takes. Raises ValueError where it is not finite."""
+    spectrogram = log_mel(waveform, sound)
+    if not np.isfinite(spectrogram).all():
         raise ValueError("the log-mel spectrogram is not finite")
-    return audio
+    return spectrogram
 
 
 def extend_mirrored(waveform: np.ndarray, samples: int) -> np.ndarray:
-    """[n] → [samples], n ≥ 1: the sound, its reversal (edge sample repeated), the sound again, …, then cut."""
+    """[n] → [samples], n ≥ 1: the waveform, its reversal (edge sample repeated), the waveform again, …, then cut."""
     length = len(waveform)
     if length >= samples:
         return waveform[:samples]
-    place = np.arange(samples) % (2 * length)
-    return waveform[np.minimum(place, 2 * length - 1 - place)]
-
-
-def cut(waveform: np.ndarray, own_rate: int, rate: int, first: int, samples: int) -> np.ndarray:
-    """float32 [samples] at `rate` Hz of a mono sound at `own_rate` Hz from its sample `first` on.
-
-    What is before and after helps the resampling; a sound that ends sooner is extended by its reversal.
-    """
-
-    def read(begin: int, length: int) -> np.ndarray:
-        return waveform[begin : begin + length]
-
-    count = min(math.ceil(samples * own_rate / rate), len(waveform) - first)
-    return extend_mirrored(read_resampled(read, len(waveform), own_rate, rate, first, count), samples)
+    position = np.arange(samples) % (2 * length)
+    return waveform[np.minimum(position, 2 * length - 1 - position)]
 
 
 def change_volume(waveform: np.ndarray, decibels: float) -> np.ndarray:
     """The waveform louder by `decibels`; nothing is clipped."""
-    return waveform * np.float32(10 ** (decibels / 20))
+    return np.asarray(waveform * np.float32(10 ** (decibels / 20)))
 
 
 def add_noise(waveform: np.ndarray, snr: float, generator: np.random.Generator) -> np.ndarray:
     """The waveform under white noise `snr` decibels below its mean power (negative: above)."""
     level = math.sqrt(float(np.mean(np.square(waveform), dtype=np.float64)) * 10 ** (-snr / 10))
-    return waveform + np.float32(level) * generator.standard_normal(len(waveform), np.float32)
+    noise = np.float32(level) * generator.standard_normal(len(waveform), np.float32)
+    return np.asarray(waveform + noise)
 
 
-def read_window(encoded: bytes, rate: int, samples: int, place: float) -> tuple[np.ndarray, float, float]:
-    """A window of an encoded sound (FLAC, WAV, …) as mono at `rate` Hz; a short sound is extended by its reversal.
+def read_window(encoded: bytes, rate: int, samples: int, position: float) -> tuple[np.ndarray, float, float]:
+    """Decodes a window of encoded audio (FLAC, WAV, …), channels averaged, resampled.
 
-    place: 0 takes the first window that the sound holds, 1 the last, 0.5 the middle.
-    Returns (float32 [samples], start of the window in seconds, middle of the sound in the window in seconds).
-    Raises ValueError where there is no sound, or it cannot be decoded whole.
+    Args:
+      encoded: the whole file.
+      rate: of the result, Hz.
+      samples: of the result. Audio that is shorter is extended by its reversal.
+      position: 0 takes the first window that the audio holds, 1 the last, 0.5 the middle.
+
+    Returns:
+      The waveform float32 [samples], the start of the window in the file in seconds, and the middle of the part of the
+      window that was read (not mirrored) in seconds.
+
+    Raises:
+      ValueError: there is no audio, or it cannot be decoded whole.
     """
     if not encoded:
         raise ValueError("the clip has no sound")
@@ -131,64 +139,68 @@ def read_window(encoded: bytes, rate: int, samples: int, place: float) -> tuple[
             if total == 0:
                 raise ValueError("the sound holds no samples")
             needed = math.ceil(samples * own_rate / rate)
-            first, count = round(place * max(0, total - needed)), min(needed, total)
-            waveform = read_resampled(functools.partial(_read, file), total, own_rate, rate, first, count)
+            first, count = round(position * max(0, total - needed)), min(needed, total)
+            margin = _resampling_margin(own_rate, rate)
+            begin, end = max(0, first - margin), min(total, first + count + margin)
+            if begin:
+                file.seek(begin)
+            waveform = file.read(end - begin, dtype="float32")
     except soundfile.LibsndfileError as error:  # its own text holds an address
         raise ValueError(error.error_string) from error
+    if len(waveform) < end - begin:
+        raise ValueError(f"the sound breaks off: {begin + len(waveform)} of {total} samples can be read")
+    mono = waveform if waveform.ndim == 1 else waveform.mean(axis=1)
     start = first / own_rate
-    return extend_mirrored(waveform, samples), start, start + count / own_rate / 2
+    return cut(mono, own_rate, rate, first - begin, samples), start, start + count / own_rate / 2
 
 
-class _Reader(soundfile.SoundFile):
-    """A sound file that is read once: else soundfile seeks to where it is after each read, a tenth of the time."""
+class _Reader(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
+    """An audio file that is read once: else soundfile seeks to where it is after each read, a tenth of the time."""
 
     def seekable(self) -> bool:
         return False
 
 
-def _read(file: _Reader, first: int, count: int) -> np.ndarray:
-    """Samples first … first + count of a sound, channels averaged: float32 [count]."""
-    if first:
-        file.seek(first)
-    waveform = file.read(count, dtype="float32")
-    if len(waveform) < count:
-        raise ValueError(f"the sound breaks off: {first + len(waveform)} of {file.frames} samples can be read")
-    return waveform if waveform.ndim == 1 else waveform.mean(axis=1)
+def cut(waveform: np.ndarray, own_rate: int, rate: int, first: int, samples: int) -> np.ndarray:
+    """A window of a waveform, resampled.
+
+    Args:
+      waveform: float32 [n]. What lies before and after the window helps the resampling.
+      own_rate: of `waveform`, Hz.
+      rate: of the result, Hz.
+      first: the sample of `waveform` at which the window begins.
+      samples: of the result. A waveform that ends sooner is extended by its reversal.
+
+    Returns:
+      float32 [samples].
+    """
+    count = min(math.ceil(samples * own_rate / rate), len(waveform) - first)
+    return extend_mirrored(resample(waveform, own_rate, rate, first, count), samples)
 
 
-_RESAMPLING_MARGIN = 0.02  # seconds read around a window, so that the resampling filter sees real sound at its ends
+def resample(waveform: np.ndarray, own_rate: int, rate: int, first: int, count: int) -> np.ndarray:
+    """Samples first … first + count of a waveform at `own_rate` Hz, resampled to `rate` Hz: float32.
 
-
-def read_resampled(
-    read: Callable[[int, int], np.ndarray], total: int, own_rate: int, rate: int, first: int, count: int
-) -> np.ndarray:
-    """Samples first … first + count of a mono sound of `total` samples at `own_rate` Hz, resampled to `rate` Hz.
-
-    read(first, count) gives float32 [count] of the sound; it is asked for a margin in which both rates' samples
-    coincide, too.
+    The filter also sees a margin before and after them where the waveform has it. Raises ValueError where the result
+    would be empty.
     """
     if own_rate == rate:
-        return read(first, count)
-    step = own_rate // math.gcd(own_rate, rate)
-    margin = step * math.ceil(_RESAMPLING_MARGIN * own_rate / step)
+        return waveform[first : first + count]
+    step, margin = own_rate // math.gcd(own_rate, rate), _resampling_margin(own_rate, rate)
     before = min(margin, first // step * step)
-    after = min(margin, total - first - count)
-    waveform = soxr.resample(read(first - before, before + count + after), own_rate, rate)
+    after = min(margin, len(waveform) - first - count)
+    resampled: np.ndarray = soxr.resample(waveform[first - before : first + count + after], own_rate, rate)
     skipped = before * rate // own_rate
-    waveform = waveform[skipped : skipped + math.ceil(count * rate / own_rate)]
-    if not len(waveform):
+    resampled = resampled[skipped : skipped + math.ceil(count * rate / own_rate)]
+    if not len(resampled):
         raise ValueError(f"the sound is too short: {count} samples at {own_rate} Hz are none at {rate} Hz")
-    return waveform
+    return resampled
 
 
-_SILENT_WINDOW = 1e-11  # where no window reaches, the waveform is unknown
-
-
-@functools.lru_cache(maxsize=8)
-def _window_and_dense_filters(sound: SoundConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The periodic Hann window float32 [n_fft] and the filter bank float32 [n_fft // 2 + 1, mels]."""
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(sound.n_fft) / sound.n_fft)
-    return window.astype(np.float32), mel_filter_bank(sound)
+def _resampling_margin(own_rate: int, rate: int) -> int:
+    """Samples around a window that the resampling filter sees: about 0.02 s, after which samples of both rates meet."""
+    step = own_rate // math.gcd(own_rate, rate)
+    return 0 if own_rate == rate else step * math.ceil(_RESAMPLING_MARGIN * own_rate / step)
 
 
 def stft(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
@@ -196,10 +208,10 @@ def stft(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
 
     waveform: float32 [samples], more than one. Returns complex64 [n_fft // 2 + 1, samples // hop + 1].
     """
-    window, _ = _window_and_dense_filters(sound)
+    window = _transform(sound).window
     padded = np.pad(waveform, sound.n_fft // 2, "reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, sound.n_fft)[:: sound.hop]
-    return scipy.fft.rfft(frames * window, axis=1).T
+    return np.asarray(scipy.fft.rfft(frames * window, axis=1).T)
 
 
 def inverse_stft(spectrum: np.ndarray, sound: SoundConfig, samples: int) -> np.ndarray:
@@ -207,13 +219,13 @@ def inverse_stft(spectrum: np.ndarray, sound: SoundConfig, samples: int) -> np.n
 
     spectrum: complex [n_fft // 2 + 1, frames]. Returns float32 [samples]; what no window reaches is 0.
     """
-    window, _ = _window_and_dense_filters(sound)
+    window = _transform(sound).window
     frames = scipy.fft.irfft(spectrum.T, sound.n_fft, axis=1) * window
     total = np.zeros((2, sound.n_fft + max(samples, sound.hop * len(frames))))
     for number, frame in enumerate(frames):
         total[:, number * sound.hop : number * sound.hop + sound.n_fft] += frame, np.square(window)
     waveform, weight = total[:, sound.n_fft // 2 : sound.n_fft // 2 + samples]
-    return np.divide(waveform, weight, out=np.zeros(samples), where=weight > _SILENT_WINDOW).astype(np.float32)
+    return np.asarray(np.divide(waveform, weight, out=np.zeros(samples), where=weight > _SILENT_WINDOW), np.float32)
 
 
 def apply_mask(mixture: np.ndarray, mask: np.ndarray, sound: SoundConfig) -> np.ndarray:
@@ -224,22 +236,22 @@ def apply_mask(mixture: np.ndarray, mask: np.ndarray, sound: SoundConfig) -> np.
 
     mixture: float32 [samples]; mask: [mels, samples // hop] in 0…1. Returns float32 [samples].
     """
-    _, filters = _window_and_dense_filters(sound)
+    filters = _transform(sound).filters
     spread = filters @ np.pad(mask, ((0, 0), (0, 1))).astype(np.float32)
     return inverse_stft(spread * stft(mixture, sound), sound, len(mixture))
 
 
-def ideal_masks(sources: np.ndarray, kind: str, sound: SoundConfig) -> np.ndarray:
+def ideal_masks(sources: np.ndarray, sound: SoundConfig) -> np.ndarray:
     """The masks that a separator would predict if it knew the sources: what its estimates are compared with.
 
-    sources: float32 [m, samples], whose sum is the mixture; kind: 'ratio', each source's share of the sources' mel
-    power, or 'binary', 1 where the source has more than all others together. (The published training targets compare
-    a source with the mixture instead: they are lower.)
-    Returns float32 [m, mels, samples // hop], 0 where nothing sounds.
+    A mask is the source's share of the sources' mel power. (The targets of training compare a source with the mixture
+    instead: they are lower.)
+
+    sources: float32 [m, samples], whose sum is the mixture. Returns float32 [m, mels, samples // hop], 0 where all
+    sources are silent.
     """
-    _, filters = _window_and_dense_filters(sound)
     spectra = np.stack([stft(source, sound)[:, :-1] for source in sources])
-    power = filters.T @ np.square(np.abs(spectra))
+    power = _transform(sound).filters.T @ np.square(np.abs(spectra))
     total = power.sum(0)
-    share = np.divide(power, total, out=np.zeros_like(power), where=total > 0)
-    return {"ratio": share, "binary": (share > 0.5).astype(np.float32)}[kind]
+    share: np.ndarray = np.divide(power, total, out=np.zeros_like(power), where=total > 0)
+    return share

@@ -50,14 +50,6 @@ def centre_box(height: int, width: int, size: tuple[int, int], share: float = EV
     return left, top, left + crop_width, top + crop_height
 
 
-def decode_crop(jpeg: bytes, box: Box, size: tuple[int, int], flip: bool = False) -> np.ndarray:
-    """The part `box` of an encoded frame, resized (bilinear, antialiased) to uint8 [height, width, 3].
-
-    Raises ValueError where the frame cannot be decoded whole.
-    """
-    return resize_box(*decode(jpeg, box, size), size, flip)
-
-
 def decode(jpeg: bytes, box: Box, size: tuple[int, int]) -> tuple[np.ndarray, Box]:
     """An encoded frame uint8 [height, width, 3], and where in it `box` lies.
 

@@ -5,18 +5,21 @@ A Plan is drawn up from facts about the clips alone, so that every host comes to
 
 import csv
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from av_mae.config import DataConfig
 from av_mae.errors import UserError
 
 HEADERS = ("id", "id1", "source_1")  # how the first column of a list may be called
 MIDDLE = {"window": 0.5, "mask": 0}  # what is looked at of a clip where no plan says otherwise
 
 
-class Clips(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Clips:
     """The clips that a plan is drawn up for: how many are stored, how many of them to use at `most` (0: all), and
     `read(field, count)`, a field of each of the first ones' records (None where the record cannot be read)."""
 
@@ -32,7 +35,7 @@ class Clips(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """n items, [n] each: `clip`, the clip whose frame is looked at; `group`, ascending from 0, items whose scores
-    belong together: those of one clip, or of one mixture; `window`, the place of the window in the sound (0: the first,
+    belong together: those of one clip, or of one mixture; `window`, the position of the window in the audio (0: the first,
     1: the last); `mask`, the number of the annotated frame. `others` [n, k]: the clips mixed with it and last, where a
     stream is swapped, the one that gives it.
     """
@@ -77,8 +80,18 @@ class Plan:
         return dataclasses.replace(self, others=np.concatenate([self.others, given[self.group, None]], axis=1))
 
 
+MakePlan = Callable[[Clips], Plan]
+
+
+def usual_plan(data: DataConfig) -> MakePlan:
+    """Mixtures of clips where clips are mixed, else each annotated frame where masks are wanted, else each clip."""
+    if data.mix > 1:
+        return functools.partial(random_mixtures, mixed=data.mix)
+    return each_mask if "mask" in data.annotations else each_clip
+
+
 def each_clip(clips: Clips, windows: int = 1) -> Plan:
-    """Every clip, in `windows` windows spread over its sound (1: the middle one)."""
+    """Every clip, in `windows` windows spread over its audio (1: the middle one)."""
     window = np.tile((np.arange(windows) + 0.5) / windows, clips.count)
     return _plan(np.repeat(np.arange(clips.count), windows), window=window)
 
@@ -92,9 +105,9 @@ def each_mask(clips: Clips) -> Plan:
 
 
 def mixtures(rows: np.ndarray) -> Plan:
-    """Mixtures of the clips in each row [m, n]; each clip of a row is looked for once, the others follow it."""
+    """Mixtures of the clips in each row [m, n]; each clip of a row is the target source once, the others follow it."""
     count, mixed = rows.shape
-    turned = np.stack([np.roll(rows, -place, axis=1) for place in range(mixed)], axis=1).reshape(-1, mixed)
+    turned = np.stack([np.roll(rows, -first, axis=1) for first in range(mixed)], axis=1).reshape(-1, mixed)
     return dataclasses.replace(_plan(turned[:, 0], group=np.repeat(np.arange(count), mixed)), others=turned[:, 1:])
 
 
@@ -111,7 +124,7 @@ def read_lists(path: str, mixed: int) -> list[list[str]]:
     """A list of mixtures: of each, the ids of its `mixed` clips.
 
     path: CSV, the ids first in each row (further columns, as their classes, are not read), with or without a header.
-    Raises UserError where it cannot be read, is empty, or a row does not name so many different clips.
+    Raises UserError where the file cannot be read, is empty, or a row does not name so many different clips.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -131,18 +144,18 @@ def read_lists(path: str, mixed: int) -> list[list[str]]:
 
 
 def listed_mixtures(clips: Clips, lists: Sequence[Sequence[str]]) -> tuple[Plan, list[str]]:
-    """The listed mixtures of clip ids (at most `clips.most`), and what of them cannot be made: its clips are not there.
+    """The listed mixtures of clip ids (at most `clips.most`), and those that cannot be made, since clips are missing.
 
     Raises UserError where no mixture can be made.
     """
-    places = {name: place for place, name in enumerate(clips.read("id", clips.stored))}
+    indices = {name: index for index, name in enumerate(clips.read("id", clips.stored))}
     rows, missing = [], []
     for number, names in enumerate(lists[: clips.most or None], 1):
-        absent = [name for name in names if name not in places]
+        absent = [name for name in names if name not in indices]
         if absent:
             missing.append(f"mixture {number}: {', '.join(absent)}")
         else:
-            rows.append([places[name] for name in names])
+            rows.append([indices[name] for name in names])
     if not rows:
         raise UserError(f"no listed mixture has all its clips in the set; missing: {'; '.join(missing[:3])}")
     return mixtures(np.array(rows)), missing
@@ -161,7 +174,7 @@ def partners(count: int, seed: int) -> np.ndarray:
 def _plan(
     clip: np.ndarray, group: np.ndarray | None = None, window: np.ndarray | None = None, mask: np.ndarray | None = None
 ) -> Plan:
-    """Items alone: of the clip's own group, in the middle window, at the first mask, where nothing else is said."""
+    """Items without others; by default of the clip's own group, in the middle window, at the first mask."""
     return Plan(
         clip,
         clip if group is None else group,

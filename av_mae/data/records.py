@@ -1,4 +1,4 @@
-"""Records of small sets kept in memory, their sounds decoded."""
+"""Records of prepared sets: their fields, the sets that hold them, and small sets kept in memory."""
 
 import contextlib
 import io
@@ -6,7 +6,7 @@ import os
 import pathlib
 import resource
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from av_mae.console import Progress
+from av_mae.data import Record, Records
 from av_mae.errors import UserError
 
 VERSION = "2.0.0"  # raised with every change of the fields: other versions are refused
@@ -35,8 +36,7 @@ class Labels(NamedTuple):
     def of(cls, clips: Iterable[Sequence[int]]) -> "Labels":
         """From the classes of each clip."""
         lists = [np.asarray(classes, np.int64) for classes in clips]
-        counts = np.array([len(classes) for classes in lists], np.int64)
-        return cls(counts, np.concatenate([np.zeros(0, np.int64), *lists]))
+        return cls(np.array(list(map(len, lists)), np.int64), np.concatenate([np.zeros(0, np.int64), *lists]))
 
     @classmethod
     def joined(cls, sets: Sequence["Labels"]) -> "Labels":
@@ -44,36 +44,40 @@ class Labels(NamedTuple):
         return cls(*(np.concatenate(parts) for parts in zip(*sets)))
 
 
+# dtype and shape of the fields of a record; `str` is text, `()` one value, `None` any number of values.
+FIELDS: dict[str, tuple[type, tuple[int | None, ...]]] = {
+    "id": (str, ()),
+    "labels": (np.int64, (None,)),
+    "label": (np.int64, ()),
+    "duration": (np.float32, ()),
+    "source": (str, ()),
+    "source_start": (np.float32, ()),
+    "frames": (BYTES, (None,)),
+    "frame_times": (np.float32, (None,)),
+    "sound": (BYTES, ()),
+    "boxes": (np.float32, (None, 4)),
+    "object_labels": (np.int64, (None,)),
+    "sounding": (np.int64, (None,)),
+    "box_annotators": (np.int64, (None,)),
+    "annotators": (np.int64, ()),
+    "masks": (BYTES, (None,)),
+    "mask_frames": (np.int64, (None,)),
+    "sources": (BYTES, (None,)),
+}
+
+_LISTS: dict[type, str] = {np.int64: "int64_list", np.float32: "float_list"}  # of a tf.train.Feature
+
+
 def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
     """The TFDS features of a record; the class names are stored with the label."""
-
-    def numbers(dtype: type, *shape: int | None) -> tfds.features.Tensor:
-        return tfds.features.Tensor(shape=shape, dtype=dtype)
-
-    return tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "labels": numbers(np.int64, None),
-            "label": tfds.features.ClassLabel(names=list(classes)),
-            "duration": numbers(np.float32),
-            "source": tfds.features.Text(),
-            "source_start": numbers(np.float32),
-            "frames": numbers(BYTES, None),
-            "frame_times": numbers(np.float32, None),
-            "sound": numbers(BYTES),
-            "boxes": numbers(np.float32, None, 4),
-            "object_labels": numbers(np.int64, None),
-            "sounding": numbers(np.int64, None),
-            "box_annotators": numbers(np.int64, None),
-            "annotators": numbers(np.int64),
-            "masks": numbers(BYTES, None),
-            "mask_frames": numbers(np.int64, None),
-            "sources": numbers(BYTES, None),
-        }
-    )
+    made = {
+        name: tfds.features.Text() if dtype is str else tfds.features.Tensor(shape=shape, dtype=dtype)
+        for name, (dtype, shape) in FIELDS.items()
+    }
+    return tfds.features.FeaturesDict(made | {"label": tfds.features.ClassLabel(names=list(classes))})
 
 
-def read_labels(path: str | os.PathLike, split: str) -> Labels:
+def read_labels(path: str | os.PathLike[str], split: str) -> Labels:
     """The labels of a split: from its file, or, where it has none, from all records, which takes time.
 
     A record that cannot be read counts as without labels. Raises UserError as open_source.
@@ -82,7 +86,7 @@ def read_labels(path: str | os.PathLike, split: str) -> Labels:
     stored = load_labels(pathlib.Path(path, labels_file(split)), len(source))
     if stored is not None:
         return stored
-    clips = []
+    clips: list[Sequence[int]] = []
     with Progress(len(source), f"reading the labels of {path}") as progress:
         for number in range(len(source)):
             clips.append(())
@@ -112,95 +116,55 @@ def allow_open_files(shards: int) -> None:
 class RecordSource:
     """Random access to one split of a prepared set. Can be pickled; each process opens the shards by itself.
 
-    Only `fields` are decoded (None: all). A record that cannot be read raises OSError with its shard and the cause.
+    Only `fields` are decoded (`None` for all). A record that cannot be read raises OSError with its shard and the cause.
     """
 
     def __init__(self, path: str, split: str, fields: Sequence[str] | None = None):
         self.path, self.split, self.fields = path, split, fields
-        self._source = None
+        self._source: Sequence[bytes] | None = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_source": None}
 
-    def _open(self):
+    def _open(self) -> Sequence[bytes]:
         if self._source is None:
             builder = tfds.builder_from_directory(self.path)
             split = builder.info.splits[self.split]
             self._shards, self._ends = sorted(split.filenames), np.cumsum(split.shard_lengths)
             allow_open_files(len(self._shards))
-            self._source = builder.as_data_source(
-                split=self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-            )
+            raw = tfds.decode.DeserializeMethod.RAW_BYTES
+            self._source = builder.as_data_source(split=self.split, deserialize_method=raw)
         return self._source
 
     def __len__(self) -> int:
         return len(self._open())
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         source = self._open()
         try:
             content = source[int(index)]
-        except RuntimeError as error:  # of ArrayRecord; the rest of its message is checksums and places
+        except RuntimeError as error:  # of ArrayRecord; the rest of its message is checksums and positions
             shard = self._shards[int(np.searchsorted(self._ends, index, side="right"))]
             raise OSError(f"{shard} is damaged or cut off: {str(error).split(' (')[0].split(';')[0]}") from error
         stored = tf_example_pb2.Example.FromString(content).features.feature
-        return {name: _PARSERS[name](stored[name]) for name in self.fields or _PARSERS}
+        record: Record = {}
+        # The same values as by TFDS's own parser, which is general and takes three times as long.
+        for name in self.fields or FIELDS:
+            dtype, shape = FIELDS[name]
+            kind = _LISTS.get(dtype, "bytes_list")
+            values = getattr(stored[name], kind).value
+            if shape:
+                array: np.ndarray = np.array(values, dtype)
+                record[name] = array.reshape(-1, *shape[1:]) if len(shape) > 1 else array
+            else:
+                record[name] = values[0] if dtype is BYTES else values[0].decode() if dtype is str else dtype(values[0])
+        return record
 
     def __repr__(self) -> str:
         return f"RecordSource(path={self.path!r}, split={self.split!r})"
 
 
-# The same values as by TFDS's own parser, which is general and takes three times as long.
-def _text(stored) -> str:
-    return stored.bytes_list.value[0].decode()
-
-
-def _bytes(stored) -> bytes:
-    return stored.bytes_list.value[0]
-
-
-def _byte_strings(stored) -> np.ndarray:
-    return np.array(stored.bytes_list.value, BYTES)
-
-
-def _integer(stored) -> np.int64:
-    return np.int64(stored.int64_list.value[0])
-
-
-def _integers(stored) -> np.ndarray:
-    return np.array(stored.int64_list.value, np.int64)
-
-
-def _float(stored) -> np.float32:
-    return np.float32(stored.float_list.value[0])
-
-
-def _floats(stored) -> np.ndarray:
-    return np.array(stored.float_list.value, np.float32)
-
-
-_PARSERS: dict[str, Callable] = {
-    "id": _text,
-    "labels": _integers,
-    "label": _integer,
-    "duration": _float,
-    "source": _text,
-    "source_start": _float,
-    "frames": _byte_strings,
-    "frame_times": _floats,
-    "sound": _bytes,
-    "boxes": lambda stored: _floats(stored).reshape(-1, 4),
-    "object_labels": _integers,
-    "sounding": _integers,
-    "box_annotators": _integers,
-    "annotators": _integer,
-    "masks": _byte_strings,
-    "mask_frames": _integers,
-    "sources": _byte_strings,
-}
-
-
-def _stored_builder(path: str | os.PathLike):
+def _stored_builder(path: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
     path = pathlib.Path(path)
     if not path.is_dir():
         raise UserError(
@@ -225,7 +189,7 @@ def _stored_builder(path: str | os.PathLike):
     return builder
 
 
-def open_source(path: str | os.PathLike, split: str, fields: Sequence[str] | None = None) -> RecordSource:
+def open_source(path: str | os.PathLike[str], split: str, fields: Sequence[str] | None = None) -> RecordSource:
     """The records of one split of the prepared set in folder `path`, in stored order, with all or some `fields`.
 
     Raises UserError where the folder, the set or the split is not there, the set is of another version, or the split
@@ -257,7 +221,7 @@ class Description(NamedTuple):
     splits: dict[str, SplitSize]
 
 
-def describe(path: str | os.PathLike) -> Description:
+def describe(path: str | os.PathLike[str]) -> Description:
     """What the prepared set in folder `path` holds. Raises UserError as open_source."""
     info = _stored_builder(path).info
     splits = {
@@ -266,7 +230,7 @@ def describe(path: str | os.PathLike) -> Description:
     return Description(info.name, " ".join(info.description.split()), class_names(path), splits)
 
 
-def class_names(path: str | os.PathLike) -> list[str]:
+def class_names(path: str | os.PathLike[str]) -> list[str]:
     """The names of the classes of the prepared set in folder `path`, by number. Raises UserError as open_source."""
     return list(_stored_builder(path).info.features["label"].names)
 
@@ -290,13 +254,13 @@ def load_labels(path: pathlib.Path, clips: int) -> Labels | None:
 class Cached:
     """Records as they are read the first time, kept until `limit` bytes are taken; later ones are read each time.
 
-    Sounds are kept as 16-bit WAV: decoding FLAC costs five times as much as reading that. Each process that reads has
-    a cache of its own.
+    Audio is kept as 16-bit WAV: decoding FLAC costs five times as much as reading that. Each process that reads has a
+    cache of its own.
     """
 
-    def __init__(self, records: Sequence[dict[str, Any]], limit: float):
+    def __init__(self, records: Records, limit: float):
         self._records, self._limit = records, limit
-        self._kept: dict[int, dict[str, Any]] = {}
+        self._kept: dict[int, Record] = {}
         self._bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -305,34 +269,28 @@ class Cached:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Record:
         if index in self._kept:
             return self._kept[index]
         record = self._records[index]
         if self._bytes < self._limit:
             record = record | {"sound": _decoded(record["sound"])}
-            self._bytes += _size(record)
+            encoded = [record["sound"], *record["frames"], *record.get("masks", ()), *record.get("sources", ())]
+            self._bytes += sum(map(len, encoded))
             if self._bytes <= self._limit:
                 self._kept[index] = record
         return record
 
 
 def _decoded(encoded: bytes) -> bytes:
-    """A sound of up to 16 bits as WAV; any other, or one that cannot be decoded, as it is."""
+    """Audio of up to 16 bits as WAV; any other, or one that cannot be decoded, as it is."""
     try:
         with soundfile.SoundFile(io.BytesIO(encoded)) as file:
-            if file.subtype != "PCM_16":
-                return encoded
             samples, rate = file.read(dtype="int16"), file.samplerate
-            if len(samples) < file.frames:
+            if file.subtype != "PCM_16" or len(samples) < file.frames:
                 return encoded
     except soundfile.LibsndfileError:
         return encoded
     decoded = io.BytesIO()
     soundfile.write(decoded, samples, rate, format="WAV", subtype="PCM_16")
     return decoded.getvalue()
-
-
-def _size(record: dict[str, Any]) -> int:
-    """Bytes of a record's pictures and sounds."""
-    return sum(map(len, [record["sound"], *record["frames"], *record.get("masks", ()), *record.get("sources", ())]))

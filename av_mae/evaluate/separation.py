@@ -163,7 +163,7 @@ class Separation(Task):
         index = int(clip["index"])
         if index not in self._references:
             unprocessed = mixture_ratios(sources, clip["mixture"], 1)
-            ideal = apply_mask(clip["mixture"], ideal_masks(sources, "ratio", self.sound)[0], self.sound)
+            ideal = apply_mask(clip["mixture"], ideal_masks(sources, self.sound)[0], self.sound)
             scores = score_clip(sources, ideal[None], unprocessed)
             self._references[index] = unprocessed, {f"ideal/{name}": value for name, value in scores.items()}
         return self._references[index]

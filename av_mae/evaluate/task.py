@@ -22,8 +22,8 @@ from av_mae import models, recipes
 from av_mae.checkpoint import Checkpoint, Checkpoints, TrainState, load_params, open_checkpoint, read_meta
 from av_mae.config import SoundConfig, TrainConfig
 from av_mae.console import Progress, note
-from av_mae.data.pipeline import MakePlan, open_evaluation_data
-from av_mae.data.plans import Plan
+from av_mae.data.pipeline import open_evaluation_data
+from av_mae.data.plans import MakePlan, Plan
 from av_mae.errors import UserError
 from av_mae.evaluate.bootstrap import Bootstrap, Figure, Report
 from av_mae.evaluate.clips import missing_clips
@@ -311,9 +311,9 @@ def measure(task: Task, step: TrainStep, state: TrainState, prefix: str) -> Meas
                 model.audio.size,
                 size,
                 local_rows(step.rows, size),
-                swap,
-                config.test_clips,
-                task.plan,
+                swap=swap,
+                most=config.test_clips,
+                make_plan=task.plan,
             )
         )
         measured, items = Measured(data.plan), len(data.plan)

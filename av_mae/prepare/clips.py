@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from av_mae.data.audio import read_resampled
+from av_mae.data.audio import resample
 from av_mae.errors import ClipFailure, stage
 from av_mae.media.decode import MARGIN, Media
 from av_mae.media.encode import flac
@@ -167,11 +167,7 @@ def _audio(media: Media, start: float, seconds: float, rate: int) -> np.ndarray 
     if count <= 0:
         return None
     with stage("sound"):
-
-        def read(position: int, length: int) -> np.ndarray:
-            return waveform[position : position + length]
-
-        audio = read_resampled(read, len(waveform), own_rate, rate, first, count)
+        audio = resample(waveform, own_rate, rate, first, count)
         if not np.isfinite(audio).all():
             raise ValueError("samples are not finite")
     late = round((began - start) * rate)

@@ -20,7 +20,7 @@ from av_mae.convert.pickles import PickleReader, Record, Symbol
 from av_mae.convert.weight_file import open_weights
 from av_mae.errors import UserError
 
-TORCH = pathlib.Path(__file__).parents[1] / "data" / "torch"
+TORCH = pathlib.Path(__file__).parents[1] / "data" / "torch_files"
 FORMATS = {
     "types_zip": "torch zip",
     "types_legacy": "torch legacy",

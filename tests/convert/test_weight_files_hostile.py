@@ -92,7 +92,7 @@ def test_verdicts_of_pytorch_are_about_these_very_files():
     recorded = json.loads((DATA / "torch_verdicts.json").read_text())["files"]
     made = hostile_files.hostile_files() | weight_file_bytes.good_files()
     made = {name: data for name, data in made.items() if name.endswith(".pt")}
-    made |= {path.name: path.read_bytes() for path in (DATA / "torch").glob("*.pt")}
+    made |= {path.name: path.read_bytes() for path in (DATA / "torch_files").glob("*.pt")}
     assert {name: entry["sha256"] for name, entry in recorded.items()} == {
         name: hashlib.sha256(data).hexdigest() for name, data in made.items()
     }
@@ -104,7 +104,7 @@ def test_nothing_is_accepted_that_pytorch_refuses_as_unsafe(hostile, tmp_path):
     verdicts = json.loads((DATA / "torch_verdicts.json").read_text())["files"]
     unsafe = {name: entry["verdict"] for name, entry in verdicts.items() if entry["verdict"].startswith("unsafe")}
     assert len(unsafe) > 60
-    files, _ = weight_file_process.measure(DATA / "torch", tmp_path)
+    files, _ = weight_file_process.measure(DATA / "torch_files", tmp_path)
     errors = {name: entry["error"] for name, entry in (hostile | files).items()}
     accepted = {name: unsafe[name] for name in unsafe if errors[name] is None}
     assert set(accepted) == {"checkpoint_zip.pt", "checkpoint_legacy.pt", "types_protocol_4.pt"}
@@ -125,13 +125,13 @@ def damaged(data: bytes, generator: random.Random) -> bytes:
 
 def fuzz(folder: pathlib.Path, cases: int) -> tuple[int, int]:
     """Opens that many damaged files; (how many were refused, how many were read)."""
-    expected = np.load(DATA / "torch" / "types.npz")
+    expected = np.load(DATA / "torch_files" / "types.npz")
     save_file(
         {name: expected[name] for name in expected.files if not name.startswith("dtype/")},
         folder / "types.safetensors",
         {"epoch": "3"},
     )
-    sources = [(folder / "types.safetensors")] * 3 + sorted((DATA / "torch").glob("*.pt"))
+    sources = [(folder / "types.safetensors")] * 3 + sorted((DATA / "torch_files").glob("*.pt"))
     generator = random.Random(0)
     files = {
         f"{case:04d}_{sources[case % len(sources)].name}": damaged(sources[case % len(sources)].read_bytes(), generator)

@@ -58,9 +58,9 @@ def batches(count=8, training=False, swap="", broken=None, **changes):
     source = loading.ClipSource("a", TrueSet("a", 12, broken=broken))
     sizes = ((32, 32), (16, 16))
     if training:
-        data = pipeline.TrainingData([source], config, *sizes, 0, count, np.arange(count))
+        data = pipeline.TrainingData([source], config, *sizes, count, np.arange(count), seed=0)
         return next(data.batches(0))
-    return next(iter(pipeline.EvaluationData([source], config, *sizes, count, np.arange(count), swap)))
+    return next(iter(pipeline.EvaluationData([source], config, *sizes, count, np.arange(count), swap=swap)))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -90,7 +90,7 @@ def test_clean_sounds_add_up_to_the_mixture():
 @pytest.mark.parametrize("training", [True, False])
 def test_sounds_of_several_clips_are_added(training):
     options = {"annotations": ("waveforms", "sources"), "volume_db": 0.0}
-    alone = {one: wave for one, wave in _waves(batches(count=12, training=training, **options))}
+    alone = dict(_waves(batches(count=12, training=training, **options)))
     batch = batches(count=12, training=training, mix=3, **options)
     for own, mixture, sources in zip(batch["id"], batch["mixture"], batch["sources"]):
         np.testing.assert_allclose(sources[:3].sum(0), mixture, atol=1e-6)
@@ -192,10 +192,10 @@ def films(training: bool, swap: str = "", **changes) -> list[dict]:
     config = fake_clips.small_config(annotations=("mask",), crop_scale=(1.0, 1.0), flip=False, **changes)
     source, sizes = loading.ClipSource("f", FilmSet("f", 4)), ((32, 48), (16, 16))
     if training:
-        with pipeline.TrainingData([source], config, *sizes, 0, 16, np.arange(16)) as data:
+        with pipeline.TrainingData([source], config, *sizes, 16, np.arange(16), seed=0) as data:
             found = [next(data.batches(0))]
     else:
-        with pipeline.EvaluationData([source], config, *sizes, 5, np.arange(5), swap) as data:
+        with pipeline.EvaluationData([source], config, *sizes, 5, np.arange(5), swap=swap) as data:
             found = list(data)
     return [{name: x[row] for name, x in batch.items()} for batch in found for row in np.flatnonzero(batch["valid"])]
 

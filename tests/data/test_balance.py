@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from av_mae.data import pipeline, records
-from av_mae.data import pipeline as balance
 from av_mae.data.loading import ClipSource
-from av_mae.data.pipeline import Balanced, clip_weights
+from av_mae.data.pipeline import StratifiedSampling, clip_weights
 from av_mae.data.records import Cached, Labels, labels_file
 from av_mae.errors import UserError
 from av_mae.prepare.shards import write_set
@@ -37,7 +36,7 @@ def test_weights_are_inverse_class_frequencies():
 def draws(weights: np.ndarray, seed: int, epochs: int) -> np.ndarray:
     """Clip numbers [epochs, clips]."""
     clips = len(weights)
-    drawn = Balanced(grain.MapDataset.range(clips), weights, seed)
+    drawn = StratifiedSampling(grain.MapDataset.range(clips), weights, seed)
     return np.array([drawn[p] for p in range(epochs * clips)]).reshape(epochs, clips)
 
 
@@ -69,10 +68,10 @@ def training(rows=np.arange(8), seed=3, **config) -> pipeline.TrainingData:
         [ClipSource(one.name, one) for one in SETS],
         fake_clips.small_config(**config),
         *fake_clips.SMALL,
-        seed,
         8,
         rows,
-        LABELS,
+        seed=seed,
+        labels=LABELS,
     )
 
 
@@ -143,7 +142,7 @@ def test_sets_with_different_classes(tmp_path):
     assert len(set(names(open_training(f"{first},{second}", balanced=True, weights=(1.0, 1.0)), 0, 2))) == 6
     assert len(set(names(open_training(f"{first},{second}"), 0, 2))) == 6  # labels are not used
     with pytest.raises(UserError, match="class 2 is missing and 'cat'"):
-        balance.check_classes({"a": ["dog", "cow"], "b": ["dog", "cow", "cat"]})
+        pipeline.check_classes({"a": ["dog", "cow"], "b": ["dog", "cow", "cat"]})
     none = stored_set(tmp_path / "none", ["dog"], [[], []])
     with pytest.raises(UserError, match=r"no clip of .*none \(split 'train'\) has one"):
         open_training(none, balanced=True)

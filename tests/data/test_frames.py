@@ -8,6 +8,10 @@ from PIL import Image
 from av_mae.data import frames
 
 
+def decode_crop(jpeg: bytes, box: frames.Box, size: tuple[int, int], flip: bool = False) -> np.ndarray:
+    return frames.resize_box(*frames.decode(jpeg, box, size), size, flip)
+
+
 def gradient(height: int, width: int) -> np.ndarray:
     """Red rises with the column, green with the row: a place can be read off its colour."""
     image = np.zeros((height, width, 3), np.uint8)
@@ -52,8 +56,8 @@ def test_evaluation_looks_at_the_middle():
 def test_a_frame_of_the_right_size_is_left_as_it_is():
     jpeg = encode(gradient(48, 64))
     stored = simplejpeg.decode_jpeg(jpeg, "RGB")
-    np.testing.assert_array_equal(frames.decode_crop(jpeg, (0, 0, 64, 48), (48, 64)), stored)
-    np.testing.assert_array_equal(frames.decode_crop(jpeg, (0, 0, 64, 48), (48, 64), flip=True), stored[:, ::-1])
+    np.testing.assert_array_equal(decode_crop(jpeg, (0, 0, 64, 48), (48, 64)), stored)
+    np.testing.assert_array_equal(decode_crop(jpeg, (0, 0, 64, 48), (48, 64), flip=True), stored[:, ::-1])
 
 
 @pytest.mark.parametrize(
@@ -63,8 +67,8 @@ def test_a_frame_of_the_right_size_is_left_as_it_is():
 def test_the_box_is_what_is_shown(shape, box):
     """Colours at the corners of the result are those of the box; the large frame takes the scaled decoder."""
     jpeg, size = encode(gradient(*shape)), (40, 56)
-    image = frames.decode_crop(jpeg, box, size)
-    flipped = frames.decode_crop(jpeg, box, size, flip=True)
+    image = decode_crop(jpeg, box, size)
+    flipped = decode_crop(jpeg, box, size, flip=True)
     assert image.shape == (*size, 3) and image.dtype == np.uint8
     left, top, right, bottom = box
     columns = left + (np.arange(size[1]) + 0.5) * (right - left) / size[1] - 0.5
@@ -99,7 +103,7 @@ def test_decoding_to_less_costs_no_quality(shape, box, least):
     jpeg = simplejpeg.encode_jpeg(image, quality=90, colorsubsampling="420")
     whole = Image.fromarray(simplejpeg.decode_jpeg(jpeg, "RGB"))
     expected = np.asarray(whole.resize((224, 224), Image.Resampling.BILINEAR, box=box)).astype(float)
-    difference = np.square(frames.decode_crop(jpeg, box, (224, 224)) - expected).mean()
+    difference = np.square(decode_crop(jpeg, box, (224, 224)) - expected).mean()
     assert difference == 0 if least is None else 20 * np.log10(255) - 10 * np.log10(difference) > least
     assert (frames.decode(jpeg, box, (224, 224))[0].shape[:2] == shape) == (least is None)
 
@@ -107,6 +111,6 @@ def test_decoding_to_less_costs_no_quality(shape, box, least):
 def test_a_damaged_frame_is_refused():
     jpeg = encode(gradient(48, 64))
     with pytest.raises(ValueError):
-        frames.decode_crop(jpeg[: len(jpeg) // 2], (0, 0, 64, 48), (48, 64))
+        decode_crop(jpeg[: len(jpeg) // 2], (0, 0, 64, 48), (48, 64))
     with pytest.raises(ValueError):
         frames.frame_size(b"not a jpeg")

@@ -26,7 +26,7 @@ def sources(*sets: fake_clips.FakeSet) -> list[loading.ClipSource]:
 def training(sets, batch_size=8, rows=None, seed=3, **config) -> pipeline.TrainingData:
     rows = np.arange(batch_size) if rows is None else rows
     return pipeline.TrainingData(
-        sources(*sets), fake_clips.small_config(**config), *fake_clips.SMALL, seed, batch_size, rows
+        sources(*sets), fake_clips.small_config(**config), *fake_clips.SMALL, batch_size, rows, seed=seed
     )
 
 
@@ -123,11 +123,11 @@ def test_another_seed_gives_another_order(reference):
 
 
 def test_augmentation_can_be_switched_off():
-    plain = dict(jitter=False, flip=False, volume_db=0.0, crop_scale=(1.0, 1.0))
+    plain = {"jitter": False, "flip": False, "volume_db": 0.0, "crop_scale": (1.0, 1.0)}
     sets = (fake_clips.FakeSet("a", 8, size=(18, 24)),)
     first, second = take(training(sets, **plain), 0, 2)
-    place = {name: i for i, name in enumerate(second["id"])}
-    order = [place[name] for name in first["id"]]
+    position = {name: i for i, name in enumerate(second["id"])}
+    order = [position[name] for name in first["id"]]
     np.testing.assert_array_equal(first["audio"], second["audio"][order])
     for change in ({"jitter": True}, {"volume_db": 6.0}):
         changed = take(training(sets, **(plain | change)), 0, 1)[0]
@@ -215,7 +215,7 @@ from av_mae.data import loading, pipeline
 if __name__ == "__main__":
     source = loading.ClipSource("a", fake_clips.FakeSet("a", 5000))
     config = fake_clips.small_config(workers=1)
-    data = pipeline.TrainingData([source], config, *fake_clips.SMALL, 0, 8, np.arange(8))
+    data = pipeline.TrainingData([source], config, *fake_clips.SMALL, 8, np.arange(8), seed=0)
     for batch in data.batches(0):
         print(multiprocessing.active_children()[0].pid, batch["valid"].sum(), flush=True)
         sys.stdin.readline()

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from av_mae.config import SoundConfig
-from av_mae.data import audio as sound
+from av_mae.data import audio
 from av_mae.errors import UserError
 
 
@@ -19,14 +19,14 @@ def golden(shared):
 
 @pytest.mark.parametrize("name, tolerance", [("demo1", 3e-4), ("demo2", 3e-4), ("chirp2s", 2e-2)])
 def test_log_mel_agrees_with_the_published_system(golden, name, tolerance):
-    waveform = sound.extend_mirrored(golden[f"{name}/waveform"][0], 48000)
-    features = sound.log_mel(waveform, SoundConfig())
+    waveform = audio.extend_mirrored(golden[f"{name}/waveform"][0], 48000)
+    features = audio.log_mel(waveform, SoundConfig())
     assert features.dtype == np.float32 and features.shape == (128, 192)
     np.testing.assert_allclose(features, golden[f"{name}/log_mel"][0], rtol=0, atol=tolerance)
 
 
 def test_filter_bank_agrees_with_the_published_system(golden):
-    np.testing.assert_allclose(sound.mel_filter_bank(SoundConfig()), golden["mel_filterbank"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(audio.mel_filter_bank(SoundConfig()), golden["mel_filterbank"], rtol=0, atol=1e-6)
 
 
 def plain_log_mel(waveform, settings):
@@ -60,24 +60,24 @@ def plain_log_mel(waveform, settings):
 )
 def test_log_mel_agrees_with_its_definition(settings, samples):
     waveform = np.random.default_rng(samples).standard_normal(samples).astype(np.float32)
-    np.testing.assert_allclose(sound.log_mel(waveform, settings), plain_log_mel(waveform, settings), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(audio.log_mel(waveform, settings), plain_log_mel(waveform, settings), rtol=0, atol=1e-4)
 
 
 def test_short_sound_is_extended_by_its_reversal():
     waveform = np.array([1, 2, 3], np.float32)
-    np.testing.assert_array_equal(sound.extend_mirrored(waveform, 11), [1, 2, 3, 3, 2, 1, 1, 2, 3, 3, 2])
-    np.testing.assert_array_equal(sound.extend_mirrored(waveform, 2), [1, 2])
-    np.testing.assert_array_equal(sound.extend_mirrored(waveform[:1], 3), [1, 1, 1])
+    np.testing.assert_array_equal(audio.extend_mirrored(waveform, 11), [1, 2, 3, 3, 2, 1, 1, 2, 3, 3, 2])
+    np.testing.assert_array_equal(audio.extend_mirrored(waveform, 2), [1, 2])
+    np.testing.assert_array_equal(audio.extend_mirrored(waveform[:1], 3), [1, 1, 1])
 
 
 def test_window_is_placed_and_its_middle_known():
     waveform = np.linspace(-0.5, 0.5, 1000, dtype=np.float32)
     encoded = fake_clips.flac(waveform, 1000)
     for place, first in ((0.0, 0), (0.5, 350), (1.0, 700)):
-        window, start, middle = sound.read_window(encoded, 1000, 300, place)
+        window, start, middle = audio.read_window(encoded, 1000, 300, place)
         np.testing.assert_allclose(window, waveform[first : first + 300], atol=2e-5)
         assert (start, middle) == (first / 1000, first / 1000 + 0.15)
-    window, start, middle = sound.read_window(encoded, 1000, 2500, 0.7)
+    window, start, middle = audio.read_window(encoded, 1000, 2500, 0.7)
     assert (start, middle) == (0.0, 0.5)
     np.testing.assert_allclose(window, np.concatenate([waveform, waveform[::-1], waveform[:500]]), atol=2e-5)
 
@@ -89,7 +89,7 @@ def test_resampled_stereo_window_is_the_same_sine(own_rate, place):
     left, right = 0.4 * np.sin(2 * np.pi * 440 * time), 0.2 * np.sin(2 * np.pi * 440 * time)
     file = io.BytesIO()
     soundfile.write(file, np.stack([left, right], axis=1), own_rate, format="FLAC")
-    window, start, _ = sound.read_window(file.getvalue(), 16000, 16000, place)
+    window, start, _ = audio.read_window(file.getvalue(), 16000, 16000, place)
     expected = 0.3 * np.sin(2 * np.pi * 440 * (start + np.arange(16000) / 16000))
     assert window.shape == (16000,) and window.dtype == np.float32
     inner = slice(400 if place == 0 else 0, -400 if place == 1 else None)  # the sound's own ends ring
@@ -97,7 +97,7 @@ def test_resampled_stereo_window_is_the_same_sine(own_rate, place):
 
 
 def test_volume_is_in_decibels():
-    np.testing.assert_allclose(sound.change_volume(np.ones(3, np.float32), -6.0), 10**-0.3, rtol=1e-6)
+    np.testing.assert_allclose(audio.change_volume(np.ones(3, np.float32), -6.0), 10**-0.3, rtol=1e-6)
 
 
 def encoded(waveform, kind):
@@ -109,11 +109,11 @@ def encoded(waveform, kind):
 def test_a_sound_that_breaks_off_is_refused():
     whole = encoded(0.1 * np.random.default_rng(0).standard_normal(16000), "FLAC")
     with pytest.raises(ValueError, match="breaks off|lost sync"):
-        sound.read_window(whole[: len(whole) // 2], 16000, 16000, 0.5)
+        audio.read_window(whole[: len(whole) // 2], 16000, 16000, 0.5)
     with pytest.raises(ValueError, match="no samples"):
-        sound.read_window(encoded(np.zeros(0), "WAV"), 16000, 16000, 0.5)
+        audio.read_window(encoded(np.zeros(0), "WAV"), 16000, 16000, 0.5)
     with pytest.raises(ValueError, match="^Format not recognised.$"):
-        sound.read_window(b"noise", 16000, 16000, 0.5)
+        audio.read_window(b"noise", 16000, 16000, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -125,4 +125,4 @@ def test_a_sound_that_breaks_off_is_refused():
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        sound.check_sound(settings)
+        audio.check_sound(settings)
