@@ -1,10 +1,18 @@
-"""Why a clip failed; how many did, which and why, and the share of them at which a run stops."""
+"""What can be wrong: the user's input (`UserError`), or one clip (`ClipFailure`).
+
+A failed clip is data until it is printed: clip, stage and cause travel as fields, through batches too (`id`, `stage`,
+`cause`), and are written to `skipped.jsonl`.
+"""
 
 import collections
 import contextlib
 import difflib
+import json
+import os
+import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 
 class UserError(ValueError):
@@ -32,20 +40,116 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
+SKIPPED = "skipped.jsonl"  # clips that a command skipped, in its output folder
+
+
 class ClipFailure(Exception):
-    """Why a clip cannot be used: 'stage: cause'."""
+    """A clip that cannot be used.
+
+    Args:
+      clip: the clip's id, '' where it is not known yet (see `named`).
+      stage: what was done with the clip, e.g. 'read', 'sound' or 'frame'.
+      cause: what went wrong, in one line.
+    """
+
+    def __init__(self, clip: str, stage: str, cause: str):
+        super().__init__(clip, stage, cause)  # pickled, and compared below, by these
+        self.clip, self.stage, self.cause = clip, stage, cause
+
+    def named(self, clip: str) -> "ClipFailure":
+        """The same failure, without a traceback, as that of this clip."""
+        return ClipFailure(clip, self.stage, self.cause)
+
+    def to_json(self) -> dict[str, str]:
+        """The three fields by name."""
+        return {"clip": self.clip, "stage": self.stage, "cause": self.cause}
+
+    def __str__(self) -> str:
+        return f"clip {self.clip}: {self.stage}: {self.cause}" if self.clip else f"{self.stage}: {self.cause}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ClipFailure) and self.args == other.args
+
+    def __hash__(self) -> int:
+        return hash(self.args)
 
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a ClipFailure that names the stage."""
+    """Whatever goes wrong inside becomes a ClipFailure of this stage, the clip not named yet."""
     try:
         yield
     except ClipFailure:
         raise
     except Exception as error:
         cause = " ".join(str(error).split()) or type(error).__name__
-        raise ClipFailure(f"{name}: {cause}") from error
+        raise ClipFailure("", name, cause) from error
+
+
+def batch_failures(batch: Mapping[str, Any]) -> list[ClipFailure]:
+    """The failed clips of a host batch: `id`, `stage` and `cause` are str [b], `stage` is '' where nothing failed."""
+    rows = zip(batch["id"], batch["stage"], batch["cause"], strict=True)
+    return [ClipFailure(str(clip), str(where), str(cause)) for clip, where, cause in rows if where]
+
+
+def read_skipped(folder: str | os.PathLike) -> list[ClipFailure]:
+    """What `skipped.jsonl` in a folder holds; lines that were cut off are left out. Empty where there is no file."""
+    try:
+        lines = (pathlib.Path(folder) / SKIPPED).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    failures = []
+    for line in lines:
+        try:
+            found = json.loads(line)
+            failures.append(ClipFailure(*(str(found[name]) for name in ("clip", "stage", "cause"))))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return failures
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class SkippedFile:
+    """`skipped.jsonl` in a local folder: a line per failed clip, stage and cause. Each comes once.
+
+    Where the file cannot be written, e.g. on a full disk, `say` gets one warning and the work goes on.
+    """
+
+    def __init__(self, folder: str | os.PathLike, say: Callable[[str], None] = _warn):
+        self._path, self._say, self._warned = pathlib.Path(folder) / SKIPPED, say, False
+        self._known = set(read_skipped(folder))
+
+    def add(self, failures: Iterable[ClipFailure]) -> None:
+        """Appends what the file does not hold yet."""
+        new = [failure for failure in dict.fromkeys(failures) if failure not in self._known]
+        if not new:
+            return
+        self._known.update(new)
+        try:
+            with self._path.open("ab+") as file:
+                whole = file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
+                lines = "".join(json.dumps(failure.to_json()) + "\n" for failure in new)
+                file.write((lines if whole else "\n" + lines).encode())
+        except OSError as error:
+            if not self._warned:
+                self._say(f"warning: {self._path} cannot be written ({error.strerror or error}); the work goes on")
+            self._warned = True
+
+
+def write_skipped(
+    folder: str | os.PathLike, failures: Iterable[ClipFailure], say: Callable[[str], None] = _warn
+) -> None:
+    """Writes `skipped.jsonl` anew, empty where nothing failed. A full disk is warned of."""
+    path = pathlib.Path(folder) / SKIPPED
+    try:
+        path.write_text("")
+    except OSError as error:
+        say(f"warning: {path} cannot be written ({error.strerror or error}); the work goes on")
+        return
+    SkippedFile(folder, say).add(failures)
 
 
 class FailureCount:
@@ -56,31 +160,31 @@ class FailureCount:
         self.max_failure_share = max_failure_share
         self.clips = 0
         self.failures = 0
-        self.causes: collections.Counter[str] = collections.Counter()
-        self.last: collections.deque[str] = collections.deque(maxlen=remembered)
+        self.causes: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.last: collections.deque[ClipFailure] = collections.deque(maxlen=remembered)
         self._minimum = minimum
 
-    def add(self, batch: dict) -> list[str]:
-        """Counts a host batch (`id`, `error`: str [b]; '' in both is padding) and returns its errors.
+    def add(self, batch: Mapping[str, Any]) -> Sequence[ClipFailure]:
+        """Counts a host batch (`id`, `stage`, `cause`: str [b]; '' in all is padding) and returns its failures.
 
-        Raises UserError, with the counts, when too large a share of the clips seen so far failed.
+        Raises:
+          UserError: too large a share of the clips seen so far failed.
         """
-        errors = [str(error) for error in batch["error"] if error]
-        self.clips += sum(1 for identifier, error in zip(batch["id"], batch["error"]) if identifier or error)
-        self.failures += len(errors)
-        self.last.extend(errors)
-        for error in errors:  # 'clip ID: stage: cause': all clips that fail alike count as one cause
-            self.causes[error.split(": ", 1)[-1]] += 1
+        failures = batch_failures(batch)
+        self.clips += sum(1 for clip, where in zip(batch["id"], batch["stage"]) if clip or where)
+        self.failures += len(failures)
+        self.last.extend(failures)
+        self.causes.update((failure.stage, failure.cause) for failure in failures)
         if self.clips >= self._minimum and self.failures > self.max_failure_share * self.clips:
             raise UserError(
                 f"{self.summary()}. This is more than data.max_failure_share={self.max_failure_share}: "
                 "repair or prepare the data again, or raise the share"
             )
-        return errors
+        return failures
 
     def summary(self) -> str:
         """'3 of 200 clips failed (2 × frame: …; 1 × sound: …); last: clip a: frame: …'"""
         if not self.failures:
             return f"0 of {self.clips} clips failed"
-        causes = "; ".join(f"{count} × {cause}" for cause, count in self.causes.most_common(5))
-        return f"{self.failures} of {self.clips} clips failed ({causes}); last: {', '.join(self.last)}"
+        causes = "; ".join(f"{count} × {where}: {cause}" for (where, cause), count in self.causes.most_common(5))
+        return f"{self.failures} of {self.clips} clips failed ({causes}); last: {', '.join(map(str, self.last))}"

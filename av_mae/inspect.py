@@ -109,12 +109,12 @@ def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
 
 def _add_facts(record: Mapping[str, Any], found: dict[str, list[float]], failures: list[str]) -> None:
     try:
-        if "error" in record:
-            raise ClipFailure(record["error"])
+        if "failure" in record:
+            raise record["failure"]
         for name, value in facts(record).items():
             found[name].append(value)
     except ClipFailure as failure:
-        failures.append(f"clip {record['id']}: {failure}")
+        failures.append(str(failure.named(record["id"])))
 
 
 def sample(count: int, most: int, seed: int) -> list[int]:
@@ -151,13 +151,13 @@ def contact_sheet(path: str, split: str, clips: int, seed: int) -> np.ndarray:
     for number in sample(len(source), clips, seed):
         record = source[number]
         try:
-            if "error" in record:
-                raise ClipFailure(record["error"])
+            if "failure" in record:
+                raise record["failure"]
             rows.append(_panels(record))
             labels = ", ".join(classes[label] for label in record["labels"]) or "no label"
             titles.append(f"{record['id']}: {labels} ({record['duration']:.1f} s)")
         except ClipFailure as error:
-            failure = f"clip {record['id']}: {error}"
+            failure = error.named(record["id"])
     if not rows:
         raise UserError(f"none of {clips} clips of {path} (split {split!r}) can be shown; the last: {failure}")
     return pictures.gallery(rows, ("first frame", "middle", "last frame", "sound"), titles)

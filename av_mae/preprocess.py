@@ -102,7 +102,7 @@ def _batch(
     audio = np.zeros((sound.mels, samples // sound.hop), np.float32)
     for part, value in (("frame", clip.frame), ("sound", clip.waveform)):
         if value is None and missing == "error":
-            raise ClipFailure(f"{part}: there is none; missing='zeros' takes zeros instead")
+            raise ClipFailure("", part, "there is none; missing='zeros' takes zeros instead")
     if clip.frame is not None:
         with stage("frame"):
             box = frames.centre_box(*clip.frame.shape[:2], image_size)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from av_mae.errors import read_skipped
 from av_mae.evaluate import __main__ as evaluate
 from av_mae.evaluate.reconstruction import ROWS, STREAMS
 from av_mae.prepare import __main__ as prepare
@@ -105,3 +106,6 @@ def test_a_damaged_clip_is_skipped_and_counted(demo, monkeypatch, capsys, tmp_pa
     assert (results["clips"], results["skipped"]) == (4, 1)
     table = capsys.readouterr().out
     assert "toy_band: 4 held-out clips, 1 skipped" in table and ": sound" in table
+    (failure,) = read_skipped(tmp_path)
+    assert failure.clip and failure.stage == "sound" and f"skipped clip {failure.clip}: sound: " in table
+    assert failure.cause and failure.clip not in failure.cause

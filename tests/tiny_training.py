@@ -56,7 +56,8 @@ def batches(config: TrainConfig, count: int, invalid: bool = True) -> list[dict[
                 "start": np.zeros(b, np.float32),
                 "valid": valid,
                 "id": np.array([f"clip{number}-{row}" for row in range(b)], object),
-                "error": np.array([""] * b, object),
+                "stage": np.array([""] * b, object),
+                "cause": np.array([""] * b, object),
             }
         )
     return made

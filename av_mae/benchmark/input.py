@@ -149,8 +149,8 @@ def _load_stages(data: DataConfig, source: ClipSource, count: int) -> Stages:
     for number in range(count):
         record = source[number]
         clip = loader.random_map(record, generator)
-        if clip["error"]:
-            errors.append(clip["error"])
+        if clip["stage"]:
+            errors.append(f"clip {clip['id']}: {clip['stage']}: {clip['cause']}")
             continue
         place, samples = generator.uniform(), AUDIO[1] * data.sound.hop
         window, _, middle = audio.read_window(record["sound"], data.sound.rate, samples, place)

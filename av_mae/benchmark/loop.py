@@ -41,7 +41,8 @@ def host_batch(config: TrainConfig) -> dict[str, np.ndarray]:
         "audio": random.standard_normal((b, *config.model.audio.size), np.float32),
         "valid": np.ones(b, bool),
         "id": np.full(b, "clip", object),
-        "error": np.full(b, "", object),
+        "stage": np.full(b, "", object),
+        "cause": np.full(b, "", object),
     }
 
 

@@ -74,7 +74,7 @@ def batch_fields(data: DataConfig, image_size: tuple[int, int], audio_size: tupl
 class ClipSource:
     """Random access to the records of one prepared set that never raises.
 
-    A record that cannot be read comes back as {'id', 'error'}. `records` is sent to the workers.
+    A record that cannot be read comes back as {'id', 'failure'}. `records` is sent to the workers.
     """
 
     def __init__(self, name: str, records: Records):
@@ -90,7 +90,8 @@ class ClipSource:
             with stage("read"):
                 return self._records[index]
         except ClipFailure as failure:
-            return {"id": f"{self._name}[{index}]", "error": str(failure)}
+            identifier = f"{self._name}[{index}]"
+            return {"id": identifier, "failure": failure.named(identifier)}
 
 
 class WithOthers(grain.MapDataset):
@@ -129,16 +130,16 @@ class ClipLoader(grain.transforms.RandomMap):
     swap: str = ""
 
     def random_map(self, element: Record, rng: np.random.Generator) -> dict[str, Any]:
-        """Record → `image` uint8 [H, W, 3], `audio` float32 [mels, frames], `label`, `start` (s), `id`, `error`, and
-        what `data.annotations` ask for.
+        """Record → `image` uint8 [H, W, 3], `audio` float32 [mels, frames], `label`, `start` (s), `id`, `stage`,
+        `cause`, and what `data.annotations` ask for.
 
-        A clip that fails has `error` = 'clip ID: stage: cause' and neither image nor audio.
+        A clip that fails has `stage` and `cause`, '' in others, and neither image nor audio.
         """
-        clip = {"id": str(element["id"]), "start": 0.0, "error": ""}
+        clip = {"id": str(element["id"]), "start": 0.0, "stage": "", "cause": ""}
         try:
             for record in (element, *element.get("others", ())):
-                if "error" in record:
-                    raise ClipFailure(record["error"])
+                if "failure" in record:
+                    raise record["failure"]
             if self.swap:
                 fields = ("frames", "frame_times") if self.swap == "image" else ("sound",)
                 element = element | {name: element["others"][-1][name] for name in fields}
@@ -147,7 +148,7 @@ class ClipLoader(grain.transforms.RandomMap):
             heard, mask, middle = self._load_audio(element, rng)
             return clip | {"label": label} | heard | self._load_image(element, rng, mask, middle)
         except ClipFailure as failure:
-            return clip | {"error": f"clip {clip['id']}: {failure}"}
+            return clip | {"stage": failure.stage, "cause": failure.cause}
 
     def _load_audio(self, record: Record, rng: np.random.Generator) -> tuple[dict[str, Any], int | None, float]:
         """The fields that are heard; the number of the mask that is looked at (None where none is wanted); the middle
@@ -215,8 +216,8 @@ class HostBatches(grain.MapDataset):
     """This host's rows of the global batches that begin at global position `first` of a dataset of clips.
 
     Batch i holds positions first + i · batch_size + rows (`index`); `fields` has shape and dtype of what clips bring.
-    Positions from `total` on are padding: zeros, `valid` False, `id` and `error` ''. A failed clip is zeros and `valid`
-    False with its `id` and `error`.
+    Positions from `total` on are padding: zeros, `valid` False, `id`, `stage` and `cause` ''. A failed clip is zeros
+    and `valid` False with its `id`, `stage` and `cause`.
     """
 
     def __init__(
@@ -239,13 +240,12 @@ class HostBatches(grain.MapDataset):
         batch |= {
             "index": (begin + np.array(self._rows)).astype(np.int32),
             "valid": np.zeros(count, bool),
-            "id": np.full(count, "", object),
-            "error": np.full(count, "", object),
+            **{name: np.full(count, "", object) for name in ("id", "stage", "cause")},
         }
         for number, row in enumerate(self._rows):
             if begin + row < self._total:
                 clip = self._parent[begin + row]
-                batch["valid"][number] = not clip["error"]
+                batch["valid"][number] = not clip["stage"]
                 for name, value in clip.items():
                     batch[name][number] = value
         return batch

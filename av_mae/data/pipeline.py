@@ -258,8 +258,9 @@ class TrainingData(_Batches):
         """Host batches from the global clip count `position` on, without reading what came before.
 
         With b = len(rows): `image` uint8 [b, H, W, 3], `audio` float32 [b, mels, frames], `label` int32 [b], `start`
-        float32 [b] (s), `index` int32 [b] (global clip count), `valid` bool [b], `id` and `error` str [b], and what
-        `data.annotations` ask for. A clip that fails is zeros, `valid` False.
+        float32 [b] (s), `index` int32 [b] (global clip count), `valid` bool [b], `id`, `stage` and `cause` str
+        [b], and what `data.annotations` ask for. A clip that fails is zeros, `valid` False; `stage` and `cause` say
+        why, '' where nothing failed.
         """
         return self._iterate(position, _ENDLESS)
 
@@ -273,7 +274,7 @@ class EvaluationData(_Batches):
     """The items of a plan in order, without augmentation: iterable (anew each time), `len` batches.
 
     Batches are those of TrainingData, `index` being the item's number in `plan`; the last one is padded with `valid`
-    False and empty `id` and `error`.
+    False and empty `id`, `stage` and `cause`.
 
     Args:
       sources, data, image_size, audio_size, batch_size, rows: see TrainingData.
@@ -303,7 +304,7 @@ class EvaluationData(_Batches):
                 values = []
                 for number in range(count):
                     record = clips[number]
-                    values.append(None if "error" in record else record[field])
+                    values.append(None if "failure" in record else record[field])
                     progress.update()
             return values
 
@@ -322,7 +323,7 @@ class EvaluationData(_Batches):
         return self._iterate(0, len(self.plan))
 
     def clip(self, index: int) -> dict[str, Any]:
-        """The fields of one clip, by its index in the plan; of one that fails `id` and `error` alone."""
+        """The fields of one clip, by its index in the plan; of one that fails no arrays."""
         clip: dict[str, Any] = self._dataset[index]
         return clip
 

@@ -9,7 +9,7 @@ import jax
 from av_mae import recipes
 from av_mae.config import EvaluationConfig
 from av_mae.console import quiet_libraries
-from av_mae.errors import UserError, run_command
+from av_mae.errors import SkippedFile, UserError, run_command
 from av_mae.evaluate.config import CONFIGS, CompareConfig
 from av_mae.model_card import add_evaluation
 from av_mae.train.hosts import add_process_arguments, check_processes, joined
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
         report = importlib.import_module(TASKS[config.task]).run(config, workdir)
         if jax.process_index() == 0:
             report.save(workdir / "results.json")
+            SkippedFile(workdir).add(report.failures)
             if not isinstance(config, CompareConfig):  # a comparison is of several runs
                 add_evaluation(config.init, workdir, config.task, config.data.path, report)
             print(report.table)

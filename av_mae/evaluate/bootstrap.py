@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from av_mae.errors import UserError
+from av_mae.errors import ClipFailure, UserError
 
 
 def require_finite(values: np.ndarray, what: str) -> None:
@@ -71,7 +71,8 @@ class Figure:
 class Report:
     """One evaluation: figures by name, clips measured, clips skipped because they failed, and a table to print.
 
-    details: further entries of `results.json`, e.g. causes of skipping and the configuration.
+    details: further entries of `results.json`, e.g. causes of skipping and the configuration. failures: clips that
+    could not be read, for `skipped.jsonl`.
     """
 
     figures: dict[str, Figure]
@@ -79,6 +80,7 @@ class Report:
     skipped: int
     table: str
     details: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    failures: Sequence[ClipFailure] = ()
 
     def to_json(self) -> dict:
         """Each figure as {"value", "low", "high"}, `clips` and `skipped`, and the details."""

@@ -13,7 +13,7 @@ from av_mae.console import Progress
 from av_mae.data import records
 from av_mae.data.pipeline import check_classes, open_evaluation_data
 from av_mae.data.records import Labels
-from av_mae.errors import UserError
+from av_mae.errors import ClipFailure, UserError, batch_failures
 from av_mae.models.config import AVMAEConfig
 
 _ROUNDING = 1e-3  # pixels by which float32 boxes may miss a whole number
@@ -92,7 +92,7 @@ class Clips(NamedTuple):
     """The clips of one set that could be read, [n] each.
 
     image uint8 [n, H, W, 3], audio float32 [n, mels, frames] (standardised log-mels), label int32, id str, and index
-    int64, the clip's position in the stored set, failed clips counted in. `skipped` names those that failed.
+    int64, the clip's position in the stored set, failed clips counted in. `skipped` are those that failed.
     """
 
     image: np.ndarray
@@ -100,7 +100,7 @@ class Clips(NamedTuple):
     label: np.ndarray
     id: np.ndarray
     index: np.ndarray
-    skipped: list[str]
+    skipped: list[ClipFailure]
 
 
 def set_names(data: EvaluationDataConfig) -> dict[str, str]:
@@ -157,12 +157,7 @@ def _rows(batch: dict, chosen: np.ndarray) -> dict:
 
 def _join(batches: list[dict], path: str) -> Clips:
     joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    valid, errors = joined["valid"], joined["error"]
-    skipped = [
-        f"{clip}: {error}" if clip else str(error)
-        for clip, error, fine in zip(joined["id"], errors, valid, strict=True)
-        if error and not fine
-    ]
+    valid, skipped = joined["valid"], batch_failures(joined)
     if not valid.any():
         raise UserError(
             f"none of the {len(valid)} clips of {path} can be read; the first error: "

@@ -26,6 +26,7 @@ from av_mae import models
 from av_mae import plots as pictures
 from av_mae.config import EvaluationConfig, SoundConfig
 from av_mae.data.plans import partners
+from av_mae.errors import ClipFailure
 from av_mae.evaluate.bootstrap import Bootstrap, Figure, Report
 from av_mae.evaluate.clips import Clips, load_clips, map_batches, set_names
 from av_mae.loading import load_run
@@ -85,7 +86,8 @@ def run(config: EvaluationConfig, workdir: pathlib.Path) -> Report:
     names = set_names(config.data)
     recipe, model = load_run(config.init)
     untrained = models.AVMAE(recipe.model, rngs=nnx.Rngs(config.seed))
-    figures, tables, measured, skipped = {}, [], 0, []
+    figures, tables, measured = {}, [], 0
+    skipped: list[ClipFailure] = []
     for name, path in names.items():
         clips = load_clips(path, config.data, recipe.data.sound, recipe.model, config.batch_size)
         noise = mask_noise(clips.index, recipe.model, config.seed)
@@ -101,8 +103,8 @@ def run(config: EvaluationConfig, workdir: pathlib.Path) -> Report:
     metrics = pathlib.Path(config.init) / "metrics.jsonl"
     if config.pictures and metrics.is_file():
         pictures.save_png(workdir / "images" / "curves.png", pictures.curves(pictures.read_metrics(metrics)))
-    tables += [f"skipped {clip}" for clip in skipped[:5]]
-    return Report(figures, measured, len(skipped), "\n".join(tables))
+    tables += [f"skipped {failure}" for failure in skipped[:5]]
+    return Report(figures, measured, len(skipped), "\n".join(tables), failures=skipped)
 
 
 def mask_noise(places: np.ndarray, model: models.AVMAEConfig, seed: int) -> Noise:

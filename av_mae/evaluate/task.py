@@ -24,7 +24,7 @@ from av_mae.config import SoundConfig, TrainConfig
 from av_mae.console import Progress, note
 from av_mae.data.pipeline import open_evaluation_data
 from av_mae.data.plans import MakePlan, Plan
-from av_mae.errors import UserError
+from av_mae.errors import ClipFailure, UserError, batch_failures
 from av_mae.evaluate.bootstrap import Bootstrap, Figure, Report
 from av_mae.evaluate.clips import missing_clips
 from av_mae.evaluate.config import TaskConfig
@@ -34,7 +34,7 @@ from av_mae.train.hosts import Stopped
 from av_mae.train.loop import Feed
 from av_mae.train.optimizer import Length, Multipliers, encoder_multipliers
 from av_mae.train.run import first_state, open_run, train_from
-from av_mae.train.sharding import gather_texts, local_rows, row_shards
+from av_mae.train.sharding import gather_failures, gather_texts, local_rows, row_shards
 from av_mae.train.step import Batch, Objective, Rows, TrainStep
 
 
@@ -160,22 +160,22 @@ class Task(abc.ABC):
 class Measured:
     """What was measured of a plan under one condition.
 
-    items: group of the plan → scores of its items that could be read; scores: the same combined. `failures` names
-    what could not be read with the cause; `drawn` and `names` are items for pictures and their clips' ids.
+    items: group of the plan → scores of its items that could be read; scores: the same combined. `failures`
+    are the clips that could not be read; `drawn` and `names` are items for pictures and their clips' ids.
     """
 
     def __init__(self, plan: Plan):
         self.plan = plan
         self.items: dict[int, list] = {}
         self.scores: dict[int, Any] = {}
-        self.failures: list[str] = []
+        self.failures: list[ClipFailure] = []
         self.drawn: list[Clip] = []
         self.names: list[str] = []
         self.rates: dict[str, float] = {}
 
     def add(self, task: Task, arrays: Clip, host: dict[str, np.ndarray], drawn: list[int]) -> None:
         """Scores a batch's rows; those in `drawn` are kept for pictures. Every process must call this."""
-        self.failures += gather_texts([error for error in host["error"] if error])
+        self.failures += gather_failures(batch_failures(host))
         ids = gather_texts(list(host["id"]))
         for row in np.flatnonzero(arrays["valid"]):
             clip = {name: x[row] for name, x in arrays.items()}
@@ -235,11 +235,18 @@ def report(task: Task, measured: dict[str, Measured], workdir: pathlib.Path) -> 
         **task.details,
         "config": recipes.to_dict(config),
         "checkpoint": identity(task.checkpoint.folder),
-        "skipped_clips": failures,
+        "skipped_clips": [str(failure) for failure in failures],
         **whole.rates,
     }
     skipped = whole.plan.groups - len(groups)
-    return Report(figures, len(groups), skipped, table(figures, len(groups), skipped, [*failures, *missing]), details)
+    return Report(
+        figures,
+        len(groups),
+        skipped,
+        table(figures, len(groups), skipped, [*map(str, failures), *missing]),
+        details,
+        failures,
+    )
 
 
 def identity(folder: pathlib.Path) -> dict[str, Any]:

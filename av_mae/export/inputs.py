@@ -147,7 +147,7 @@ def _seconds(path: str, row: int, column: str, value: Any) -> float | None:
     return seconds
 
 
-MISSING_FILE = "open: there is no such file"
+MISSING_FILE = "there is no such file"
 
 
 class Row(NamedTuple):
@@ -285,8 +285,8 @@ class PreparedInput(Input):
     def _window(self, row: Row, record: dict[str, Any], place: float) -> Window:
         view = MIDDLE | {"window": place}
         clip = self._loader.random_map(record | {"view": view}, np.random.default_rng(0))
-        if clip["error"]:
-            raise ClipFailure(clip["error"].removeprefix(f"clip {row.id}: "))
+        if clip["stage"]:
+            raise ClipFailure("", clip["stage"], clip["cause"])
         return Window(row._replace(start=float(clip["start"])), clip["image"], clip["audio"])
 
 
@@ -312,7 +312,7 @@ class MediaInput(Input):
 
     def read(self, row: Row, clip: Entry) -> list[Window]:
         if not os.path.isfile(clip.path):
-            raise ClipFailure(MISSING_FILE)
+            raise ClipFailure("", "open", MISSING_FILE)
         try:
             return [self._window(row, clip, start) for start in self._starts(clip)]
         except UserError as error:

@@ -44,15 +44,15 @@ class Worker:
                 self._start(function.__module__)
             self._connection.send((function, arguments, time_limit))
             if not self._connection.poll(time_limit):
-                raise ClipFailure(f"decode: stopped after time_limit={time_limit:g} s")
-            result, error = self._connection.recv()
+                raise ClipFailure("", "decode", f"stopped after time_limit={time_limit:g} s")
+            result, failure = self._connection.recv()
         except (EOFError, ConnectionError):
-            raise ClipFailure(f"decode: {self._epitaph()}") from None
+            raise ClipFailure("", "decode", self._epitaph()) from None
         except BaseException:  # whatever it is, an interrupt too: a late answer must not meet the next call
             self.close()
             raise
-        if error:
-            raise ClipFailure(error)
+        if failure is not None:
+            raise failure
         return result
 
     def close(self) -> None:
@@ -117,10 +117,10 @@ def serve(descriptor: int, memory_limit: int) -> None:
         connection.send(answer)
 
 
-def _answer(function: Callable[..., Any], arguments: tuple) -> tuple[Any, str]:
+def _answer(function: Callable[..., Any], arguments: tuple) -> tuple[Any, ClipFailure | None]:
     try:
-        return function(*arguments), ""
+        return function(*arguments), None
     except ClipFailure as failure:
-        return None, str(failure)
+        return None, failure
     except Exception as error:
-        return None, f"decode: {type(error).__name__} {error}".strip()
+        return None, ClipFailure("", "decode", f"{type(error).__name__} {error}".strip())

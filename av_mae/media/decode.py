@@ -240,12 +240,16 @@ def read_excerpt(source: str | os.PathLike | bytes, start: float | None, seconds
         first = max(0, round((start - began) * rate)) if len(waveform) else 0
         if first >= len(waveform) or began >= start + seconds:
             raise ClipFailure(
-                f"sound: none from {start:.2f} to {start + seconds:.2f} s, "
-                f"it lasts from {track.begin:.2f} to {track.end:.2f} s"
+                "",
+                "sound",
+                f"none from {start:.2f} to {start + seconds:.2f} s, "
+                f"it lasts from {track.begin:.2f} to {track.end:.2f} s",
             )
         start, end = began + first / rate, began + len(waveform) / rate
     elif start > end:
-        raise ClipFailure(f"frame: none at {start:.2f} s, the picture lasts from {track.begin:.2f} to {end:.2f} s")
+        raise ClipFailure(
+            "", "frame", f"none at {start:.2f} s, the picture lasts from {track.begin:.2f} to {end:.2f} s"
+        )
     frame = None
     if media.picture:
         _, frame = next(media.frames([start + min(seconds, end - start) / 2]))

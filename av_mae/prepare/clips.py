@@ -126,8 +126,10 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
     duration = end - clip.start
     if not 0 < duration <= LONGEST:
         raise ClipFailure(
-            f"open: {duration:.2f} s from {clip.start:g} s on; a clip lasts up to {LONGEST:g} s and lies "
-            f"within its file, which lasts {media.duration:.2f} s"
+            "",
+            "open",
+            f"{duration:.2f} s from {clip.start:g} s on; a clip lasts up to {LONGEST:g} s and lies "
+            f"within its file, which lasts {media.duration:.2f} s",
         )
     audio = _audio(media, clip.start, duration, options.rate)
     sources: list[np.ndarray] = []
@@ -181,7 +183,7 @@ def _mixture(
     media = Media(files[other.media])
     second = _audio(media, other.start, media.duration - other.start, options.rate)
     if first is None or second is None:
-        raise ClipFailure("sound: a pair needs two clips with audio")
+        raise ClipFailure("", "sound", "a pair needs two clips with audio")
     length = min(len(first), len(second))
     sources = np.stack([first[:length], second[:length]])
     sources /= max(1.0, float(np.abs(sources.sum(0)).max()), float(np.abs(sources).max()))

@@ -69,8 +69,7 @@ class Decoder:
             files = {name: self._file(name) for name in clip.files()}
             return self._worker.call(make_record, clip, files, self._options, time_limit=self._limits.seconds)
         except ClipFailure as failure:
-            stage, _, cause = str(failure).partition(": ")
-            return Outcome(None, [("undecodable", stage, cause or stage)], {})
+            return Outcome(None, [("undecodable", failure.stage, failure.cause)], {})
         except OSError as error:
             return Outcome(None, [("undecodable", "read", f"{error.strerror or error}")], {})
 

@@ -20,9 +20,10 @@ from av_mae import plots as pictures
 from av_mae.checkpoint import Checkpoints
 from av_mae.config import TrainConfig
 from av_mae.console import Progress, first_line
-from av_mae.errors import FailureCount, UserError
+from av_mae.errors import ClipFailure, FailureCount, SkippedFile, UserError, batch_failures
 from av_mae.train.local_checkpoint import LocalCheckpoints
 from av_mae.train.loop import Feed, Hook, Moment, NonFinite
+from av_mae.train.sharding import gather_failures
 from av_mae.train.step import Batch, TrainStep
 
 
@@ -184,16 +185,35 @@ class MetricsHook(Hook):
 
 
 class FailureHook(Hook):
-    """Names clips that could not be read, and stops the run where they are too many (UserError)."""
+    """Names clips that could not be read, in `skipped.jsonl` too; stops the run where they are too many (UserError).
 
-    def __init__(self, count: FailureCount, say: Callable[[str], None], shown: int = 20):
-        self.count, self.say, self._left = count, say, shown
+    Other processes hand their failures to the first one, which writes the file, every `every` steps and at the end.
+    """
+
+    def __init__(
+        self, count: FailureCount, file: SkippedFile, say: Callable[[str], None], every: int = 1, shown: int = 20
+    ):
+        self.count, self.file, self.say, self.every, self._left = count, file, say, every, shown
+        self._waiting: list[ClipFailure] = []
+
+    def due(self, step: int, finished: bool, stopped: bool) -> bool:
+        return jax.process_count() > 1 and (finished or stopped or step % self.every == 0)
+
+    def after_step(self, moment: Moment) -> None:
+        failures, self._waiting = gather_failures(self._waiting), []
+        if jax.process_index() == 0:
+            self.file.add(failures)
 
     def after_metrics(self, step: int, metrics: Mapping[str, float], host: Mapping[str, np.ndarray]) -> None:
-        errors = self.count.add(host)
-        for error in errors[: self._left]:
-            self.say(f"warning: step {step} skips {error}")
-        self._left = max(0, self._left - len(errors))
+        failures = batch_failures(host)
+        if jax.process_index() == 0:
+            self.file.add(failures)
+        else:
+            self._waiting += failures
+        for failure in failures[: self._left]:
+            self.say(f"warning: step {step} skips {failure}")
+        self._left = max(0, self._left - len(failures))
+        self.count.add(host)
 
     def close(self) -> None:
         if self.count.failures:

@@ -25,8 +25,8 @@ _END = object()
 def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
     """The arrays of a host batch as global arrays [B, …] of `sharding`.
 
-    The rows of all hosts together are the global batch; a host passes its own rows in ascending order. Objects (`id`
-    and `error`) stay on the host.
+    The rows of all hosts together are the global batch; a host passes its own rows in ascending order. Objects (`id`,
+    `stage` and `cause`) stay on the host.
     """
     return {
         name: jax.make_array_from_process_local_data(sharding, np.asarray(x))
@@ -43,7 +43,7 @@ def host_fields(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 class Feed:
     """Iterates over (host fields, device batch), `prefetch` batches ahead of the caller.
 
-    The host fields are the batch's objects, e.g. `id` and `error`, str [b]. `wait_seconds` sums up how long next() had
+    The host fields are the batch's objects, e.g. `id`, `stage` and `cause`, str [b]. `wait_seconds` sums up how long next() had
     to wait: what the step loses to the input. What goes wrong in the background is raised by next(). close() also
     closes `batches`.
     """
@@ -139,7 +139,8 @@ class Hook:
         """Called right after a step that is due; all metrics up to it have been given out and were finite."""
 
     def after_metrics(self, step: int, metrics: Mapping[str, float], host: Mapping[str, np.ndarray]) -> None:
-        """Called once for every step in order, some steps late. `host` has `id` and `error` of this host's rows."""
+        """Called once for every step in order, some steps late. `host` has `id`, `stage` and `cause` of this
+        host's rows."""
 
     def close(self) -> None:
         """Called at the end, also after an error."""

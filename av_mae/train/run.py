@@ -10,7 +10,7 @@ from av_mae.checkpoint import Checkpoints, Restored
 from av_mae.config import TrainConfig
 from av_mae.console import Progress, note
 from av_mae.data.pipeline import TrainingData, open_training_data
-from av_mae.errors import FailureCount, UserError
+from av_mae.errors import FailureCount, SkippedFile, UserError
 from av_mae.models.kinds import Params
 from av_mae.train import hooks
 from av_mae.train.goodput import Goodput, Stragglers, Watchdog, open_record
@@ -111,7 +111,12 @@ def train_from(
         metrics.goodput = goodput.share
         running = [
             Watchdog(config.hang_seconds, config.hang_factor),
-            hooks.FailureHook(FailureCount(config.data.max_failure_share), progress.write),
+            hooks.FailureHook(
+                FailureCount(config.data.max_failure_share),
+                SkippedFile(workdir, progress.write),
+                progress.write,
+                config.checkpoint_every,
+            ),
             hooks.UpdateHook(config, say),
             metrics,
             *more_hooks(events, metrics, say),

@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from av_mae.config import MeshConfig
-from av_mae.errors import UserError
+from av_mae.errors import ClipFailure, UserError
 from av_mae.models.config import AVMAEConfig
 from av_mae.models.layers import Initial
 
@@ -174,6 +174,11 @@ def gather_texts(texts: Sequence[str]) -> list[str]:
     padded[: len(own)] = own
     parts = multihost_utils.process_allgather(padded)
     return [text for part, size in zip(parts, sizes, strict=True) for text in json.loads(part[: int(size)].tobytes())]
+
+
+def gather_failures(failures: Sequence[ClipFailure]) -> list[ClipFailure]:
+    """The failed clips of all processes, those of the first process first; every process must call this."""
+    return [ClipFailure(**json.loads(text)) for text in gather_texts([json.dumps(x.to_json()) for x in failures])]
 
 
 # What the names of dimensions (models/layers.py) mean on a mesh: the one place that says it. Names that are not here are

@@ -9,6 +9,7 @@ import soundfile
 from PIL import Image
 
 from av_mae.data import loading, pipeline, plans
+from av_mae.errors import batch_failures
 
 SIZE = (32, 48)
 
@@ -127,7 +128,8 @@ def test_a_partner_that_fails_costs_the_clip():
     plan = plans.random_mixtures(plans.Clips(12, 0, None), 2)
     with_it = plan.group == plan.group[plan.clip == 3]
     np.testing.assert_array_equal(batch["valid"], ~with_it)
-    assert with_it.sum() == 2 and all("read: the shard breaks off" in error for error in batch["error"] if error)
+    assert with_it.sum() == 2 and all(batch["stage"][with_it] == "read")
+    assert all(batch["cause"][with_it] == "the shard breaks off")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,8 @@ def test_what_is_missing_is_named(name, field, message, monkeypatch):
     read = TrueSet.__getitem__
     monkeypatch.setattr(TrueSet, "__getitem__", lambda self, index: read(self, index) | (field if index == 2 else {}))
     batch = batches(annotations=(name,), classes=12 if name == "labels" else 0)
-    assert batch["error"][2].startswith(f"clip a-2: {message}") and not batch["valid"][2]
+    (failure,) = batch_failures(batch)
+    assert str(failure).startswith(f"clip a-2: {message}") and not batch["valid"][2]
     assert batch["valid"].sum() == 7
 
 
@@ -236,6 +239,5 @@ def test_a_mask_of_more_classes_than_there_are_is_named():
     ) as data:
         (batch,) = data
     assert list(batch["valid"]) == [True, True, False, True, False, False, True]
-    assert (
-        "annotations: the mask holds class 3, there are 3 (0 to 2); binary masks have no classes" in batch["error"][2]
-    )
+    assert batch["stage"][2] == "annotations"
+    assert batch["cause"][2] == "the mask holds class 3, there are 3 (0 to 2); binary masks have no classes"

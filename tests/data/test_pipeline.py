@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from av_mae.data import loading, pipeline
-from av_mae.errors import FailureCount, UserError
+from av_mae.errors import ClipFailure, FailureCount, UserError, batch_failures
 
-FIELDS = ("image", "audio", "label", "start", "index", "valid", "id", "error")
+FIELDS = ("image", "audio", "label", "start", "index", "valid", "id", "stage", "cause")
 
 
 def sources(*sets: fake_clips.FakeSet) -> list[loading.ClipSource]:
@@ -64,7 +64,7 @@ def test_batches_have_the_promised_fields(reference):
     assert batch["image"].shape == (8, 16, 16, 3) and batch["image"].dtype == np.uint8
     assert batch["audio"].shape == (8, 16, 16) and batch["audio"].dtype == np.float32
     assert batch["label"].dtype == np.int32 and batch["start"].dtype == np.float32 and batch["valid"].dtype == bool
-    assert batch["valid"].all() and not any(batch["error"])
+    assert batch["valid"].all() and not any(batch["stage"]) and not any(batch["cause"])
     assert all(int(name.split("-")[1]) == label for name, label in zip(batch["id"], batch["label"]))
 
 
@@ -167,11 +167,14 @@ def test_a_failed_clip_keeps_its_slot(workers):
         batches = list(data)
     joined = {name: np.concatenate([batch[name] for batch in batches]) for name in FIELDS}
     assert list(np.flatnonzero(~joined["valid"])) == [0, 7, 8, 19, 20, 21, 22, 23]
-    assert joined["error"][0] == "clip c[0]: read: the shard breaks off"
-    assert joined["error"][7].startswith("clip c-7: sound: ") and joined["id"][7] == "c-7"
-    assert joined["error"][8].startswith("clip c-8: frame: ") and joined["label"][8] == 0
+    failures = batch_failures(joined)
+    assert failures[0] == ClipFailure("c[0]", "read", "the shard breaks off")
+    assert [(failure.clip, failure.stage) for failure in failures[1:3]] == [("c-7", "sound"), ("c-8", "frame")]
+    assert all(failure.cause for failure in failures) and joined["id"][7] == "c-7" and joined["label"][8] == 0
     assert not joined["image"][~joined["valid"]].any() and not joined["audio"][~joined["valid"]].any()
-    assert list(joined["id"][20:]) == [""] * 4 and list(joined["error"][20:]) == [""] * 4  # padding
+    assert (
+        list(joined["id"][20:]) == [""] * 4 and list(joined["stage"][20:]) == list(joined["cause"][20:]) == [""] * 4
+    )  # padding
     assert list(joined["label"][joined["valid"]]) == [number for number in range(20) if number not in (0, 7, 8, 19)]
 
 
@@ -187,23 +190,26 @@ def test_evaluation_is_in_stored_order_and_repeatable_over_hosts():
             assert_same(list(data), [{name: batch[name][rows] for name in FIELDS} for batch in whole])
 
 
-def batch_of(errors: list[str]) -> dict:
-    return {"id": np.array([f"x{i}" for i in range(len(errors))], object), "error": np.array(errors, object)}
+def batch_of(failed: list[tuple[str, str]], fine: int = 0) -> dict:
+    """A batch whose first clips failed with (stage, cause); the ids of the others follow."""
+    rows = [(f"x{i}", *causes) for i, causes in enumerate([*failed, *[("", "")] * fine])]
+    return {name: np.array(column, object) for name, column in zip(("id", "stage", "cause"), zip(*rows))}
 
 
 def test_failures_are_counted_named_and_stop_the_run():
     count = FailureCount(max_failure_share=0.1)
-    assert count.add(batch_of(["clip x0: frame: broken"] * 9 + [""] * 41)) == ["clip x0: frame: broken"] * 9
-    count.add({"id": np.array(["", ""], object), "error": np.array(["", ""], object)})  # padding
+    broken = count.add(batch_of([("frame", "broken: torn")] * 9, fine=41))
+    assert broken == [ClipFailure(f"x{i}", "frame", "broken: torn") for i in range(9)]
+    count.add({name: np.array(["", ""], object) for name in ("id", "stage", "cause")})  # padding
     assert (count.clips, count.failures) == (50, 9)
-    count.add(batch_of(["clip x1: sound: none"] + [""] * 49))  # 10 of 100 is the share itself
-    assert count.causes == {"frame: broken": 9, "sound: none": 1}
+    count.add(batch_of([("sound", "none")], fine=49))  # 10 of 100 is the share itself
+    assert count.causes == {("frame", "broken: torn"): 9, ("sound", "none"): 1}
     with pytest.raises(
         UserError,
-        match=r"11 of 101 clips failed \(9 × frame: broken; 2 × sound: none\).*"
-        r"clip x1: sound: none.*max_failure_share=0.1",
+        match=r"11 of 101 clips failed \(9 × frame: broken: torn; 2 × sound: none\).*"
+        r"clip x0: sound: none.*max_failure_share=0.1",
     ):
-        count.add(batch_of(["clip x2: sound: none"]))
+        count.add(batch_of([("sound", "none")]))
 
 
 SCRIPT = """

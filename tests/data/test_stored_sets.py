@@ -139,7 +139,7 @@ def test_a_damaged_shard_costs_its_clips_only(stored, share, workers):
     assert len(batches) == 3
     for batch in batches:
         assert not batch["valid"].any()
-        assert all(error.startswith(f"clip {name}: read: ") for name, error in zip(batch["id"], batch["error"]))
+        assert all(batch["id"]) and all(batch["stage"] == "read") and all(batch["cause"])
     assert batches[0]["id"][1] == f"{stored}[1]"
 
 
@@ -197,9 +197,10 @@ def test_no_damage_to_a_shard_does_more_than_fail_clips(tmp_path):
         source = ClipSource("set", records.open_source(folder, "train"))
         for index, expected in enumerate(clips):
             found = source[index]
-            outcomes["error" in found] += 1
-            assert "error" in found or found["sound"] == expected["sound"]
-            assert "error" not in found or found["error"].startswith(f"read: {shard.name} is damaged or cut off: ")
+            outcomes["failure" in found] += 1
+            assert "failure" in found or found["sound"] == expected["sound"]
+            assert "failure" not in found or found["failure"].stage == "read"
+            assert "failure" not in found or found["failure"].cause.startswith(f"{shard.name} is damaged or cut off: ")
     assert outcomes[True] > 50 and outcomes[False] > 20
 
 
@@ -237,7 +238,7 @@ start = time.perf_counter() - began
 source, = pipeline.open_sources(config, fake_clips.SMALL[1])
 order, used = grain.MapDataset.source(source).shuffle(seed=0), []
 for position in range(len(order)):
-    assert "error" not in order[position]
+    assert "failure" not in order[position]
     if position % 5000 == 4999:
         used.append(memory())
 print(data.clips, start, used[1], max(used))

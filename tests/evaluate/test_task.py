@@ -14,7 +14,7 @@ from tiny_tasks import VARIANTS, arguments, prepared, pretrained
 
 from av_mae import recipes
 from av_mae.data import records
-from av_mae.errors import UserError
+from av_mae.errors import UserError, read_skipped
 from av_mae.evaluate import __main__ as evaluate
 from av_mae.evaluate import separation
 from av_mae.media import encode as clip_writer
@@ -147,6 +147,9 @@ def test_a_broken_clip_is_named_and_left_out(folder, one_device, tmp_path, monke
     results = measured(folder, "classification", tmp_path)
     assert results["clips"] == 20 and results["skipped"] == 1
     assert "toy_band_single_test_000005: sound" in results["skipped_clips"][0]
+    (failure,) = read_skipped(tmp_path)
+    assert (failure.clip, failure.stage) == ("toy_band_single_test_000005", "sound")
+    assert results["skipped_clips"] == [str(failure)]
 
 
 def changed(path: pathlib.Path, source: pathlib.Path, change) -> pathlib.Path:

@@ -21,7 +21,7 @@ from real_media import BLACK, ROBUST, probed
 from av_mae import preprocess
 from av_mae.config import DataConfig
 from av_mae.data import pipeline, records
-from av_mae.errors import UserError
+from av_mae.errors import ClipFailure, UserError, batch_failures
 from av_mae.media import decode as media
 from av_mae.prepare import __main__ as prepare
 from av_mae.prepare.clips import Limits
@@ -289,7 +289,7 @@ def test_a_prepared_set_is_read_as_the_file_is(tmp_path):
         (batch,) = evaluation
     place = list(batch["id"]).index("a")
     assert list(batch["valid"]) == [name == "a" for name in batch["id"]]
-    assert batch["error"][1 - place] == "clip mute: sound: the clip has no sound"
+    assert batch_failures(batch) == [ClipFailure("mute", "sound", "the clip has no sound")]
     assert batch["start"][place] == pytest.approx(1.5) and batch["label"][place] == -1
     shown = made_media.number_of(batch["image"][place])
     assert abs((shown - 7) / clip_trees.FPS - 3.0) <= 0.6  # frames are stored once a second

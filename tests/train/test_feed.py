@@ -31,7 +31,8 @@ def host_batches(count: int, rows: int = 8):
             "start": np.zeros(rows, np.float32),
             "valid": np.arange(rows) != 3,
             "id": np.array([f"clip{i}" for i in range(first, first + rows)], object),
-            "error": np.array([""] * rows, object),
+            "stage": np.array([""] * rows, object),
+            "cause": np.array([""] * rows, object),
         }
 
 
@@ -40,7 +41,7 @@ def test_rows_keep_their_order_in_the_global_arrays(shape):
     target = sharding(*shape)
     with feed.Feed(host_batches(3), target) as batches:
         for step, (host, batch) in enumerate(batches):
-            assert set(host) == {"id", "error"} and host["id"][0] == f"clip{8 * step}"
+            assert set(host) == {"id", "stage", "cause"} and host["id"][0] == f"clip{8 * step}"
             assert set(batch) == {"image", "audio", "label", "start", "valid"}
             np.testing.assert_array_equal(batch["label"], np.arange(8 * step, 8 * step + 8))
             np.testing.assert_array_equal(np.asarray(batch["audio"])[:, 1, 2], np.arange(8 * step, 8 * step + 8))
@@ -120,6 +121,6 @@ def test_batches_of_a_worker_survive_on_the_devices():
         kept = [batch for _, batch in batches]
     assert len(kept) == 5
     for one, expected in zip(kept, plain):
-        assert set(expected) - set(one) == {"id", "error"}
+        assert set(expected) - set(one) == {"id", "stage", "cause"}
         for name in one:
             np.testing.assert_array_equal(one[name], expected[name])

@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 from tiny_training import recipe
 
 from av_mae.console import Progress
-from av_mae.errors import FailureCount, UserError
+from av_mae.errors import FailureCount, SkippedFile, UserError, read_skipped
 from av_mae.train import hooks, loop
 from av_mae.train.hooks import Events
 
@@ -31,7 +31,9 @@ class FakeFeed:
     def __next__(self):
         self.number += 1
         ids = np.array([f"step{self.number}-{row}" for row in range(16)], object)
-        return {"id": ids, "error": np.array([""] * 16, object)}, {"number": self.number}
+        return {"id": ids, "stage": np.array([""] * 16, object), "cause": np.array([""] * 16, object)}, {
+            "number": self.number
+        }
 
 
 def counting_step(bad=()):
@@ -230,16 +232,26 @@ def test_full_disk_is_one_warning_and_the_run_goes_on(tmp_path, monkeypatch):
     assert shown.count("warning: metrics cannot be written (No space left on device); training goes on") == 1
 
 
-def test_failed_clips_are_named_and_too_many_stop_the_run():
+def test_failed_clips_are_named_and_too_many_stop_the_run(tmp_path):
     said = []
-    hook = hooks.FailureHook(FailureCount(0.5, minimum=4), said.append)
+    hook = hooks.FailureHook(FailureCount(0.5, minimum=4), SkippedFile(tmp_path), said.append)
     ids = np.array(["a", "b", "c", "d"], object)
-    hook.after_metrics(3, {}, {"id": ids, "error": np.array(["clip a: sound: torn", "", "", ""], object)})
-    assert said == ["warning: step 3 skips clip a: sound: torn"]
-    with pytest.raises(UserError, match=r"5 of 8 clips failed .*4 × frame: gone"):
-        hook.after_metrics(4, {}, {"id": ids, "error": np.array([f"clip {x}: frame: gone" for x in ids], object)})
+    host = {
+        "id": ids,
+        "stage": np.array(["sound", "", "", ""], object),
+        "cause": np.array(["torn", "", "", ""], object),
+    }
+    for _ in range(2):
+        hook.after_metrics(3, {}, host)
+    assert said == ["warning: step 3 skips clip a: sound: torn"] * 2
+    with pytest.raises(UserError, match=r"10 of 16 clips failed .*8 × frame: gone: away"):
+        for _ in range(2):
+            host = {"id": ids, "stage": np.array(["frame"] * 4, object), "cause": np.array(["gone: away"] * 4, object)}
+            hook.after_metrics(4, {}, host)
     hook.close()
-    assert "5 of 8 clips failed" in said[-1]
+    assert "10 of 16 clips failed" in said[-1]
+    expected = [("a", "sound", "torn"), *((clip, "frame", "gone: away") for clip in "abcd")]
+    assert [failure.args for failure in read_skipped(tmp_path)] == expected
 
 
 def test_profile_is_taken_once(tmp_path, monkeypatch):
