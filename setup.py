@@ -11,6 +11,7 @@ REQUIRES = [
     "numpy>=2.1,<3",  # 2.1 is the first that jax 0.10 accepts on every Python here
     "ml_dtypes>=0.5,<0.7",  # bfloat16 in NumPy, for weight files; jax brings it
     "absl-py>=2.1,<3",  # flags that Grain's workers read
+    "jaxtyping>=0.3.11,<0.4",  # shapes in signatures; still 0.x
     "einops>=0.8,<0.9",  # einsum and rearrange with named axes; still 0.x
     "ml_collections>=1.1,<2",  # locked ConfigDicts; 1.0 lacks wheels for Python 3.13
     "tensorflow-datasets>=4.9.10,<5",  # 4.9.10 builds and reads ArrayRecord without TensorFlow
@@ -44,6 +45,9 @@ EXTRAS = {
         "s3fs>=2025.3",
     ],  # gs:// and s3://; calendar versions, those of fsspec
     "test": [
+        "beartype>=0.23,<0.24",  # checks jaxtyping's shapes at run time; 0.x, its checks change
+        "ruff>=0.17.6,<0.18",  # lint and format: other minor versions format differently
+        "mypy>=2.4,<3",  # types
         "duckdb>=1.2,<3",
         "pandas>=2.3,<4",  # read exported embeddings as users do
         "pytest>=8.4,<10",  # 8.4 is the first that fails on tests that return values
