@@ -92,8 +92,10 @@ def rooms(graph: dict[str, set[str]]) -> dict[str, set[str]]:
 def main() -> None:
     trees = sources()
     lines = {path: len((ROOT / path).read_text().splitlines()) for path in trees}
-    longest = max(((name, size, path) for path, tree in trees.items() for name, size in functions(tree).items()),
-                  key=lambda entry: entry[1])
+    longest = max(
+        ((name, size, path) for path, tree in trees.items() for name, size in functions(tree).items()),
+        key=lambda entry: entry[1],
+    )
     graph = imports(trees)
     print(f"files                {len(trees)}")
     print(f"lines                {sum(lines.values())}, {sum(lines.values()) / len(trees):.0f} per file")
