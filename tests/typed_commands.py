@@ -13,7 +13,12 @@ from av_mae.config import TrainConfig
 from av_mae.evaluate import __main__ as evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODULES = sorted(path.stem for path in (ROOT / "av_mae").glob("*.py") if "run_command(main)" in path.read_text())
+FILES = [*(ROOT / "av_mae").glob("*.py"), *(ROOT / "av_mae").glob("*/__main__.py")]
+MODULES = sorted(
+    path.parent.name if path.stem == "__main__" else path.stem
+    for path in FILES
+    if "run_command(main)" in path.read_text()
+)
 KINDS = {"train": TrainConfig, "evaluate": evaluate.kind_of, "benchmark": TrainConfig}
 
 # What makes commands short enough for a test, by command.
@@ -30,7 +35,6 @@ SHORTER = {
     ],
     "evaluate": ["--config.bootstrap=100"],
     "benchmark": ["--rounds=1"],
-    "view": ["--port=0"],
 }
 SHORTER_TASK = ["--config.steps=2", "--config.batch_size=8", "--config.head.width=8"]
 SHORTER_STEP = ["--config.model.image.depth=1", "--config.model.audio.depth=1", "--config.model.decoder.depth=1"]
@@ -38,9 +42,9 @@ SHORTER_STEP = ["--config.model.image.depth=1", "--config.model.audio.depth=1", 
 
 def command_main(module: str):
     """The function that `python -m av_mae.MODULE` runs."""
-    place = f"av_mae.{module}"
-    package = importlib.util.find_spec(place).submodule_search_locations is not None
-    return importlib.import_module(f"{place}.__main__" if package else place).main
+    name = f"av_mae.{module}"
+    package = importlib.util.find_spec(name).submodule_search_locations is not None
+    return importlib.import_module(f"{name}.__main__" if package else name).main
 
 
 def help_of(module: str, capsys, *arguments: str) -> str:

@@ -1,13 +1,16 @@
-"""`python -m av_mae.benchmark step|fusion|input|pod`: timings, FLOPs and memory, measured as ratios within one run, or
-predicted for a TPU slice that is not there."""
+"""`python -m av_mae.benchmark`: timings, FLOPs and memory, measured as ratios within one run, or predicted for TPUs.
+
+`scaling` prints the tables of docs/scaling.md from what `pod --json=FILE` wrote.
+"""
 
 import argparse
-import functools
+import dataclasses
 import json
 import os
 import pathlib
+from typing import Any
 
-from av_mae import recipes
+from av_mae import benchmark, recipes
 from av_mae.config import SIZES
 from av_mae.errors import UserError, run_command
 
@@ -18,123 +21,135 @@ EXAMPLE = """example:
   python -m av_mae.benchmark input --data=DIR --device_rate=600 --workers=8
   python -m av_mae.benchmark pod --topology=v5e:16x16 --config=configs/pretrain.py:large \\
       --config.batch_size=8192 --json=large.json
+  python -m av_mae.benchmark loop --config=configs/demo.py --config.checkpoint_every=100
 """
 
 
-def human(figures: dict) -> list[tuple[str, str]]:
-    """Figures as rows of text with units."""
-    units = {
-        "seconds": ("{:.3f} s", 1),
-        "bytes": ("{:.2f} GB", 1e-9),
-        "clip": ("{:.2f} GFLOP", 1e-9),
-        "flops_per_second": ("{:.1f} GFLOP/s", 1e-9),
-        "share": ("{:.3f}", 1),
-        "mfu": ("{:.3f}", 1),
-    }
-    rows = [("figure", "value")]
-    for name, value in figures.items():
-        matches = [units[end] for end in sorted(units, key=len, reverse=True) if name.endswith(end)]
-        if isinstance(value, str | int) and not matches:
-            rows.append((name, str(value)))
-            continue
-        form, factor = matches[0] if matches and name != "clips_per_second" else ("{:.2f}", 1)
-        rows.append((name, form.format(value * factor)))
-    return rows
-
-
-def run_step(arguments: argparse.Namespace, overrides: list[str]) -> dict:
-    from av_mae.benchmark import step, timing
+def run_step(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    from av_mae.benchmark import step
 
     config = recipes.load_recipe(arguments.config, overrides)
-    measure = step.measure_encoder if arguments.encoder else functools.partial(step.measure, with_plain=arguments.plain)
-    figures = {"config": arguments.config} | measure(config, arguments.rounds)
-    print(timing.table(human(figures)))
-    return figures
+    if arguments.encoder:
+        metrics = step.measure_encoder(config, arguments.rounds)
+    else:
+        metrics = step.measure(config, arguments.rounds, arguments.plain)
+    print(benchmark.table(benchmark.metric_rows({"config": arguments.config} | metrics)))
+    return {"config": arguments.config} | metrics
 
 
-def run_fusion(arguments: argparse.Namespace, overrides: list[str]) -> dict:
-    from av_mae.benchmark import fusion, timing
+def run_fusion(arguments: argparse.Namespace, _: list[str]) -> dict[str, Any]:
+    from av_mae.benchmark import parts
 
-    if overrides:
-        raise UserError(f"benchmark fusion takes no {overrides[0]}: set --size and --batch")
-    rows = fusion.measure(arguments.batch, arguments.rounds, SIZES[arguments.size])
+    rows = parts.measure_fusion(arguments.batch, arguments.rounds, SIZES[arguments.size])
     head = ("kind", "pairs", "image", "audio", "ms", "MFLOP per clip", "temporary MB")
-    print(
-        timing.table(
-            [head]
-            + [
-                (
-                    r["kind"],
-                    r["pair_attention"],
-                    str(r["image_tokens"]),
-                    str(r["audio_tokens"]),
-                    f"{1e3 * r['seconds']:.2f}",
-                    f"{r['flops_per_clip'] / 1e6:.1f}",
-                    f"{r['memory_bytes'] / 1e6:.1f}",
-                )
-                for r in rows
-            ]
+    cells = [
+        (
+            row["kind"],
+            row["pair_attention"],
+            str(row["image_tokens"]),
+            str(row["audio_tokens"]),
+            f"{1e3 * row['seconds']:.2f}",
+            f"{row['flops_per_clip'] / 1e6:.1f}",
+            f"{row['memory_bytes'] / 1e6:.1f}",
         )
-    )
+        for row in rows
+    ]
+    print(benchmark.table([head, *cells]))
     if arguments.plot:
-        fusion.plot(rows, arguments.plot)
+        parts.plot_fusion(rows, arguments.plot)
     return {"rows": rows}
 
 
-def run_input(arguments: argparse.Namespace, overrides: list[str]) -> dict:
+def run_input(arguments: argparse.Namespace, _: list[str]) -> dict[str, Any]:
     from av_mae.benchmark import input as reading
-    from av_mae.benchmark import timing
 
-    if overrides:
-        raise UserError(f"benchmark input takes no {overrides[0]}: set --data and --clips")
     for option in ("clips", "device_rate", "workers"):
         if getattr(arguments, option) < (option == "clips"):
             raise UserError(f"--{option}={getattr(arguments, option)} must be {int(option == 'clips')} or more")
-    figures = reading.measure(
+    metrics = reading.measure(
         arguments.data, arguments.clips, arguments.rounds, arguments.device_rate, arguments.workers
     )
-    rows = [
-        (name, f"{1e3 * seconds:.3f}", f"{1 / seconds:.0f}" if seconds > 0 else "")
-        for name, seconds in figures["seconds_per_clip"].items()
-    ]
-    print(timing.table([("stage", "ms per clip", "clips/s per core"), *rows]))
-    print(f"\n{figures['times_video']:.1f} × as many clips per core as from their mp4 files\n")
-    print(
-        timing.table(
-            [("one accelerator, ViT-B", "clips/s", "cores")]
-            + [
-                (name, f"{chip['clips_per_second']:.0f}", f"{chip['cores']:.1f}")
-                for name, chip in figures["chips"].items()
-            ]
-        )
-    )
+    for rows in reading.tables(metrics):
+        print(benchmark.table(rows) + "\n")
+    print(f"{metrics['times_video']:.1f} × as many clips per core as from their mp4 files")
     if arguments.device_rate:
         print(
             f"\nat {arguments.device_rate:g} clips/s a step waits for {arguments.workers} workers "
-            f"{100 * figures['input_wait_share']:.1f} % of its time; "
-            f"{figures['cores_for_device_rate']:.1f} cores serve that rate"
+            f"{100 * metrics['input_wait_share']:.1f} % of its time; "
+            f"{metrics['cores_for_device_rate']:.1f} cores serve that rate"
         )
-    return figures
+    return metrics
 
 
-def run_pod(arguments: argparse.Namespace, overrides: list[str]) -> dict:
-    from av_mae.benchmark import pod, roofline, timing
+def run_pod(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    from av_mae.benchmark import pod, roofline
 
     config = recipes.load_recipe(arguments.config, overrides)
-    figures = {"config": arguments.config} | pod.measure(config, arguments.topology, arguments.slices)
-    if "refusal" in figures:
-        return figures
+    metrics = {"config": arguments.config} | pod.measure(config, arguments.topology, arguments.slices)
+    if "refusal" in metrics:
+        return metrics
     if arguments.clips:
-        figures |= pod.recipe_hours(figures, config, arguments.clips)
-    for rows in pod.tables(figures):
-        print(timing.table(rows) + "\n")
-    figures["curve"] = pod.curve(figures, arguments.topology)
+        metrics |= pod.recipe_hours(metrics, config, arguments.clips)
+    for rows in pod.tables(metrics):
+        print(benchmark.table(rows) + "\n")
+    metrics["curve"] = roofline.curve(metrics)
     if arguments.plot:
-        roofline.plot({arguments.topology.split(":")[0]: {arguments.config: figures["curve"]}}, arguments.plot)
-    return figures
+        roofline.plot({arguments.topology.split(":")[0]: {arguments.config: metrics["curve"]}}, arguments.plot)
+    return metrics
 
 
-def main(argv: list[str]) -> None:
+def run_loop(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    from av_mae.benchmark import parts
+    from av_mae.console import quiet_libraries
+
+    if not 1 <= arguments.block <= arguments.steps:
+        raise UserError(f"--block={arguments.block} must be from 1 to --steps={arguments.steps}")
+    config = recipes.load_recipe(arguments.config, overrides)
+    quiet_libraries()
+    config = dataclasses.replace(config, steps=arguments.steps, epochs=0.0, images_every=0)
+    metrics = {"config": arguments.config} | parts.measure_loop(config, arguments.steps, arguments.block)
+    print(benchmark.table(benchmark.metric_rows(metrics)))
+    return metrics
+
+
+def run_neighbours(arguments: argparse.Namespace, _: list[str]) -> dict[str, Any]:
+    from av_mae.benchmark import parts
+
+    if not 2 <= arguments.part <= arguments.clips or min(arguments.width, arguments.block) < 1:
+        raise UserError(
+            f"--part={arguments.part} must be at least 2, at most --clips={arguments.clips}, --width and "
+            "--block at least 1"
+        )
+    metrics = parts.measure_neighbours(arguments.clips, arguments.width, arguments.part, arguments.block)
+    print(benchmark.table(benchmark.metric_rows(metrics)))
+    return metrics
+
+
+def run_scaling(arguments: argparse.Namespace, _: list[str]) -> dict[str, Any]:
+    from av_mae.benchmark import roofline
+
+    tables = roofline.scaling(arguments.files, arguments.share, arguments.plot)
+    print("\n\n".join(map(benchmark.table, tables)))
+    return {"tables": tables}
+
+
+RUNS = {
+    "step": (run_step, "a training step of a recipe on random clips"),
+    "fusion": (run_fusion, "fusion kinds × implementations over token counts"),
+    "input": (run_input, "clips per second and core, by stage, beside the same clips as mp4"),
+    "pod": (run_pod, "a training step of a recipe, compiled for TPUs that need not be there"),
+    "loop": (run_loop, "what the training loop costs beside its steps"),
+    "neighbours": (run_neighbours, "nearest neighbours among random embeddings, beside scikit-learn's"),
+    "scaling": (run_scaling, "predicted efficiency over chips, from what `pod` wrote or from an assumed share"),
+}
+
+
+def _number(parser: argparse.ArgumentParser, option: str, default: int | None, text: str) -> None:
+    parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of all subcommands."""
     parser = argparse.ArgumentParser(
         prog="python -m av_mae.benchmark",
         description=__doc__,
@@ -142,49 +157,67 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", help="a training step of a recipe on random clips")
-    recipes.add_config_argument(step)
+    step, fusion, reading, pod, loop, neighbours, scaling = parsers = [
+        commands.add_parser(name, help=text, description=text) for name, (_, text) in RUNS.items()
+    ]
+    for command in (step, pod, loop):
+        recipes.add_config_argument(command)
     step.add_argument("--plain", action="store_true", help="also run the plain formulation, in turn")
     step.add_argument(
         "--encoder",
         action="store_true",
         help="instead: the encoder's forward pass over all patches, beside that of materialized pairs",
     )
-    fusion = commands.add_parser("fusion", help="fusion kinds × implementations over token counts")
     fusion.add_argument("--size", default="base", choices=sorted(SIZES), help="width and heads (default: base)")
-    fusion.add_argument("--batch", type=int, default=8, help="clips (default: 8)")
+    _number(fusion, "--batch", 8, "clips")
     fusion.add_argument("--plot", metavar="FILE", help="write a PNG of time and memory over tokens")
-    pod = commands.add_parser("pod", help="a training step of a recipe, compiled for TPUs that need not be there")
-    recipes.add_config_argument(pod)
-    pod.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="e.g. v5e:16x16, v5p:4x4x4 or v6e:16x16")
-    pod.add_argument("--slices", type=int, default=1, metavar="N", help="as many slices of this shape (default: 1)")
-    pod.add_argument("--clips", type=int, default=0, metavar="N", help="clips per epoch: predicts hours of the recipe")
-    pod.add_argument("--plot", metavar="FILE", help="write a PNG of predicted efficiency over chips")
-    reading = commands.add_parser("input", help="clips per second and core, by stage, beside the same clips as mp4")
     reading.add_argument("--data", default="", metavar="DIR", help="a prepared set (default: one is made)")
-    reading.add_argument("--clips", type=int, default=64, help="clips at most (default: 64)")
+    _number(reading, "--clips", 64, "clips at most")
     reading.add_argument(
         "--device_rate",
         type=float,
         default=0.0,
+        metavar="RATE",
         help="clips/s that the accelerators of a host take: also measure how long they wait",
     )
-    reading.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes that serve --device_rate (default: %(default)s)"
+    _number(reading, "--workers", os.cpu_count(), "processes that serve --device_rate")
+    pod.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="e.g. v5e:16x16, v5p:4x4x4 or v6e:16x16")
+    _number(pod, "--slices", 1, "as many slices of this shape")
+    _number(pod, "--clips", 0, "clips per epoch: predicts hours of the recipe")
+    _number(loop, "--steps", 200, "steps of the run")
+    _number(loop, "--block", 10, "steps of the run, then bare ones, in turn")
+    _number(neighbours, "--clips", 200_000, "embeddings")
+    _number(neighbours, "--width", 768, "values of each")
+    _number(neighbours, "--part", 4096, "clips that scikit-learn searches for")
+    _number(neighbours, "--block", 4096, "rows compared at a time")
+    scaling.add_argument("files", nargs="*", metavar="FILE", help="what `benchmark pod --json=FILE` wrote")
+    scaling.add_argument(
+        "--share",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="also steps that were not compiled, at this share of the peak, e.g. 0.4",
     )
+    for command in (pod, scaling):
+        command.add_argument("--plot", metavar="FILE", help="write a PNG of predicted efficiency over chips")
     for command, rounds in ((step, 5), (fusion, 9), (reading, 5)):
-        command.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds (default: {rounds})")
-    for command in (step, fusion, reading, pod):
-        command.add_argument("--json", metavar="FILE", help="write the figures to this file")
-    arguments, overrides = recipes.parse_arguments(parser, argv)
+        _number(command, "--rounds", rounds, "timed rounds")
+    for command in parsers:
+        command.add_argument("--json", metavar="FILE", help="write the metrics to this file")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    arguments, overrides = recipes.parse_arguments(make_parser(), argv)
+    if overrides and not hasattr(arguments, "config"):
+        raise UserError(f"benchmark {arguments.command} takes no {overrides[0]}: it reads no recipe")
     if getattr(arguments, "rounds", 1) < 1:
         raise UserError(f"--rounds={arguments.rounds} must be at least 1")
-    run = {"step": run_step, "fusion": run_fusion, "input": run_input, "pod": run_pod}[arguments.command]
-    figures = run(arguments, overrides)
+    metrics = RUNS[arguments.command][0](arguments, overrides)
     if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")
-    if "refusal" in figures:
-        raise UserError(figures["refusal"])
+        pathlib.Path(arguments.json).write_text(json.dumps(metrics, indent=2) + "\n")
+    if "refusal" in metrics:
+        raise UserError(metrics["refusal"])
 
 
 if __name__ == "__main__":

@@ -74,12 +74,12 @@ class Instruction:
 
 
 def _closing(text: str) -> int:
-    """Place of the parenthesis that closes the first one."""
+    """Index of the parenthesis that closes the first one."""
     depth = 0
-    for place, letter in enumerate(text):
+    for index, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if depth == 0 and letter == ")":
-            return place
+            return index
     return len(text)
 
 
@@ -189,7 +189,7 @@ def group_size(rest: str) -> int:
 def collectives(program: str) -> list[Collective]:
     """Every collective that a program runs, one of a loop's body as often as that turns.
 
-    An all-reduce whose result is cut at once is a reduce-scatter. TPUs' programs name one that runs beside matrix
+    An all-reduce whose result is scattered at once is a reduce-scatter. TPUs' programs name one that runs beside matrix
     products where it starts, in each of these and where it is done: it counts where it starts.
     """
     times, found = repeats(program), []
@@ -242,13 +242,13 @@ def _most_alive(body: list[Instruction], begins: Callable[[Instruction], bool], 
     """`most_alive` of one computation; `inside` knows those that it runs."""
     origin: dict[str, set[str]] = {}
     sizes, first, last = {}, {}, {}
-    for place, instruction in enumerate(body):
+    for index, instruction in enumerate(body):
         read = set().union(*(origin.get(name, ()) for name in instruction.operands))
         for name in read:
-            last[name] = place
+            last[name] = index
         if begins(instruction):
-            sizes[instruction.name], first[instruction.name] = instruction.bytes, place
-            last[instruction.name], origin[instruction.name] = place, {instruction.name}
+            sizes[instruction.name], first[instruction.name] = instruction.bytes, index
+            last[instruction.name], origin[instruction.name] = index, {instruction.name}
         elif instruction.op in SAME_VALUE:
             origin[instruction.name] = read
     for name in origin.get(body[-1].name, ()):

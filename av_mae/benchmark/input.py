@@ -1,12 +1,13 @@
 """`benchmark input`: how many clips a core makes ready for training, by stage, beside the mp4 files of the same clips.
 
-Times are CPU seconds of this process, so that what else the machine does counts little: "per core" is per CPU second. The
-files lie in the page cache. Transforms are those of training: a random window of the sound at a random volume, a random
-crop of the frame.
+Times are CPU seconds of this process, so that what else the machine does counts little: "per core" is per CPU second.
+The files lie in the page cache. Transforms are those of training: a random window of the audio at a random volume, a
+random crop of the frame.
 """
 
 import dataclasses
 import functools
+import io
 import os
 import pathlib
 import tempfile
@@ -16,11 +17,14 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+import simplejpeg
+import soundfile
+import soxr
+from PIL import Image
 
+from av_mae import benchmark, models
 from av_mae import config as sizes
-from av_mae import models
-from av_mae.benchmark import input_clips, timing
-from av_mae.benchmark.chips import PEAK_FLOPS
+from av_mae.benchmark.roofline import PEAK_FLOPS
 from av_mae.config import DataConfig
 from av_mae.console import Progress
 from av_mae.data import audio, frames, records
@@ -28,7 +32,89 @@ from av_mae.data.loading import ClipLoader, ClipSource, HostBatches, batch_field
 from av_mae.data.pipeline import TrainingData, open_sources, open_training_data
 from av_mae.errors import UserError
 from av_mae.media import decode as media
+from av_mae.media import encode as clip_writer
 from av_mae.prepare.shards import write_set
+
+SIZE, SECONDS, RATE = (256, 340), 10, 16000
+JPEG_QUALITY = 90
+VIDEO_RATE, SOUND_RATE = 25, 44100  # of the video files: frames and samples per second
+# As most clips on the web are made: x264's own settings at quality 23, but encoded sooner.
+VIDEO_OPTIONS = {"crf": "23", "preset": "veryfast", "threads": "1"}
+
+
+def _falling(generator: np.random.Generator, shape: tuple[int, ...], exponent: float) -> np.ndarray:
+    """Noise whose amplitudes fall with the frequency to the power `exponent`: float32, mean 0, deviation 1."""
+    spectrum = np.fft.rfftn(generator.standard_normal(shape, np.float32))
+    frequencies = np.meshgrid(*(np.fft.fftfreq(n) for n in shape[:-1]), np.fft.rfftfreq(shape[-1]), indexing="ij")
+    spectrum /= np.maximum(np.sqrt(sum(np.square(f) for f in frequencies)), 1 / max(shape)) ** exponent
+    noise = np.fft.irfftn(spectrum, shape, range(len(shape)))
+    return ((noise - noise.mean()) / noise.std()).astype(np.float32)
+
+
+def _frames(generator: np.random.Generator) -> list[bytes]:
+    """A camera that wanders over a scene and nears it, one JPEG frame per second."""
+    height, width = SIZE
+    grey, *colours = (_falling(generator, (2 * height, 2 * width), 1.5) for _ in range(4))
+    scene = np.stack([118 + 48 * grey + 16 * colour for colour in colours], axis=-1)
+    scene = Image.fromarray(np.clip(scene, 0, 255).astype(np.uint8))
+    corner, drift = generator.uniform(0, 20, 2), generator.uniform(0, 12, 2)
+    frames = []
+    for second in range(SECONDS):
+        zoom = 1 + 0.03 * second
+        left, top = corner + second * drift
+        frame = scene.resize(
+            (width, height),
+            Image.Resampling.BILINEAR,
+            box=(left, top, left + 1.2 * width / zoom, top + 1.2 * height / zoom),
+        )
+        frames.append(simplejpeg.encode_jpeg(np.asarray(frame), quality=JPEG_QUALITY, colorsubsampling="420"))
+    return frames
+
+
+def _sound(generator: np.random.Generator) -> np.ndarray:
+    """Two notes a second over pink noise: float32 [samples]."""
+    time = np.arange(SECONDS * RATE) / RATE
+    pitch = np.repeat(110 * 2 ** generator.uniform(0, 3, 2 * SECONDS), RATE // 2)
+    phase = 2 * np.pi * np.cumsum(pitch) / RATE
+    note = sum(np.sin(k * phase) / k for k in range(1, 6)) * np.exp(-4 * (time % 0.5))
+    return (0.06 * note + 0.002 * _falling(generator, (SECONDS * RATE,), 0.5)).astype(np.float32)
+
+
+def compose(index: int) -> dict:
+    """The record (see records.py) of the clip `index`: ten seconds, 340 × 256 pixels, 16 kHz."""
+    generator = np.random.default_rng([2026, index])
+    return {
+        "id": f"made_up_{index:04d}",
+        "duration": np.float32(SECONDS),
+        "frames": _frames(generator),
+        "frame_times": np.arange(SECONDS, dtype=np.float32),
+        "sound": clip_writer.flac(_sound(generator), RATE),
+    }
+
+
+def write_video(record: dict, path: str | os.PathLike) -> float:
+    """Writes the clip of a record as an mp4 file, those between the set's frames faded from one to the next.
+
+    Files made so of frames of real videos took 0.8 to 1.0 × as long to read as the videos themselves. Returns how many
+    seconds the file lasts.
+    """
+    stills = [simplejpeg.decode_jpeg(frame) for frame in record["frames"]]
+    height, width = (side // 2 * 2 for side in stills[0].shape[:2])
+    waveform, rate = soundfile.read(io.BytesIO(record["sound"]), dtype="float32")
+    seconds = len(waveform) / rate
+    frames = np.empty((max(1, round(seconds * VIDEO_RATE)), height, width, 3), np.uint8)
+    for number, position in enumerate(
+        np.interp(np.arange(len(frames)) / VIDEO_RATE, record["frame_times"], np.arange(len(stills)))
+    ):
+        first, second = stills[int(position)], stills[min(int(position) + 1, len(stills) - 1)]
+        share = position - int(position)
+        frames[number] = np.rint(first * (1 - share) + second * share)[:height, :width]
+    mp4 = clip_writer.encode_mp4(
+        frames, VIDEO_RATE, soxr.resample(waveform, rate, SOUND_RATE), SOUND_RATE, VIDEO_OPTIONS
+    )
+    pathlib.Path(path).write_bytes(mp4)
+    return seconds
+
 
 IMAGE, AUDIO = (224, 224), (128, 192)
 BATCH = 32
@@ -43,13 +129,14 @@ MFU = 0.5
 
 class Stages(NamedTuple):
     """What the stages of n clips begin with: their numbers in the set; records; encoded frames and the crops' boxes;
-    decoded frames and the boxes in them; places of the windows in the sounds; windows; clips that ClipLoader made."""
+    decoded frames and the boxes in them; positions of the windows in the audio, 0 to 1; windows; clips that
+    ClipLoader made."""
 
     numbers: list[int]
     records: list[dict]
     encoded: list[tuple[bytes, frames.Box]]
     decoded: list[tuple[np.ndarray, frames.Box]]
-    places: list[float]
+    positions: list[float]
     windows: list[np.ndarray]
     clips: list[dict]
 
@@ -68,7 +155,7 @@ class LargeSet:
 
 
 def measure(folder: str, clips: int, rounds: int, device_rate: float = 0.0, workers: int = 0) -> dict[str, Any]:
-    """The figures of `benchmark input` (DESIGN: names in the JSON file), for the first `clips` clips of a prepared set.
+    """The metrics of `benchmark input` (DESIGN: names in the JSON file), for the first `clips` clips of a prepared set.
 
     folder: '' makes a set. device_rate: clips/s that a host's accelerators take (0: waiting is not measured), served by
     `workers` processes. Raises UserError where the set cannot be opened or none of its clips can be read.
@@ -86,20 +173,20 @@ def measure(folder: str, clips: int, rounds: int, device_rate: float = 0.0, work
             "video": functools.partial(_each, functools.partial(_read_video, data), videos),
         }
         counts = dict.fromkeys(runs, len(stages.clips)) | {"whole": BATCH * len(batches), "video": len(videos)}
-        seconds = timing.in_turn(runs, rounds, time.process_time)
-        figures = {
+        seconds = benchmark.in_turn(runs, rounds, time.process_time)
+        metrics = {
             "clips": len(stages.clips),
             "rounds": rounds,
-            **_figures({name: values / counts[name] for name, values in seconds.items()}),
+            **_metrics({name: values / counts[name] for name, values in seconds.items()}),
         }
         if device_rate:
-            figures |= {
+            metrics |= {
                 "device_rate": device_rate,
                 "workers": workers,
                 "input_wait_share": wait_share(data, device_rate, workers),
-                "cores_for_device_rate": device_rate / figures["clips_per_second_per_core"],
+                "cores_for_device_rate": device_rate / metrics["clips_per_second_per_core"],
             }
-        return figures
+        return metrics
 
 
 def wait_share(data: DataConfig, device_rate: float, workers: int) -> float:
@@ -135,7 +222,7 @@ def _make_set(folder: pathlib.Path, clips: int) -> str:
 
         def made():
             for number in range(clips):
-                yield input_clips.compose(number)
+                yield compose(number)
                 progress.update()
 
         write_set(folder, "made_up", "made up", ["unknown"], {"train": made}, clips)
@@ -152,12 +239,12 @@ def _load_stages(data: DataConfig, source: ClipSource, count: int) -> Stages:
         if clip["stage"]:
             errors.append(f"clip {clip['id']}: {clip['stage']}: {clip['cause']}")
             continue
-        place, samples = generator.uniform(), AUDIO[1] * data.sound.hop
-        window, _, middle = audio.read_window(record["sound"], data.sound.rate, samples, place)
+        position, samples = generator.uniform(), AUDIO[1] * data.sound.hop
+        window, _, middle = audio.read_window(record["sound"], data.sound.rate, samples, position)
         encoded = record["frames"][int(np.argmin(np.abs(record["frame_times"] - middle)))]
         box = frames.random_box(generator, *frames.frame_size(encoded), data.crop_scale)
         for values, value in zip(
-            stages, (number, record, (encoded, box), frames.decode(encoded, box, IMAGE), place, window, clip)
+            stages, (number, record, (encoded, box), frames.decode(encoded, box, IMAGE), position, window, clip)
         ):
             values.append(value)
     if not stages.clips:
@@ -172,7 +259,7 @@ def _stage_runs(data: DataConfig, source: ClipSource, stages: Stages) -> dict[st
     joined = HostBatches(
         grain.MapDataset.source(stages.clips), batch_fields(data, IMAGE, AUDIO), BATCH, ROWS, 0, len(stages.clips)
     )
-    encoded_sounds = [(record["sound"], place) for record, place in zip(stages.records, stages.places)]
+    encoded_sounds = [(record["sound"], position) for record, position in zip(stages.records, stages.positions)]
     return {
         "read": functools.partial(_each, source.__getitem__, order),
         "jpeg": functools.partial(_each, lambda frame: frames.decode(*frame, IMAGE), stages.encoded),
@@ -192,13 +279,13 @@ def _each(function: Callable, values) -> None:
         function(value)
 
 
-def _write_videos(stored: list[dict], folder: pathlib.Path) -> list[tuple[str, float, np.random.Generator]]:
+def _write_videos(clips: list[dict], folder: pathlib.Path) -> list[tuple[str, float, np.random.Generator]]:
     """The mp4 file of each record, how long it is, and the random draws for reading it."""
     videos = []
-    with Progress(len(stored), "writing mp4 files") as progress:
-        for number, record in enumerate(stored):
+    with Progress(len(clips), "writing mp4 files") as progress:
+        for number, record in enumerate(clips):
             path = folder / f"{number}.mp4"
-            seconds = input_clips.write_video(record, path)
+            seconds = write_video(record, path)
             videos.append((os.fspath(path), seconds, np.random.default_rng(number)))
             progress.update()
     return videos
@@ -216,7 +303,7 @@ def _read_video(data: DataConfig, video: tuple[str, float, np.random.Generator])
     audio.features(audio.change_volume(waveform, 3.0), data.sound)
 
 
-def _figures(seconds: dict[str, np.ndarray]) -> dict[str, Any]:
+def _metrics(seconds: dict[str, np.ndarray]) -> dict[str, Any]:
     """Rates and the ratio of whole and video, medians over rounds, from CPU seconds per clip in each round."""
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     stages = {name: value for name, value in median.items() if name not in ("whole", "video")}
@@ -230,3 +317,18 @@ def _figures(seconds: dict[str, np.ndarray]) -> dict[str, Any]:
         "seconds_per_clip": median | {"other": median["whole"] - sum(stages.values())},
         "chips": {name: {"clips_per_second": rate, "cores": rate * median["whole"]} for name, rate in rates.items()},
     }
+
+
+def tables(metrics: dict[str, Any]) -> list[list[tuple[str, ...]]]:
+    """What the command prints: the time of each stage, and the cores that an accelerator of each kind needs."""
+    stages = [
+        (name, f"{1e3 * seconds:.3f}", f"{1 / seconds:.0f}" if seconds > 0 else "")
+        for name, seconds in metrics["seconds_per_clip"].items()
+    ]
+    chips = [
+        (name, f"{chip['clips_per_second']:.0f}", f"{chip['cores']:.1f}") for name, chip in metrics["chips"].items()
+    ]
+    return [
+        [("stage", "ms per clip", "clips/s per core"), *stages],
+        [("one accelerator, ViT-B", "clips/s", "cores"), *chips],
+    ]

@@ -1,7 +1,7 @@
 """`benchmark pod`: the training step of a recipe, compiled for a TPU slice that need not be there.
 
 The compiler is libtpu's (the `tpu` extra, any Linux machine); its program, memory plan and counts are the real ones,
-the times are predictions by the roofline of roofline.py.
+the times are predictions by roofline.py.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from av_mae import models
 from av_mae.benchmark import compiled as programs
 from av_mae.benchmark import roofline
-from av_mae.benchmark.chips import CHIPS, Chip
+from av_mae.benchmark.roofline import CLIPS_PER_CORE, TOPOLOGIES, Chip, Metrics
 from av_mae.config import TrainConfig
 from av_mae.console import Progress
 from av_mae.errors import UserError
@@ -27,18 +27,6 @@ from av_mae.train.step import PASSES, Pretraining, TrainStep, count_parameters
 
 # What libtpu asks of a machine that is no TPU host.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-COUNTS = (16, 32, 64, 128, 256, 512, 1024)  # chips of the curve
-CLIPS_PER_CORE = 250  # clips per second that a host core is assumed to prepare
-
-
-def known_topologies() -> dict[str, tuple[Chip, tuple[int, ...]]]:
-    """Chip and shape of each slice by name, e.g. 'v5e:4x4'."""
-    return {
-        f"{name}:{'x'.join(map(str, shape))}": (chip, shape)
-        for name, chip in CHIPS.items()
-        for size, shape in roofline.SHAPES[chip.dimensions].items()
-        if size <= chip.most
-    }
 
 
 def topology_devices(name: str, slices: int) -> list:
@@ -47,9 +35,8 @@ def topology_devices(name: str, slices: int) -> list:
     Raises:
       UserError: no such topology, or libtpu is not installed.
     """
-    known = known_topologies()
-    if name not in known:
-        raise UserError(f"no topology {name!r}; known are {', '.join(known)}")
+    if name not in TOPOLOGIES:
+        raise UserError(f"no topology {name!r}; known are {', '.join(TOPOLOGIES)}")
     if slices < 1:
         raise UserError(f"--slices={slices} must be at least 1")
     if importlib.util.find_spec("libtpu") is None:
@@ -100,8 +87,8 @@ def advice(config: TrainConfig, state: int, over: int, memory: int, devices: int
     return "--config.remat=full would keep only what enters each layer"
 
 
-def does_not_fit(error: Exception, config: TrainConfig, train_step: TrainStep, name: str) -> dict:
-    """Figures of a step that the compiler refused for want of memory; other errors are raised again."""
+def does_not_fit(error: Exception, config: TrainConfig, train_step: TrainStep, name: str) -> Metrics:
+    """Metrics of a step that the compiler refused for want of memory; other errors are raised again."""
     match = re.search(r"Used ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or not match:
         raise error
@@ -141,14 +128,14 @@ def prepare(config: TrainConfig, name: str, slices: int) -> tuple[TrainStep, Chi
       UserError: unknown topology; the mesh, the batch or the model does not fit it.
     """
     devices = topology_devices(name, slices)
-    chip, shape = known_topologies()[name]
+    chip, shape = TOPOLOGIES[name]
     parameters = count_parameters(Pretraining(config.model))
     config = dataclasses.replace(config, mesh=fitted(config.mesh, devices, parameters, chip.memory))
     return TrainStep(config, make_mesh(config.mesh, devices), Length(1000, 10, 1000)), chip, shape
 
 
-def measure(config: TrainConfig, name: str, slices: int = 1) -> dict:
-    """The figures of `benchmark pod`; bytes, FLOPs and seconds are those of one chip."""
+def measure(config: TrainConfig, name: str, slices: int = 1) -> Metrics:
+    """The metrics of `benchmark pod`; bytes, FLOPs and seconds are those of one chip."""
     train_step, chip, shape = prepare(config, name, slices)
     with Progress(2, f"compiling for {name}", "stages") as progress:
         traced = train_step.step.trace(train_step.abstract_state(), abstract_batch(config, train_step))
@@ -210,9 +197,9 @@ def measure(config: TrainConfig, name: str, slices: int = 1) -> dict:
     }
 
 
-def recipe_hours(figures: dict, config: TrainConfig, clips: int) -> dict:
+def recipe_hours(metrics: Metrics, config: TrainConfig, clips: int) -> Metrics:
     """Predicted hours of a whole recipe over `clips` clips per epoch, and the host cores that its input needs."""
-    rate = config.batch_size / figures["predicted_step_seconds"]
+    rate = config.batch_size / metrics["predicted_step_seconds"]
     total = config.epochs * clips or config.steps * config.batch_size
     return {
         "recipe_clips": total,
@@ -222,38 +209,31 @@ def recipe_hours(figures: dict, config: TrainConfig, clips: int) -> dict:
     }
 
 
-def curve(figures: dict, name: str) -> list[dict]:
-    """Predicted efficiency of the compiled step over numbers of chips, at its clips per chip."""
-    chip = known_topologies()[name][0]
-    local = max(figures["seconds"]["compute"], figures["seconds"]["memory"])
-    return roofline.curve(chip, local, figures["mesh"]["fsdp"], figures["parameters"], COUNTS)
-
-
-def tables(figures: dict) -> list[list[tuple[str, ...]]]:
+def tables(metrics: Metrics) -> list[list[tuple[str, ...]]]:
     """What the command prints: the plan, memory by kind, exchanges by kind, predictions."""
     gigabytes = lambda n: f"{n / 1e9:.3f} GB"
-    mesh = " × ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
+    mesh = " × ".join(f"{axis} {size}" for axis, size in metrics["mesh"].items())
     plan = [
         ("plan", "value"),
-        ("chips", str(figures["chips"])),
+        ("chips", str(metrics["chips"])),
         ("mesh", mesh),
-        ("clips per step", str(figures["batch_size"])),
-        ("largest batch that fits", str(figures["largest_batch"])),
+        ("clips per step", str(metrics["batch_size"])),
+        ("largest batch that fits", str(metrics["largest_batch"])),
     ]
-    memory = [("memory of a chip", "bytes")] + [(kind, gigabytes(n)) for kind, n in figures["bytes_per_chip"].items()]
-    memory.append(("gathered weights at once", gigabytes(figures["gathered_bytes"])))
+    memory = [("memory of a chip", "bytes")] + [(kind, gigabytes(n)) for kind, n in metrics["bytes_per_chip"].items()]
+    memory.append(("gathered weights at once", gigabytes(metrics["gathered_bytes"])))
     flops = [("work of a chip", "value")] + [
-        (name, f"{figures[name] / 1e12:.3f} TFLOP")
+        (name, f"{metrics[name] / 1e12:.3f} TFLOP")
         for name in ("flops", "closed_form_flops", "matmul_flops", "padded_flops")
     ]
-    flops.append(("bytes_accessed", gigabytes(figures["bytes_accessed"])))
+    flops.append(("bytes_accessed", gigabytes(metrics["bytes_accessed"])))
     exchanges = [("exchange", "count", "bytes", "seconds", "beside others")] + [
         (kind, str(one["count"]), gigabytes(one["bytes"]), f"{one['seconds']:.5f}", f"{one['hidden_seconds']:.5f}")
-        for kind, one in figures["collectives"].items()
+        for kind, one in metrics["collectives"].items()
     ]
-    seconds = [("prediction", "value")] + [(f"{part} seconds", f"{n:.5f}") for part, n in figures["seconds"].items()]
+    seconds = [("prediction", "value")] + [(f"{part} seconds", f"{n:.5f}") for part, n in metrics["seconds"].items()]
     seconds += [
-        (name, f"{figures[name]:.5g}")
+        (name, f"{metrics[name]:.5g}")
         for name in (
             "predicted_step_seconds",
             "predicted_mfu",
@@ -262,6 +242,6 @@ def tables(figures: dict) -> list[list[tuple[str, ...]]]:
             "predicted_hours",
             "input_cores",
         )
-        if name in figures
+        if name in metrics
     ]
     return [plan, memory, flops, exchanges, seconds]

@@ -1,6 +1,7 @@
 """`benchmark step`: one training step of a recipe on random clips, beside a large matmul and the plain formulation."""
 
 import dataclasses
+import re
 import time
 
 import jax
@@ -9,12 +10,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from av_mae import models
-from av_mae.benchmark import timing
-from av_mae.benchmark.chips import PEAK_FLOPS
-from av_mae.benchmark.plain import Plain, fuse
+from av_mae import benchmark, models
+from av_mae.benchmark.roofline import PEAK_FLOPS
 from av_mae.config import TrainConfig
 from av_mae.models.kinds import flat_values
+from av_mae.models.layers import sin_cos_2d
+from av_mae.models.patches import patchify, random_mask, take, targets
 from av_mae.train.optimizer import Length
 from av_mae.train.sharding import make_mesh
 from av_mae.train.step import DTYPES, TrainStep, fitted_mesh
@@ -91,7 +92,7 @@ def forward_flops(config: TrainConfig, train_step: TrainStep) -> float:
 
 
 def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict:
-    """The figures of `benchmark step` (DESIGN: names in the JSON file).
+    """The metrics of `benchmark step` (DESIGN: names in the JSON file).
 
     Rates and shares are medians over rounds of ratios taken within a round, since machines drift.
     """
@@ -99,16 +100,16 @@ def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict:
     train_step = TrainStep(config, mesh, Length(1000, 10, 1000))
     batch = jax.device_put(random_batch(config), train_step.rows)
     ours = Runner(train_step.step, train_step.init(), batch)
-    product, product_flops = timing.matmul(config.dtype)
+    product, product_flops = benchmark.matmul(config.dtype)
     runs = {"matmul": product, "step": ours, "matmul again": product}
     if with_plain:
         runs["plain"] = plain = plain_runner(config, train_step, batch)
-    seconds = timing.in_turn(runs, rounds)
+    seconds = benchmark.in_turn(runs, rounds)
     closed = models.closed_form_flops(config.model)
     step_flops = 3.0 * closed * config.batch_size
     matmul_rate = product_flops / ((seconds["matmul"] + seconds["matmul again"]) / 2)
     step_seconds = float(np.median(seconds["step"]))
-    figures = {
+    metrics = {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "jax": jax.__version__,
@@ -121,20 +122,20 @@ def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict:
         "compiler_flops_per_clip": forward_flops(config, train_step),
         "matmul_flops_per_second": float(np.median(matmul_rate)),
         "matmul_share": float(np.median(step_flops / seconds["step"] / (matmul_rate * jax.device_count()))),
-        "peak_bytes": timing.memory_bytes(ours.compiled),
+        "peak_bytes": benchmark.memory_bytes(ours.compiled),
         "compile_seconds": ours.compile_seconds,
     }
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     if peak and config.dtype == "bfloat16":
-        figures["mfu"] = step_flops / step_seconds / (peak * jax.device_count())
+        metrics["mfu"] = step_flops / step_seconds / (peak * jax.device_count())
     if with_plain:
-        figures |= {
+        metrics |= {
             "plain_step_seconds": float(np.median(seconds["plain"])),
             "plain_compile_seconds": plain.compile_seconds,
-            "plain_peak_bytes": timing.memory_bytes(plain.compiled),
+            "plain_peak_bytes": benchmark.memory_bytes(plain.compiled),
             "times_plain": float(np.median(seconds["plain"] / seconds["step"])),
         }
-    return figures
+    return metrics
 
 
 def encoder_forward(config: TrainConfig, pair_attention: str):
@@ -163,7 +164,7 @@ def plain_encoder_forward(config: TrainConfig):
 def measure_encoder(config: TrainConfig, rounds: int) -> dict:
     """Forward passes of the unmasked encoder, in turn: pairs separated, pairs materialized after their tokens'
     projections, and the plain formulation."""
-    seconds = timing.in_turn(
+    seconds = benchmark.in_turn(
         {
             "encoder": encoder_forward(config, "separable"),
             "materialized_encoder": encoder_forward(config, "materialized"),
@@ -176,3 +177,141 @@ def measure_encoder(config: TrainConfig, rounds: int) -> dict:
         "times_materialized": ratio("materialized_encoder"),
         "times_plain": ratio("plain_encoder"),
     }
+
+
+Params = dict[str, jax.Array]
+PAIR_HALVES = ("image", "audio")
+
+
+def fuse(params: Params) -> Params:
+    """The model's parameters by dotted name, with q, k, v (and k, v of the aggregations, and pair halves) fused."""
+    fused = dict(params)
+    for name in params:
+        match = re.match(r"(.*attention)\.(aggregate_\w+\.)?value\.(kernel|bias)$", name)
+        if match:
+            base, leaf = name.removesuffix(f"value.{match.group(3)}"), match.group(3)
+            parts = ("key", "value") if match.group(2) else ("query", "key", "value")
+            fused[f"{base}fused.{leaf}"] = jnp.concatenate([fused.pop(f"{base}{p}.{leaf}") for p in parts], -1)
+        match = re.match(r"(.*)\.(key|value)_image\.kernel$", name)
+        if match:
+            base, part = match.groups()
+            halves = [fused.pop(f"{base}.{part}_{half}.kernel") for half in PAIR_HALVES]
+            fused[f"{base}.{part}_pair.kernel"] = jnp.concatenate(halves, 0)
+            fused[f"{base}.{part}_pair.bias"] = fused.pop(f"{base}.{part}_image.bias")
+    return fused
+
+
+class Plain:
+    """plain.losses(params, image, audio, image_noise, audio_noise) → losses [B] of image and audio, as AVMAE.losses.
+
+    `params` come from `fuse`.
+    """
+
+    def __init__(self, config: models.AVMAEConfig):
+        if config.fusion.kind not in ("factorized", "dense") or config.decoder.kind != "plain":
+            raise ValueError(
+                "the plain formulation knows factorized and dense fusion with plain decoders, got "
+                f"{config.fusion.kind} and {config.decoder.kind}"
+            )
+        self.config = config
+
+    def linear(self, p: Params, name: str, x: jax.Array) -> jax.Array:
+        return x @ p[f"{name}.kernel"] + p[f"{name}.bias"]
+
+    def norm(self, p: Params, name: str, x: jax.Array, eps: float) -> jax.Array:
+        mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        return (x - mean) / jnp.sqrt(variance + eps) * p[f"{name}.scale"] + p[f"{name}.bias"]
+
+    def mlp(self, p: Params, name: str, x: jax.Array) -> jax.Array:
+        hidden = jax.nn.gelu(self.linear(p, f"{name}.fc1", x), approximate=False)
+        return self.linear(p, f"{name}.fc2", hidden)
+
+    def heads(self, x: jax.Array, heads: int) -> jax.Array:
+        return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, heads: int, scale: float) -> jax.Array:
+        q, k, v = (self.heads(x, heads) for x in (q, k, v))
+        x = jax.nn.softmax(q @ k.swapaxes(-1, -2) * scale, axis=-1) @ v
+        return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
+
+    def block(self, p: Params, name: str, x: jax.Array, heads: int, eps: float) -> jax.Array:
+        y = self.linear(p, f"{name}.attention.fused", self.norm(p, f"{name}.norm1", x, eps))
+        width = x.shape[-1]
+        q, k, v = y[..., :width], y[..., width : 2 * width], y[..., 2 * width :]
+        y = self.attend(q, k, v, heads, (width // heads) ** -0.5)
+        x = x + self.linear(p, f"{name}.attention.out", y)
+        return x + self.mlp(p, f"{name}.mlp", self.norm(p, f"{name}.norm2", x, eps))
+
+    def aggregate(self, p: Params, name: str, q: jax.Array, x: jax.Array) -> jax.Array:
+        width, heads = q.shape[-1], self.config.fusion.heads
+        y = self.linear(p, f"{name}.fused", x)
+        y = self.attend(
+            self.linear(p, f"{name}.query", q), y[..., :width], y[..., width:], heads, (width // heads) ** -0.5
+        )
+        return self.linear(p, f"{name}.out", y)
+
+    def read_pairs(self, p: Params, name: str, q: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
+        (b, i, d), a, heads = image.shape, audio.shape[1], self.config.fusion.heads
+        pairs = jnp.concatenate(
+            [jnp.broadcast_to(image[:, :, None], (b, i, a, d)), jnp.broadcast_to(audio[:, None], (b, i, a, d))], -1
+        ).reshape(b, i * a, 2 * d)
+        k, v = self.linear(p, f"{name}.key_pair", pairs), self.linear(p, f"{name}.value_pair", pairs)
+        y = self.attend(self.linear(p, f"{name}.query", q), k, v, heads, (d / heads) ** -0.5)
+        return self.linear(p, f"{name}.out", y)
+
+    def fuse_layer(self, p: Params, name: str, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
+        f, image, audio = (
+            self.norm(p, f"{name}.norm_{part}", x, 1e-5)
+            for part, x in (("fusion", fusion), ("image", image), ("audio", audio))
+        )
+        if self.config.fusion.kind == "dense":
+            y = self.read_pairs(p, f"{name}.attention", f, image, audio)
+        else:
+            first, second = self.config.fusion.tokens[0], sum(self.config.fusion.tokens[:2])
+            image = self.aggregate(p, f"{name}.attention.aggregate_image", f[:, first:second], image)
+            audio = self.aggregate(p, f"{name}.attention.aggregate_audio", f[:, second:], audio)
+            y = self.read_pairs(p, f"{name}.attention.pairs", f[:, :first], image, audio)
+            y = jnp.concatenate([y, image, audio], 1)
+        f = f + y
+        return f + self.mlp(p, f"{name}.mlp", self.norm(p, f"{name}.norm2", f, 1e-5))
+
+    def encode(self, p: Params, x: dict[str, jax.Array], keep: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        streams, tokens = {"image": self.config.image, "audio": self.config.audio}, {}
+        for name, stream in streams.items():
+            patches = patchify(x[name], stream.patch_size)
+            every = self.linear(p, f"encoder.{name}.patch_embed", patches) + sin_cos_2d(stream.grid, stream.width)
+            tokens[name] = take(every, keep[name])
+        fusion = jnp.repeat(p["encoder.fusion_tokens"], tokens["image"].shape[0], 0)
+        for layer in range(self.config.layers):
+            before = dict(tokens)
+            for name, stream in streams.items():
+                y = jnp.concatenate([fusion, before[name]], 1)
+                y = self.block(p, f"encoder.{name}.blocks.{layer}", y, stream.heads, 1e-6)
+                tokens[name] = y[:, fusion.shape[1] :]
+            fusion = self.fuse_layer(p, f"encoder.fusion_blocks.{layer}", fusion, before["image"], before["audio"])
+        tokens = {name: self.norm(p, f"encoder.{name}.norm", y, 1e-6) for name, y in tokens.items()}
+        return tokens | {"fusion": self.norm(p, "encoder.fusion_norm", fusion, 1e-5)}
+
+    def decode(self, p: Params, name: str, tokens: jax.Array, fusion: jax.Array, restore: jax.Array) -> jax.Array:
+        decoder = f"{name}_decoder"
+        x = self.linear(p, f"{decoder}.embed", tokens)
+        hidden = jnp.broadcast_to(p[f"{decoder}.mask_token"], (x.shape[0], restore.shape[1] - x.shape[1], x.shape[2]))
+        x = take(jnp.concatenate([x, hidden], 1), restore) + p[f"{decoder}.positions"]
+        x = jnp.concatenate([self.linear(p, f"{decoder}.embed", fusion), x], 1)
+        for number in range(self.config.decoder.depth):
+            x = self.block(p, f"{decoder}.blocks.{number}", x, self.config.decoder.heads, 1e-5)
+        return self.linear(p, f"{decoder}.predict", self.norm(p, f"{decoder}.norm", x, 1e-5)[:, fusion.shape[1] :])
+
+    def losses(self, p: Params, image: jax.Array, audio: jax.Array, image_noise: jax.Array, audio_noise: jax.Array):
+        streams = {"image": self.config.image, "audio": self.config.audio}
+        inputs = {"image": image, "audio": audio if audio.ndim == 4 else audio[..., None]}
+        noise = {"image": image_noise, "audio": audio_noise}
+        masks = {name: random_mask(noise[name], stream.keep) for name, stream in streams.items()}
+        tokens = self.encode(p, inputs, {name: mask.keep for name, mask in masks.items()})
+        losses = []
+        for name, stream in streams.items():
+            restore = jnp.argsort(jnp.concatenate([masks[name].keep, masks[name].removed], 1), axis=1)
+            prediction = self.decode(p, name, tokens[name], tokens["fusion"], restore)
+            error = jnp.square(prediction - targets(inputs[name], stream)).mean(-1)
+            losses.append((error * masks[name].mask).sum(1) / np.float32(stream.tokens - stream.keep))
+        return tuple(losses)

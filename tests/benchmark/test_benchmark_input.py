@@ -1,5 +1,6 @@
-"""`benchmark input`: its figures agree with one another, and its clips are like real ones."""
+"""`benchmark input`: its metrics agree with one another, and its clips are like real ones."""
 
+import functools
 import io
 import json
 
@@ -11,25 +12,24 @@ import soundfile
 
 from av_mae.benchmark import __main__ as benchmark
 from av_mae.benchmark import input as reading
-from av_mae.benchmark import input_clips
 from av_mae.config import DataConfig
 from av_mae.errors import UserError
 from av_mae.media import decode as media
 from av_mae.prepare.shards import write_set
 
 
-def test_figures_of_a_made_set(tmp_path, capsys):
-    benchmark.main(["input", "--clips=2", "--rounds=1", f"--json={tmp_path / 'figures.json'}"])
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert set(figures["stages"]) == {"read", "jpeg", "crop", "sound", "log_mel", "batch"} and figures["clips"] == 2
-    rate, video = figures["clips_per_second_per_core"], figures["video_clips_per_second_per_core"]
-    assert rate > video > 0 and figures["times_video"] == pytest.approx(rate / video)
-    seconds = figures["seconds_per_clip"]
-    assert sum(seconds[name] for name in (*figures["stages"], "other")) == pytest.approx(1 / rate)
-    assert figures["stages"]["jpeg"] == pytest.approx(1 / seconds["jpeg"])
+def test_metrics_of_a_made_set(tmp_path, capsys):
+    benchmark.main(["input", "--clips=2", "--rounds=1", f"--json={tmp_path / 'metrics.json'}"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics["stages"]) == {"read", "jpeg", "crop", "sound", "log_mel", "batch"} and metrics["clips"] == 2
+    rate, video = metrics["clips_per_second_per_core"], metrics["video_clips_per_second_per_core"]
+    assert rate > video > 0 and metrics["times_video"] == pytest.approx(rate / video)
+    seconds = metrics["seconds_per_clip"]
+    assert sum(seconds[name] for name in (*metrics["stages"], "other")) == pytest.approx(1 / rate)
+    assert metrics["stages"]["jpeg"] == pytest.approx(1 / seconds["jpeg"])
     # 3 × 36 GFLOP a clip at half of 197 TFLOP/s
-    assert figures["chips"]["v5e"]["clips_per_second"] == pytest.approx(0.5 * 197e12 / (3 * 36.0e9), rel=0.01)
-    assert figures["chips"]["H100"]["cores"] == pytest.approx(figures["chips"]["H100"]["clips_per_second"] / rate)
+    assert metrics["chips"]["v5e"]["clips_per_second"] == pytest.approx(0.5 * 197e12 / (3 * 36.0e9), rel=0.01)
+    assert metrics["chips"]["H100"]["cores"] == pytest.approx(metrics["chips"]["H100"]["clips_per_second"] / rate)
     assert "| jpeg" in capsys.readouterr().out
 
 
@@ -40,7 +40,8 @@ def test_clips_that_cannot_be_read_are_left_out(tmp_path):
     clips = [{name: value for name, value in clip.items() if name != "label"} for clip in clips]
     for folder, stored in (("some", clips), ("none", clips[1:2])):
         (tmp_path / folder).mkdir()
-        write_set(tmp_path / folder, "made_up", "made up", ["x"], {"valid": lambda: iter(stored)}, len(stored))
+        splits = {"valid": functools.partial(iter, stored)}
+        write_set(tmp_path / folder, "made_up", "made up", ["x"], splits, len(stored))
     assert reading.measure(str(tmp_path / "some"), 64, 1)["clips"] == 2
     with pytest.raises(UserError, match="none of the first 1 clips of .*none can be read; .*clip c-1: sound: "):
         reading.measure(str(tmp_path / "none"), 64, 1)
@@ -48,12 +49,12 @@ def test_clips_that_cannot_be_read_are_left_out(tmp_path):
 
 def test_made_clips_are_like_real_ones(tmp_path):
     """Sizes of real clips at these settings: frames 13 to 39 kB, sounds 100 to 200 kB. The video shows the same."""
-    clip = input_clips.compose(3)
+    clip = reading.compose(3)
     sizes = [len(frame) for frame in clip["frames"]]
     waveform, rate = soundfile.read(io.BytesIO(clip["sound"]))
     assert len(sizes) == 10 and 13e3 < np.mean(sizes) < 39e3 and 100e3 < len(clip["sound"]) < 200e3
     assert (len(waveform), rate) == (160_000, 16_000) and 0.01 < np.abs(waveform).max() < 1
-    assert input_clips.write_video(clip, tmp_path / "clip.mp4") == 10.0
+    assert reading.write_video(clip, tmp_path / "clip.mp4") == 10.0
     video = media.Media(tmp_path / "clip.mp4")
     (_, frame), (_, between) = video.frames([4.0, 6.52])
     stored = [simplejpeg.decode_jpeg(clip["frames"][number]).astype(float) for number in (4, 6, 7)]

@@ -175,7 +175,7 @@ def test_counts_matrix_products():
     assert compiled.matmul_flops(sizes, 128) == 2 * (11 * 8 * 128 * 128 + 3 * 56 * 128 * 128)
 
 
-ENCODER = dict(width=64, depth=4, heads=4)
+ENCODER = {"width": 64, "depth": 4, "heads": 4}
 MODEL = AVMAEConfig(
     image=StreamConfig(size=(48, 80), patch=16, mask_ratio=0.5, **ENCODER),
     audio=StreamConfig(size=(48, 48), channels=1, patch=16, mask_ratio=0.5, **ENCODER),

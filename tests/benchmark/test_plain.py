@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 from av_mae import models
-from av_mae.benchmark.plain import Plain, fuse
+from av_mae.benchmark.step import Plain, fuse
 
 
 def small_config(kind="factorized", **fusion):
-    stream = dict(patch=8, width=24, depth=2, heads=3)
+    stream = {"patch": 8, "width": 24, "depth": 2, "heads": 3}
     return models.AVMAEConfig(
         image=models.StreamConfig(size=(24, 40), channels=3, mask_ratio=0.6, **stream),
         audio=models.StreamConfig(size=(16, 56), channels=1, mask_ratio=0.7, **stream),

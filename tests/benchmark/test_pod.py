@@ -1,4 +1,4 @@
-"""`benchmark pod`: topologies, the roofline by hand, what does not fit; with libtpu (the `tpu` extra) a real compilation.
+"""`benchmark pod`: topologies, the roofline by hand, what does not fit; with libtpu (extra `tpu`) a real compilation.
 
 Where libtpu cannot be imported, the last test is skipped: no TPU program is compiled there.
 """
@@ -13,9 +13,9 @@ import pytest
 from tiny_training import make_step, on_mesh, recipe
 
 from av_mae.benchmark import __main__ as benchmark
-from av_mae.benchmark import pod, roofline, scaling
-from av_mae.benchmark.chips import CHIPS
+from av_mae.benchmark import pod, roofline
 from av_mae.benchmark.compiled import Collective
+from av_mae.benchmark.roofline import CHIPS
 from av_mae.errors import UserError
 from av_mae.train import step
 from av_mae.train import step as objective
@@ -82,7 +82,9 @@ def test_exchanges_by_kind():
 
 def test_curve():
     """Data parallel, 100 million parameters: one sum of 0.2 GB; beyond a pod also through the network."""
-    rows = {row["chips"]: row for row in roofline.curve(V5E, 0.01, 1, 10**8, pod.COUNTS)}
+    seconds = {"compute": 0.01, "memory": 0.005}
+    measured = {"topology": "v5e:4x4", "seconds": seconds, "mesh": {"fsdp": 1}, "parameters": 10**8}
+    rows = {row["chips"]: row for row in roofline.curve(measured)}
     assert rows[256]["exchange_seconds"] == pytest.approx(0.4 * 255 / 256 / 200)
     assert rows[256]["efficiency"] == pytest.approx(0.01 / (0.01 + 0.4 * 255 / 256 / 200))
     assert (rows[1024]["slices"], rows[1024]["shape"], rows[1024]["limit"]) == (4, "16x16", "all-reduce")
@@ -94,8 +96,8 @@ def test_curve():
 
 
 def test_hours_of_a_recipe():
-    figures = {"predicted_step_seconds": 0.25}
-    hours = pod.recipe_hours(figures, recipe(batch_size=1000, steps=0, epochs=2.0), 7_200_000)
+    metrics = {"predicted_step_seconds": 0.25}
+    hours = pod.recipe_hours(metrics, recipe(batch_size=1000, steps=0, epochs=2.0), 7_200_000)
     assert hours == {
         "recipe_clips": 14_400_000.0,
         "predicted_hours": 1.0,
@@ -113,10 +115,10 @@ def refusal(used: str, memory: str) -> jax.errors.JaxRuntimeError:
 
 def test_what_does_not_fit_says_by_how_much_and_what_would():
     train_step = on_mesh(recipe(), 4, 1)
-    figures = pod.does_not_fit(refusal("40.00M", "15.75M"), train_step.config, train_step, "v5e:2x2")
-    assert figures["fits"] is False and figures["bytes_per_chip"]["total"] == 40 * 2**20
-    assert figures["refusal"].startswith("16 clips on 4 chips need 0.0 GB each, 0.0 GB more than the 0.0 GB")
-    assert figures["refusal"].endswith(
+    metrics = pod.does_not_fit(refusal("40.00M", "15.75M"), train_step.config, train_step, "v5e:2x2")
+    assert metrics["fits"] is False and metrics["bytes_per_chip"]["total"] == 40 * 2**20
+    assert metrics["refusal"].startswith("16 clips on 4 chips need 0.0 GB each, 0.0 GB more than the 0.0 GB")
+    assert metrics["refusal"].endswith(
         "--config.grad_accumulation=4 would keep the activations of 1/4 of the clips at a time"
     )
     state = pod.state_bytes(train_step)
@@ -127,7 +129,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
         pod.does_not_fit(jax.errors.JaxRuntimeError("INTERNAL"), train_step.config, train_step, "v5e:2x2")
 
 
-def test_command_writes_its_figures_before_it_refuses(monkeypatch, tmp_path):
+def test_command_writes_its_metrics_before_it_refuses(monkeypatch, tmp_path):
     train_step = make_step(recipe())
     monkeypatch.setattr(
         pod,
@@ -138,13 +140,13 @@ def test_command_writes_its_figures_before_it_refuses(monkeypatch, tmp_path):
         benchmark.main(
             ["pod", "--topology=v5e:4x4", "--config=configs/pretrain.py:tiny", f"--json={tmp_path}/pod.json"]
         )
-    figures = json.loads((tmp_path / "pod.json").read_text())
-    assert figures["fits"] is False and figures["topology"] == "v5e:4x4"
+    metrics = json.loads((tmp_path / "pod.json").read_text())
+    assert metrics["fits"] is False and metrics["topology"] == "v5e:4x4"
 
 
 def test_tables_of_scaling(tmp_path, capsys):
-    """From figures of a compiled step: 0.4 GB of gradients to sum, 50 ms without exchanges, 512 clips of 36 million."""
-    figures = {
+    """From metrics of a compiled step: 0.4 GB of gradients to sum, 50 ms without exchanges, 512 clips of 36 million."""
+    metrics = {
         "config": "vggsound",
         "topology": "v5e:4x4",
         "fits": True,
@@ -161,8 +163,8 @@ def test_tables_of_scaling(tmp_path, capsys):
         "parameters": 2 * 10**8,
         "recipe_clips": 36e6,
     }
-    (tmp_path / "a.json").write_text(json.dumps(figures))
-    scaling.main([f"{tmp_path}/a.json", f"--plot={tmp_path}/a.png"])
+    (tmp_path / "a.json").write_text(json.dumps(metrics))
+    benchmark.main(["scaling", f"{tmp_path}/a.json", f"--plot={tmp_path}/a.png"])
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line]
     assert cells[2] == ["vggsound", "v5e:4x4", "32", "8.0", "4.10", "+2.5%", "57.0", "0.35", "all-reduce"]
     on_16, on_256 = 0.8 * 15 / 16 / 100, 0.8 * 255 / 256 / 200
@@ -179,11 +181,11 @@ def test_tables_of_scaling_refuse(tmp_path):
     for arguments, message in (
         ([], "--share=0.0 must be between 0 and 1"),
         (["--share=2"], "--share=2.0 must be"),
-        ([f"{tmp_path}/a.json"], "holds no figures of benchmark pod"),
-        ([f"{tmp_path}/b.json"], "cannot read the figures"),
+        ([f"{tmp_path}/a.json"], "holds no metrics of benchmark pod"),
+        ([f"{tmp_path}/b.json"], "cannot read the metrics"),
     ):
         with pytest.raises(UserError, match=message):
-            scaling.main(arguments)
+            benchmark.main(["scaling", *arguments])
 
 
 def test_parameters_counted_by_layers():
@@ -191,7 +193,7 @@ def test_parameters_counted_by_layers():
     deep = dataclasses.replace(
         model, image=dataclasses.replace(model.image, depth=3), audio=dataclasses.replace(model.audio, depth=3)
     )
-    assert scaling.count_layers(deep) == step.count_parameters(objective.Pretraining(deep))
+    assert roofline.count_layers(deep) == step.count_parameters(objective.Pretraining(deep))
 
 
 def test_the_program_comes_with_its_text():
@@ -215,13 +217,13 @@ def test_compiles_for_a_slice_that_is_not_there(topology, batch, share, tmp_path
         *(f"--config.model.{key}" for key in model),
     ]
     benchmark.main([*command, f"--json={tmp_path}/pod.json", f"--plot={tmp_path}/pod.png", "--clips=1000"])
-    figures = json.loads((tmp_path / "pod.json").read_text())
-    assert figures["fits"] and figures["chips"] == 4 and figures["topology"] == topology
-    assert figures["matmul_flops"] == pytest.approx(figures["closed_form_flops"], rel=0.05)
-    assert figures["flops"] == pytest.approx(figures["closed_form_flops"], rel=0.15)  # narrow: more elementwise work
-    gathered = figures["collectives"]["all-gather"]["bytes"]
-    whole = 2 * figures["parameters"]  # bfloat16
+    metrics = json.loads((tmp_path / "pod.json").read_text())
+    assert metrics["fits"] and metrics["chips"] == 4 and metrics["topology"] == topology
+    assert metrics["matmul_flops"] == pytest.approx(metrics["closed_form_flops"], rel=0.05)
+    assert metrics["flops"] == pytest.approx(metrics["closed_form_flops"], rel=0.15)  # narrow: more elementwise work
+    gathered = metrics["collectives"]["all-gather"]["bytes"]
+    whole = 2 * metrics["parameters"]  # bfloat16
     assert 1.5 * whole < gathered <= 2 * whole  # forward, and backward but for the embeddings
-    assert figures["gathered_bytes"] < share * whole  # of loops over four layers; 0.14 and 0.31 with libtpu 0.0.52
-    assert figures["predicted_step_seconds"] > 0 and 0 < figures["predicted_mfu"] < 1
+    assert metrics["gathered_bytes"] < share * whole  # of loops over four layers; 0.14 and 0.31 with libtpu 0.0.52
+    assert metrics["predicted_step_seconds"] > 0 and 0 < metrics["predicted_mfu"] < 1
     assert (tmp_path / "pod.png").stat().st_size > 1000 and "largest batch that fits" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from av_mae.benchmark import neighbours as benchmark
+from av_mae.benchmark import __main__ as benchmark
 from av_mae.config import MeshConfig
 from av_mae.errors import UserError
 from av_mae.evaluate import nearest as neighbours
@@ -123,12 +123,14 @@ def test_on_8_devices():
 
 
 def test_benchmark_beside_scikit_learn(tmp_path, capsys):
-    benchmark.main([f"--json={tmp_path / 'figures.json'}", "--clips=60", "--width=8", "--part=20", "--block=16"])
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["agreement_share"] == 1 and figures["embeddings_bytes"] == 60 * 8 * 4
+    benchmark.main(
+        ["neighbours", f"--json={tmp_path / 'metrics.json'}", "--clips=60", "--width=8", "--part=20", "--block=16"]
+    )
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["agreement_share"] == 1 and metrics["embeddings_bytes"] == 60 * 8 * 4
     assert "scikit_learn_extrapolated_seconds" in capsys.readouterr().out
     with pytest.raises(UserError, match="--part=70 must be at least 2, at most --clips=60"):
-        benchmark.main(["--clips=60", "--part=70"])
+        benchmark.main(["neighbours", "--clips=60", "--part=70"])
 
 
 def test_streams_of_different_widths_cannot_be_compared():

@@ -13,7 +13,9 @@ from test_checkpoint import CONFIG, abstract, assert_same, state_on
 from test_loop import FakeFeed, Recorder, counting_step, never
 from tiny_training import batches, make_step, recipe, run_steps, unfused
 
-from av_mae.benchmark import loop as loop_benchmark
+from av_mae import recipes
+from av_mae.benchmark import __main__ as benchmark
+from av_mae.benchmark import parts
 from av_mae.checkpoint import Checkpoints
 from av_mae.errors import UserError
 from av_mae.train import goodput, hooks, loop, run
@@ -317,15 +319,15 @@ def test_straggler_is_named(waits, message):
 
 @pytest.mark.slow
 def test_loop_benchmark(tmp_path, monkeypatch, capsys):
-    """Figures of the shape that is asked for; the loop's steps are real ones."""
-    monkeypatch.setattr(loop_benchmark, "make_mesh", lambda _: make_step(recipe(unfused())).mesh)
-    monkeypatch.setattr(loop_benchmark.recipes, "load_recipe", lambda *_: recipe(unfused()))
-    loop_benchmark.main(["--config=any", "--steps=5", "--block=2", f"--json={tmp_path / 'loop.json'}"])
-    figures = json.loads((tmp_path / "loop.json").read_text())
-    assert figures["steps"] == 5 and figures["bare_steps"] == 4
-    assert figures["bare_step_seconds"] > 0 and figures["loop_step_seconds"] > 0
+    """Metrics of the shape that is asked for; the loop's steps are real ones."""
+    monkeypatch.setattr(parts, "make_mesh", lambda _: make_step(recipe(unfused())).mesh)
+    monkeypatch.setattr(recipes, "load_recipe", lambda *_: recipe(unfused()))
+    benchmark.main(["loop", "--config=any", "--steps=5", "--block=2", f"--json={tmp_path / 'loop.json'}"])
+    metrics = json.loads((tmp_path / "loop.json").read_text())
+    assert metrics["steps"] == 5 and metrics["bare_steps"] == 4
+    assert metrics["bare_step_seconds"] > 0 and metrics["loop_step_seconds"] > 0
     assert "overhead_share" in capsys.readouterr().out
-    loop_benchmark.main(["--config=any", "--steps=1", "--block=1"])
+    benchmark.main(["loop", "--config=any", "--steps=1", "--block=1"])
     assert "bare_steps" in capsys.readouterr().out
     with pytest.raises(UserError, match="--block=10 must be from 1 to --steps=0"):
-        loop_benchmark.main(["--config=any", "--steps=0"])
+        benchmark.main(["loop", "--config=any", "--steps=0"])
