@@ -1,6 +1,10 @@
 """The package av_mae. Tested versions of everything, direct or not, are in launch/requirements.lock."""
 
+import pathlib
+import shutil
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 REQUIRES = [
     "jax>=0.10.2,<0.12",  # 0.10.2 is the oldest one tested (Python 3.11), 0.11 the newest (Python 3.12 and later)
@@ -63,13 +67,26 @@ EXTRAS = {
     "docs": DOCS,
 }
 
+
+class BuildWithRecipes(build_py):
+    """Adds the recipes of configs/ to the package, as av_mae/configs/, in wheels. Editable installs read configs/."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = pathlib.Path(self.build_lib, "av_mae", "configs")
+            shutil.copytree("configs", target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+
+
 setup(
     name="av_mae",
     version="0.1.0",
     description="Audio-visual masked autoencoders with early fusion, in JAX/Flax",
     license="Apache-2.0",
     packages=find_packages(include=["av_mae", "av_mae.*"]),
-    package_data={"av_mae": ["assets/*"]},
+    package_data={"av_mae": ["py.typed", "assets/*"]},
+    cmdclass={"build_py": BuildWithRecipes},
+    entry_points={"console_scripts": ["av_mae = av_mae.__main__:main"]},
     python_requires=">=3.11",  # nested f-strings aside, the oldest Python that jax 0.10 supports
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -328,18 +328,22 @@ TINY_DECODER = DecoderConfig(width=96, depth=2, heads=4)
 def sized_model(size: str, fusion: str = "factorized") -> AVMAEConfig:
     """The published input and masking with a named encoder size (`SIZES`) and fusion kind (`FUSION_KINDS`).
 
-    Image 224×224 in patches of 16, sound 128 mels × 192 frames, attention ratio 0.25 and MLP ratio 1 in the fusion
+    Image 224×224 in patches of 16, audio 128 mels × 192 frames, attention ratio 0.25 and MLP ratio 1 in the fusion
     blocks. `bilinear` pairs do not separate and run in chunks.
     """
-    encoder = SIZES[size]
+    width, depth, heads = (SIZES[size][name] for name in ("width", "depth", "heads"))
     return AVMAEConfig(
-        image=StreamConfig(size=(224, 224), channels=3, patch=16, mask_ratio=0.75, **encoder),
-        audio=StreamConfig(size=(128, 192), channels=1, patch=16, mask_ratio=0.80, **encoder),
+        image=StreamConfig(
+            size=(224, 224), channels=3, patch=16, mask_ratio=0.75, width=width, depth=depth, heads=heads
+        ),
+        audio=StreamConfig(
+            size=(128, 192), channels=1, patch=16, mask_ratio=0.80, width=width, depth=depth, heads=heads
+        ),
         fusion=FusionConfig(
             kind=fusion,
             layers="all",
             tokens=(16, 8, 8),
-            heads=encoder["heads"],
+            heads=heads,
             attention_ratio=0.25,
             mlp_ratio=1.0,
             pair_attention="chunked" if fusion == "bilinear" else "separable",

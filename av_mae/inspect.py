@@ -143,7 +143,7 @@ def contact_sheet(path: str, split: str, clips: int, seed: int) -> np.ndarray:
 
     Raises UserError where none of the clips drawn can be shown.
     """
-    from av_mae import plots as pictures
+    from av_mae import plots
     from av_mae.data import records
 
     source = ClipSource(path, records.open_source(path, split))
@@ -160,7 +160,7 @@ def contact_sheet(path: str, split: str, clips: int, seed: int) -> np.ndarray:
             failure = error.named(record["id"])
     if not rows:
         raise UserError(f"none of {clips} clips of {path} (split {split!r}) can be shown; the last: {failure}")
-    return pictures.gallery(rows, ("first frame", "middle", "last frame", "sound"), titles)
+    return plots.gallery(rows, ("first frame", "middle", "last frame", "sound"), titles)
 
 
 def _panels(record: Mapping[str, Any]) -> list[np.ndarray]:
@@ -192,7 +192,7 @@ def inspect(path: str, splits: Sequence[str], clips: int, sampled: int, seed: in
 
     Raises UserError where the set cannot be opened, has no such split, or the sheet cannot be written.
     """
-    from av_mae import plots as pictures
+    from av_mae import plots
     from av_mae.data import records
 
     known = records.describe(path)
@@ -208,7 +208,7 @@ def inspect(path: str, splits: Sequence[str], clips: int, sampled: int, seed: in
     if shown is None:
         raise UserError(f"{path} holds no clips")
     try:
-        pictures.save_png(sheet, contact_sheet(path, shown, clips, seed))
+        plots.save_png(sheet, contact_sheet(path, shown, clips, seed))
     except OSError as error:
         raise UserError(f"cannot write {sheet}: {error.strerror or error}; name another file with --sheet") from error
     return "\n".join([*lines, "", f"{sheet}: clips of {shown}"])

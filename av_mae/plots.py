@@ -1,5 +1,6 @@
-"""Pictures that show what a model learned: reconstructions beside their originals, and a run's curves."""
+"""Plots that show what a model learned: reconstructions beside their originals, and a run's curves."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -8,18 +9,20 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from av_mae.models import IMAGENET_DEVIATION, IMAGENET_MEAN, Output, patchify, unpatchify
 from av_mae.models.config import AVMAEConfig, StreamConfig
 
 MAP_COLOURS = colormaps["tab20"]
-COLUMNS = ("frame", "visible", "rebuilt", "sound", "visible", "rebuilt")
+COLUMNS = ("frame", "visible", "rebuilt", "audio", "visible", "rebuilt")
 CURVES = ("loss", "image_loss", "audio_loss", "learning_rate", "grad_norm", "clips_per_second")
 HIDDEN = 0.5  # the grey of masked patches
-SOUND_COLOURS = colormaps["magma"].with_extremes(bad=str(HIDDEN))
+AUDIO_COLOURS = colormaps["magma"].with_extremes(bad=str(HIDDEN))
 HEAT_COLOURS, HEAT_SHARE = colormaps["inferno"], 0.6
 ROW_INCHES, HEADER_INCHES = 1.6, 0.45
 
@@ -32,7 +35,7 @@ class Panels(NamedTuple):
     rebuilt: np.ndarray
 
 
-def image_panels(image: np.ndarray, prediction: np.ndarray, mask: np.ndarray, stream: StreamConfig) -> Panels:
+def image_panels(image: np.ndarray, prediction: ArrayLike, mask: ArrayLike, stream: StreamConfig) -> Panels:
     """Images [n, H, W, 3] of frames (uint8) and predictions [n, N, P] of the normalised image; mask is 1 if removed."""
     original = np.asarray(image, np.float32) / 255
     normalized = (original - IMAGENET_MEAN) / IMAGENET_DEVIATION
@@ -40,23 +43,23 @@ def image_panels(image: np.ndarray, prediction: np.ndarray, mask: np.ndarray, st
     return Panels(original, *(np.clip(panel * IMAGENET_DEVIATION + IMAGENET_MEAN, 0, 1) for panel in panels[1:]))
 
 
-def sound_panels(sound: np.ndarray, prediction: np.ndarray, mask: np.ndarray, stream: StreamConfig) -> Panels:
+def audio_panels(audio: np.ndarray, prediction: ArrayLike, mask: ArrayLike, stream: StreamConfig) -> Panels:
     """Spectrograms [n, mels, frames] of log-mels and their predictions [n, N, P]; mask is 1 if removed."""
-    spectrogram = np.asarray(sound, np.float32).reshape(-1, *stream.size, 1)
+    spectrogram = np.asarray(audio, np.float32).reshape(-1, *stream.size, 1)
     return Panels(*(panel[..., 0] for panel in _panels(spectrogram, prediction, mask, stream)))
 
 
 def reconstructions(
-    image: np.ndarray, sound: np.ndarray, out: Output, config: AVMAEConfig, titles: list[str] | None = None
+    image: np.ndarray, audio: np.ndarray, out: Output, config: AVMAEConfig, titles: list[str] | None = None
 ) -> np.ndarray:
-    """A picture with one row per clip: frame and spectrogram, each original, visible and rebuilt.
+    """A plot with one row per clip: frame and spectrogram, each original, visible and rebuilt.
 
     Masked patches of `rebuilt` come from the prediction (targets that were normalised per patch get the original
     patch's mean and deviation back), the others from the original. Low frequencies are at the bottom.
 
     Args:
       image: uint8 [n, H, W, 3].
-      sound: float32 log-mels [n, mels, frames] or [n, mels, frames, 1].
+      audio: float32 log-mels [n, mels, frames] or [n, mels, frames, 1].
       out: a model's Output (its predictions [n, N, P] and masks [n, N]).
       config: the model's config.
       titles: a line of text above each clip's row.
@@ -65,7 +68,7 @@ def reconstructions(
       uint8 [height, width, 3].
     """
     images = image_panels(image, out.image_prediction, out.image_mask, config.image)
-    sounds = sound_panels(sound, out.audio_prediction, out.audio_mask, config.audio)
+    sounds = audio_panels(audio, out.audio_prediction, out.audio_mask, config.audio)
     clips, (rows, columns) = len(images.original), config.audio.size
     inches = ROW_INCHES * clips + HEADER_INCHES
     figure = Figure(figsize=(10.5, inches), dpi=100, facecolor="white")
@@ -87,13 +90,13 @@ def reconstructions(
         if titles:
             axes[0].text(0, 1.03, titles[row], transform=axes[0].transAxes, fontsize=8)
     for column, name in enumerate(COLUMNS):
-        place = grid[0, column].get_position(figure)
-        figure.text((place.x0 + place.x1) / 2, 1 - 0.5 * HEADER_INCHES / inches, name, ha="center", fontsize=10)
+        box = grid[0, column].get_position(figure)
+        figure.text((box.x0 + box.x1) / 2, 1 - 0.5 * HEADER_INCHES / inches, name, ha="center", fontsize=10)
     return _render(figure)
 
 
 def gallery(rows: list[list[np.ndarray]], columns: tuple[str, ...], titles: list[str]) -> np.ndarray:
-    """A picture with one row per clip, of frames uint8 [H, W, 3] or spectrograms [mels, frames] under `columns`.
+    """A plot with one row per clip, of frames uint8 [H, W, 3] or spectrograms [mels, frames] under `columns`.
 
     Spectrograms of a row share the colour scale of its first one. Returns uint8 [height, width, 3].
     """
@@ -112,17 +115,17 @@ def gallery(rows: list[list[np.ndarray]], columns: tuple[str, ...], titles: list
             "top": 1 - HEADER_INCHES / inches,
         },
     )
-    for places, panels, title in zip(axes, rows, titles, strict=True):
+    for row, panels, title in zip(axes, rows, titles, strict=True):
         spectrograms = [number for number, panel in enumerate(panels) if panel.ndim == 2]
         _draw_frames(
-            [places[n] for n, panel in enumerate(panels) if panel.ndim == 3],
+            [row[n] for n, panel in enumerate(panels) if panel.ndim == 3],
             [panel for panel in panels if panel.ndim == 3],
         )
         if spectrograms:
-            _draw_spectrograms([places[n] for n in spectrograms], [panels[n] for n in spectrograms])
-        places[0].text(0, 1.03, title, transform=places[0].transAxes, fontsize=8)
-    for place, name in zip(axes[0], columns, strict=True):
-        box = place.get_position()
+            _draw_spectrograms([row[n] for n in spectrograms], [panels[n] for n in spectrograms])
+        row[0].text(0, 1.03, title, transform=row[0].transAxes, fontsize=8)
+    for top, name in zip(axes[0], columns, strict=True):
+        box = top.get_position()
         figure.text((box.x0 + box.x1) / 2, 1 - 0.4 * HEADER_INCHES / inches, name, ha="center", fontsize=10)
     return _render(figure)
 
@@ -137,7 +140,7 @@ def heat_map(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def confusion(counts: np.ndarray, classes: list[str], most: int = 30) -> np.ndarray:
-    """A confusion matrix, counts [true classes, predicted classes], as a picture uint8 [height, width, 3].
+    """A confusion matrix, counts [true classes, predicted classes], as a plot uint8 [height, width, 3].
 
     Rows are shares of each true class; up to `most` classes are named.
     """
@@ -154,15 +157,21 @@ def confusion(counts: np.ndarray, classes: list[str], most: int = 30) -> np.ndar
 
 
 def bars(panels: Mapping[str, Mapping[str, list[tuple[float, float] | None]]], names: list[str]) -> np.ndarray:
-    """Bars of figures, a panel side by side for each of `panels`: title → figure → (value, deviation) for each name.
+    """Bars of metrics, a panel side by side for each title.
 
-    None where there is no value; a deviation of NaN is not drawn. Returns uint8 [height, width, 3].
+    Args:
+      panels: title → metric → (value, deviation) for each of `names`, `None` for a name without a value; a deviation of
+        NaN is not drawn.
+      names: what is compared, in the order of the bars.
+
+    Returns:
+      uint8 [height, width, 3].
     """
     shares = [len(panel) for panel in panels.values()]
     figure = Figure(figsize=(2.5 + 2 * sum(shares), 4), dpi=100, facecolor="white", layout="constrained")
-    places = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": shares})[0]
+    row = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": shares})[0]
     width = 0.8 / len(names)
-    for axes, (title, panel) in zip(places, panels.items(), strict=True):
+    for axes, (title, panel) in zip(row, panels.items(), strict=True):
         for number, name in enumerate(names):
             values = [entries[number] or (np.nan, np.nan) for entries in panel.values()]
             means, deviations = zip(*values, strict=True)
@@ -177,7 +186,7 @@ def bars(panels: Mapping[str, Mapping[str, list[tuple[float, float] | None]]], n
         axes.set_xticks(range(len(panel)), list(panel), fontsize=8)
         axes.set_title(title, fontsize=10)
         axes.grid(axis="y", alpha=0.3)
-    handles, labels = places[0].get_legend_handles_labels()
+    handles, labels = row[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     return _render(figure)
 
@@ -203,20 +212,20 @@ def embedding_map(streams: Mapping[str, np.ndarray], labels: np.ndarray, classes
     return _render(figure)
 
 
-def curves(metrics: list[dict], names: Sequence[str] = CURVES) -> np.ndarray:
-    """Curves of the lines of `metrics.jsonl` over steps: losses, learning rate, gradient norm, speed, or other `names`.
+def curves(metrics: list[dict[str, float]], names: Sequence[str] = CURVES) -> np.ndarray:
+    """Curves of the lines of `metrics.jsonl` over steps, three in a row.
 
-    Returns a uint8 picture [height, width, 3]. A key that no line has leaves its place empty, saying so.
+    Args:
+      metrics: the lines, each with a `step`.
+      names: keys to draw; a key that no line has leaves its axes empty, saying so.
+
+    Returns:
+      uint8 [height, width, 3].
     """
-    return _render(curve_figure(metrics, names))
-
-
-def curve_figure(metrics: list[dict], names: Sequence[str]) -> Figure:
-    """The curves of `names` over the steps of the lines of `metrics.jsonl`, three in a row."""
     rows = -(-len(names) // 3)
     figure = Figure(figsize=(10.5, 2.7 * rows), dpi=100, facecolor="white", layout="constrained")
-    for place, name in enumerate(names):
-        axes = figure.add_subplot(rows, 3, place + 1)
+    for number, name in enumerate(names, 1):
+        axes = figure.add_subplot(rows, 3, number)
         points = [(line["step"], line[name]) for line in metrics if name in line]
         if points:
             axes.plot(*zip(*points), color="tab:blue", linewidth=1.2)
@@ -226,35 +235,29 @@ def curve_figure(metrics: list[dict], names: Sequence[str]) -> Figure:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-    return figure
+    return _render(figure)
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict]:
-    """Lines of a `metrics.jsonl`; a last line that a killed run left half-written is passed over."""
-    return parse_metrics(pathlib.Path(path).read_text())
-
-
-def parse_metrics(text: str) -> list:
-    """What the lines of a `metrics.jsonl` hold; lines that are no JSON are passed over."""
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """Lines of a `metrics.jsonl`; lines that are no JSON, as a killed run may leave one, are passed over."""
     lines = []
-    for line in text.splitlines():
-        try:
+    for line in pathlib.Path(path).read_text().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
     return lines
 
 
-def save_png(path: str | os.PathLike, picture: np.ndarray) -> None:
-    """Writes a uint8 picture [height, width, 3] as PNG, making its folder."""
+def save_png(path: str | os.PathLike[str], plot: np.ndarray) -> None:
+    """Writes a uint8 plot [height, width, 3] as PNG, making its folder."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    Image.fromarray(plot).save(path)
 
 
-def _panels(original: np.ndarray, prediction: np.ndarray, mask: np.ndarray, stream: StreamConfig) -> Panels:
+def _panels(original: np.ndarray, prediction: ArrayLike, mask: ArrayLike, stream: StreamConfig) -> Panels:
     """`Panels` [n, H, W, C] in the model's input space."""
-    patches = np.asarray(patchify(original, stream.patch_size))
+    # Rearranging keeps NumPy's arrays what they are: nothing goes to a device here.
+    patches = np.asarray(patchify(original, stream.patch_size))  # type: ignore[arg-type]
     predicted = np.asarray(prediction, np.float32)
     removed = np.asarray(mask, bool)[..., None]
     if stream.normalize_targets:
@@ -262,26 +265,27 @@ def _panels(original: np.ndarray, prediction: np.ndarray, mask: np.ndarray, stre
         predicted = predicted * deviation + patches.mean(-1, keepdims=True)
     visible = np.where(removed, np.nan, patches)
     rebuilt = np.where(removed, predicted, patches)
-    return Panels(original, unpatchify(visible, stream), unpatchify(rebuilt, stream))
+    images = [np.asarray(unpatchify(part, stream)) for part in (visible, rebuilt)]  # type: ignore[arg-type]
+    return Panels(original, *images)
 
 
-def _draw_frames(axes: list, frames: list[np.ndarray]) -> None:
-    for place, frame in zip(axes, frames, strict=True):
-        place.set_axis_off()
-        place.imshow(
+def _draw_frames(axes: Sequence[Axes], frames: list[np.ndarray]) -> None:
+    for one, frame in zip(axes, frames, strict=True):
+        one.set_axis_off()
+        one.imshow(
             frame if frame.dtype == np.uint8 else np.where(np.isnan(frame), HIDDEN, frame), interpolation="nearest"
         )
 
 
-def _draw_spectrograms(axes: list, spectrograms: list[np.ndarray]) -> None:
+def _draw_spectrograms(axes: Sequence[Axes], spectrograms: list[np.ndarray]) -> None:
     """One colour scale for all three, that of the original."""
     low, high = np.percentile(spectrograms[0], (1, 99.5))
-    for place, spectrogram in zip(axes, spectrograms, strict=True):
-        place.set_axis_off()
-        place.imshow(
+    for one, spectrogram in zip(axes, spectrograms, strict=True):
+        one.set_axis_off()
+        one.imshow(
             spectrogram,
             origin="lower",
-            cmap=SOUND_COLOURS,
+            cmap=AUDIO_COLOURS,
             vmin=low,
             vmax=max(high, low + 1e-3),
             interpolation="nearest",

@@ -1,4 +1,4 @@
-"""Recipes: `configs/x.py[:variant]` plus `--config.a.b=value` become one checked, frozen dataclass.
+"""Recipes: `x[:variant]` or `configs/x.py[:variant]` plus `--config.a.b=value` become one checked, frozen dataclass.
 
 A config file defines `get_config(variant: str) -> ml_collections.ConfigDict`, made by `as_recipe` (locked). The
 types of values come from the dataclass that the recipe fills, so lists, tuples, None and whole numbers for floats work.
@@ -8,11 +8,11 @@ import argparse
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import inspect
 import json
 import os
 import pathlib
+import runpy
 import types
 import typing
 
@@ -23,10 +23,12 @@ from av_mae.errors import UserError
 
 PREFIX = "--config."
 RENAMED = {"data.truth": "data.annotations"}  # keys of older runs and commands → what they are called now
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+# The shipped recipes: within the package where it is installed from a wheel, else beside it in the repository.
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+RECIPES = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE)
 
 
-def as_recipe(config) -> ml_collections.ConfigDict:
+def as_recipe(config: typing.Any) -> ml_collections.ConfigDict:
     """A dataclass as a locked ConfigDict, for config files to change field by field.
 
     Locked: a misspelt key fails in the file that writes it. Types are checked once, when `from_dict` reads it.
@@ -35,12 +37,16 @@ def as_recipe(config) -> ml_collections.ConfigDict:
 
 
 def load_recipe(spec: str, overrides: typing.Sequence[str] = (), kind: type = TrainConfig):
-    """Loads `path.py[:variant]`, applies `--config.a.b=value` overrides and returns a checked `kind`.
+    """Loads a recipe and applies overrides to it.
 
     Args:
-      spec: the recipe's file, from the working directory or the repository root, and an optional variant.
+      spec: `NAME[:VARIANT]` of a shipped recipe, e.g. `demo:band`, or `FILE.py[:VARIANT]` from the working directory;
+        `configs/NAME.py` names a shipped recipe from anywhere.
       overrides: strings as given on the command line.
       kind: the frozen dataclass that the recipe fills, or a function that tells it from the recipe's values.
+
+    Returns:
+      The recipe as a `kind`, every value checked.
 
     Raises:
       UserError: unknown file, variant or key (naming the nearest right key), a value of the wrong type, or a value
@@ -53,7 +59,7 @@ def load_recipe(spec: str, overrides: typing.Sequence[str] = (), kind: type = Tr
     return from_dict(values, known if isinstance(kind, type) else kind(values))
 
 
-def to_dict(config, lists: bool = True) -> dict:
+def to_dict(config: typing.Any, lists: bool = True) -> typing.Any:
     """A dataclass as nested dicts that JSON can hold (`lists`: tuples become lists)."""
     if dataclasses.is_dataclass(config):
         return {field.name: to_dict(getattr(config, field.name), lists) for field in dataclasses.fields(config)}
@@ -104,8 +110,8 @@ def add_config_argument(parser: argparse.ArgumentParser, *kinds: type) -> None:
     parser.add_argument(
         "--config",
         required=True,
-        metavar="FILE[:VARIANT]",
-        help="recipe, e.g. configs/demo.py; override single values with --config.KEY=VALUE, "
+        metavar="RECIPE[:VARIANT]",
+        help="recipe, e.g. demo or configs/demo.py; override single values with --config.KEY=VALUE, "
         f"e.g. --config.batch_size=128; keys: {', '.join(names)}",
     )
 
@@ -133,18 +139,16 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[a
 
 def _call_get_config(spec: str) -> ml_collections.ConfigDict:
     name, _, variant = spec.partition(":")
-    candidates = [pathlib.Path(name), _ROOT / name]
+    candidates = [RECIPES / f"{name}.py", pathlib.Path(name), RECIPES.parent / name]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
-        known = ", ".join(sorted(f"configs/{file.name}" for file in (_ROOT / "configs").glob("*.py")))
-        raise UserError(f"no recipe {name!r}; the recipes here are {known or 'none'}")
-    module_spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    get_config = getattr(module, "get_config", None)
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.py")))
+        raise UserError(f"no recipe {name!r}; it is a file, or one of the recipes {known or '(none here)'}")
+    module = runpy.run_path(str(path), run_name=f"recipe_{path.stem}")
+    get_config = module.get("get_config")
     if get_config is None:
         raise UserError(f"{path} is no recipe: it defines no get_config(variant)")
-    variants = getattr(module, "VARIANTS", None)
+    variants = module.get("VARIANTS")
     if variants is not None and variant and variant not in variants:
         raise UserError(
             f"{name} has no variant {variant!r}{_nearest(variant, variants)}; variants: {', '.join(variants)}"
@@ -169,8 +173,8 @@ def _apply(kind: type, values: dict, override: str) -> None:
     values[last] = _read(text, typing.get_type_hints(kind)[last], dotted)
 
 
-def _group(hint) -> type | None:
-    """The dataclass that a field holds, or None where it holds a value."""
+def _group(hint: typing.Any) -> typing.Any:
+    """The dataclass that a field holds, or `None` if it holds a value."""
     return hint if dataclasses.is_dataclass(hint) else None
 
 

@@ -176,7 +176,7 @@ def test_values_are_checked(override, message):
     [
         (
             "configs/demos.py",
-            "no recipe 'configs/demos.py'; the recipes here are configs/classification.py, configs/compare.py",
+            "no recipe 'configs/demos.py'; it is a file, or one of the recipes classification, compare, demo",
         ),
         ("configs/pretrain.py:vgsound", "no variant 'vgsound'; did you mean 'vggsound'?; variants: vggsound"),
         ("configs/demo.py:big", "has no variant 'big'"),

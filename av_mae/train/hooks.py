@@ -16,7 +16,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from av_mae import models
-from av_mae import plots as pictures
+from av_mae import plots
 from av_mae.checkpoint import Checkpoints
 from av_mae.config import TrainConfig
 from av_mae.console import Progress, first_line
@@ -311,10 +311,10 @@ class PictureHook(Hook):
         if jax.process_index() != 0:
             return
         image, audio, out = jax.device_get(outputs)
-        picture = pictures.reconstructions(image, audio, out, self.config.model)
+        picture = plots.reconstructions(image, audio, out, self.config.model)
         try:
             self.folder.mkdir(exist_ok=True)
-            pictures.save_png(self.folder / f"step_{moment.step:08d}.png", picture)
+            plots.save_png(self.folder / f"step_{moment.step:08d}.png", picture)
             self.events.image(moment.step, "reconstructions", picture)
         except OSError as error:
             self.say(

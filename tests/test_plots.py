@@ -7,7 +7,7 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from av_mae import plots as pictures
+from av_mae import plots
 from av_mae.models.config import AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig
 
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -31,7 +31,7 @@ def test_sound_patches_lie_row_major():
     prediction = np.zeros((1, 8, 6))
     prediction[0, 1] = [100, 101, 102, 103, 104, 105]
     prediction[0, 6] = 7
-    original, visible, rebuilt = pictures.sound_panels(sound, prediction, mask, stream)
+    original, visible, rebuilt = plots.audio_panels(sound, prediction, mask, stream)
     expected = sound[0].copy()
     expected[0:3, 2:4] = [[100, 101], [102, 103], [104, 105]]
     expected[3:6, 4:6] = 7
@@ -48,7 +48,7 @@ def test_image_predictions_lose_the_imagenet_scale():
     wanted = np.array([0.25, 0.5, 0.75])
     prediction = np.tile((wanted - MEAN) / DEVIATION, (2, 4, 4 * 8))
     mask = np.array([[0, 0, 1, 1], [1, 0, 0, 1]])
-    original, visible, rebuilt = pictures.image_panels(image, prediction, mask, stream)
+    original, visible, rebuilt = plots.image_panels(image, prediction, mask, stream)
     np.testing.assert_allclose(original, image / 255, atol=1e-6)
     np.testing.assert_allclose(rebuilt[0, 4:], np.broadcast_to(wanted, (4, 16, 3)), atol=1e-6)
     np.testing.assert_allclose(rebuilt[0, :4], image[0, :4] / 255, atol=1e-6)
@@ -58,7 +58,7 @@ def test_image_predictions_lose_the_imagenet_scale():
 
 def test_image_colours_stay_in_range():
     image = np.zeros((1, 8, 16, 3), np.uint8)
-    panels = pictures.image_panels(image, np.full((1, 4, 96), 50.0), np.ones((1, 4)), _config().image)
+    panels = plots.image_panels(image, np.full((1, 4, 96), 50.0), np.ones((1, 4)), _config().image)
     assert panels.rebuilt.max() == 1 and panels.rebuilt.min() == 1
 
 
@@ -72,7 +72,7 @@ def test_normalized_targets_are_undone():
             for column in range(4):
                 values = sound[clip, 3 * row : 3 * row + 3, 2 * column : 2 * column + 2].ravel()
                 target[clip, 4 * row + column] = (values - values.mean()) / np.sqrt(np.var(values, ddof=1) + 1e-6)
-    panels = pictures.sound_panels(sound, target, np.ones((2, 8)), stream)
+    panels = plots.audio_panels(sound, target, np.ones((2, 8)), stream)
     np.testing.assert_allclose(panels.rebuilt, sound, atol=1e-4)
 
 
@@ -90,7 +90,7 @@ def picture():
         audio_prediction=np.zeros((1, 8, 6)),
         audio_mask=np.zeros((1, 8)),
     )
-    return pictures.reconstructions(image, sound, out, _config(), titles=["clip 7"])
+    return plots.reconstructions(image, sound, out, _config(), titles=["clip 7"])
 
 
 def _share(picture, colour):
@@ -118,9 +118,9 @@ def test_low_frequencies_are_at_the_bottom(picture):
 def test_curves_and_a_half_written_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0, "learning_rate": 0.1}\n{"step": 3, "lo')
-    metrics = pictures.read_metrics(path)
+    metrics = plots.read_metrics(path)
     assert metrics == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "learning_rate": 0.1}]
-    picture = pictures.curves(metrics)
+    picture = plots.curves(metrics)
     line = _share(picture, (31, 119, 180))
     height, width = line.shape
     assert line[: height // 2, : width // 3].sum() > 20
@@ -129,7 +129,7 @@ def test_curves_and_a_half_written_line(tmp_path):
 
 def test_png_round_trip(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    pictures.save_png(tmp_path / "images" / "step_00000001.png", picture)
+    plots.save_png(tmp_path / "images" / "step_00000001.png", picture)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / "step_00000001.png")), picture)
 
 
@@ -137,19 +137,19 @@ def test_principal_components_are_those_of_scikit_learn():
     from sklearn.decomposition import PCA
 
     vectors = np.random.default_rng(0).normal(size=(40, 7)) @ np.diag([9, 5, 3, 1, 1, 1, 1]) + 4
-    found, expected = pictures.principal(vectors), PCA(2).fit_transform(vectors)
+    found, expected = plots.principal(vectors), PCA(2).fit_transform(vectors)
     np.testing.assert_allclose(found * np.sign((found * expected).sum(0)), expected, atol=1e-9)
 
 
 def test_embedding_map_has_a_colour_for_each_class():
     random = np.random.default_rng(1)
     labels = np.array([0, 2, 2, 5, 0, 5])
-    picture = pictures.embedding_map(
+    picture = plots.embedding_map(
         {"image": random.normal(size=(6, 8)), "audio": random.normal(size=(6, 3))}, labels, list("abcdef")
     )
     assert picture.dtype == np.uint8 and picture.shape == (400, 920, 3)
     colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
-    expected = [tuple(np.round(np.multiply(pictures.MAP_COLOURS(number)[:3], 255)).astype(int)) for number in range(6)]
+    expected = [tuple(np.round(np.multiply(plots.MAP_COLOURS(number)[:3], 255)).astype(int)) for number in range(6)]
     assert [colour in colours for colour in expected] == [True, False, True, False, False, True]
 
 
@@ -160,5 +160,5 @@ def test_heat_map_is_seen_on_dark_and_light_frames():
     frame = random.integers(0, 256, (3, 4, 3), np.uint8)
     colours = np.array([colormaps["inferno"](n / 11)[:3] for n in range(12)])
     expected = 0.4 * frame.astype(float).mean(-1, keepdims=True) + 0.6 * 255 * colours[heat]
-    np.testing.assert_allclose(pictures.heat_map(frame, 0.3 * heat - 2), expected, atol=0.51)
-    assert pictures.heat_map(np.zeros_like(frame), np.ones((3, 4))).dtype == np.uint8
+    np.testing.assert_allclose(plots.heat_map(frame, 0.3 * heat - 2), expected, atol=0.51)
+    assert plots.heat_map(np.zeros_like(frame), np.ones((3, 4))).dtype == np.uint8
