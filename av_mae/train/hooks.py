@@ -15,8 +15,7 @@ from PIL import Image
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
-from av_mae import models
-from av_mae import plots
+from av_mae import models, plots
 from av_mae.checkpoint import Checkpoints
 from av_mae.config import TrainConfig
 from av_mae.console import Progress, first_line
