@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
 from av_mae.data.audio import resample
 from av_mae.errors import ClipFailure, stage
@@ -23,6 +23,7 @@ from av_mae.prepare.readers.catalogue import SourceClip
 from av_mae.storage import Folder
 
 LONGEST = 3600.0  # seconds
+LONGER = 1.5  # times the annotated seconds: a file that lasts longer is not the annotated part alone
 SILENCE = 1e-3  # of full scale
 BLACK = 20  # of 255, of the brightest hundredth of the pixels
 STILL = 0.5  # of 255, the mean difference of successive frames
@@ -122,6 +123,9 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
         ClipFailure: where the clip cannot be decoded.
     """
     media = Media(files[clip.media])
+    longer = clip.part is not None and media.duration > LONGER * clip.part[1]
+    if clip.part is not None and longer:
+        clip = dataclasses.replace(clip, start=clip.part[0], end=sum(clip.part))
     end = media.duration if clip.end is None else min(clip.end, media.duration)
     duration = end - clip.start
     if not 0 < duration <= LONGEST:
@@ -153,6 +157,9 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
     }
     record |= _annotations(clip, files, small)
     findings = list(_findings(clip, duration, small, audio, options))
+    if longer:
+        message = f"lasts {media.duration:.2f} s, of which {duration:.2f} s from {clip.start:g} s on are taken"
+        findings.append(("too_long", "open", message))
     left_out = any(cause in options.skip for cause, _, _ in findings)
     return Outcome(None if left_out else record, findings, _facts(record, small, audio))
 
@@ -204,7 +211,16 @@ def _images(clip: SourceClip, files: Mapping[str, File], duration: float) -> Ite
     times = clip.image_times or (duration / 2,) * len(clip.images)
     with stage("frame"):
         for time, name in zip(times, clip.images, strict=True):
-            yield time, np.asarray(Image.open(_opened(files[name])).convert("RGB"))
+            yield time, _rgb(Image.open(_opened(files[name])))
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """An image as a viewer shows it: turned as its camera says, grey of 16 bits by its upper 8; uint8 [H, W, 3]."""
+    image = ImageOps.exif_transpose(image)
+    if not image.mode.startswith("I"):
+        return np.asarray(image.convert("RGB"))
+    grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
 
 
 def _opened(file: File) -> io.BytesIO | str:
@@ -304,7 +320,7 @@ def read_mask(content: bytes, reader: str, size: tuple[int, int]) -> bytes:
     image = Image.open(io.BytesIO(content))
     pixels: np.ndarray
     if reader == "numbers":
-        pixels = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))
+        pixels = np.asarray(image if image.mode in ("L", "P", "I", "I;16") else image.convert("L"))
     else:
         colours = np.asarray(image.convert("RGB"))
         pixels = np.where(colours.any(axis=2), BINARY, 0) if reader == "binary" else _classes(colours)

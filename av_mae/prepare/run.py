@@ -17,7 +17,7 @@ from av_mae.prepare.readers.catalogue import Catalogue, checked
 from av_mae.storage import Folder
 
 SETTINGS_FILE = "prepare.json"
-RECIPE = 1  # counts changes of what records are made of
+RECIPE = 2  # counts changes of what records are made of
 
 
 def prepare(job: Job, write_shards: WriteShards = write_locally) -> dict[str, Any]:

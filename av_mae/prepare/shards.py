@@ -186,7 +186,7 @@ def digest(classes: Sequence[str], clips: Iterable[SourceClip]) -> str:
     """A fingerprint of a catalogue."""
     content = hashlib.sha256(repr(classes).encode())
     for clip in clips:
-        content.update(repr(clip).encode())
+        content.update((repr(clip) if clip.part is None else f"{clip!r} {clip.part!r}").encode())
     return content.hexdigest()[:32]
 
 

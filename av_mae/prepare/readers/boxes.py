@@ -8,6 +8,7 @@ Flickr-SoundNet: Annotations/NAME.xml, or a JSON file {NAME: [boxes of an annota
 ymax in pixels of an image of 256 × 256.
 """
 
+import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ VGGSS = "VGG-SS (Chen et al., CVPR 2021): boxes around what sounds in test clips
 VGGSS_LICENCE = "Annotations: CC BY 4.0. The videos belong to their uploaders on YouTube."
 FLICKR = "Flickr-SoundNet (Senocak et al., CVPR 2018): boxes of several annotators around what sounds."
 FLICKR_LICENCE = "Annotations: for research, as its authors say. The videos belong to their uploaders on Flickr."
+PART = 10.0  # seconds of VGGSound's clips
 FLICKR_PIXELS = 256  # sides of the images that the annotators saw
 
 Box = tuple[float, float, float, float]
@@ -37,8 +39,7 @@ def read_vggss(folder: Folder) -> Catalogue:
         with catalogue.row(name, number):
             if not isinstance(entry, dict) or not {"file", "bbox"} <= entry.keys():
                 raise ValueError("an entry needs file and bbox")
-            boxes = [[box(values, 1.0) for values in entry["bbox"]]]
-            files.add(catalogue, entry["file"], boxes, numbers.get(entry.get("class", "")))
+            files.add(catalogue, entry["file"], _boxes([entry["bbox"]], 1.0), numbers.get(entry.get("class", "")))
     return catalogue
 
 
@@ -49,16 +50,25 @@ def read_flickr_soundnet(folder: Folder) -> Catalogue:
     annotations = tables.read_json(folder, listed, dict) if listed else {}
     for number, (clip, annotators) in enumerate(annotations.items(), 1):
         with catalogue.row(listed or "", number):
-            files.add(catalogue, clip, _scaled(annotators), None)
+            files.add(catalogue, clip, _boxes(annotators, FLICKR_PIXELS), None)
     for name in folder.files():
         if ending(name) == "xml" and name.split("/")[0].lower().startswith("anno"):
             with catalogue.row(name, 1):
-                files.add(catalogue, stem(name), _scaled(_xml_boxes(tables.read(folder, name))), None)
+                files.add(catalogue, stem(name), _boxes(_xml_boxes(tables.read(folder, name)), FLICKR_PIXELS), None)
     return catalogue
 
 
-def _scaled(annotators: Sequence[Sequence[Sequence[Any]]]) -> list[list[Box]]:
-    return [[box(values, FLICKR_PIXELS) for values in own] for own in annotators]
+def _boxes(annotators: Sequence[Sequence[Sequence[Any]]], scale: float) -> list[list[Box]]:
+    """The boxes of each annotator, without those that have no area: they mark no pixel.
+
+    Raises:
+        ValueError: where a box is none, or none has an area.
+    """
+    boxes = [[box(values, scale) for values in own] for own in annotators]
+    kept = [[one for one in own if one[0] < one[2] and one[1] < one[3]] for own in boxes]
+    if any(boxes) and not any(kept):
+        raise ValueError(f"no box has an area within the frame: {annotators!r} (xmin, ymin, xmax, ymax)")
+    return kept
 
 
 def _xml_boxes(content: bytes) -> list[list[list[str]]]:
@@ -90,15 +100,17 @@ class Clips:
         self._sounds = MediaFiles((name for name in names if ending(name) in SOUNDS), SOUNDS)
         self._images = MediaFiles(names, IMAGES)
 
-    def find(self, name: str) -> tuple[str, tuple[str, ...]] | None:
-        """The media file and the frames beside it; `None` where the clip has no files."""
+    def find(self, name: str) -> tuple[str, tuple[str, ...], tuple[float, float] | None] | None:
+        """The media file, the frames beside it and the clip's part of it; `None` where the clip has no files."""
         video, sound, image = self._videos.find(name), self._sounds.find(name), self._images.find(name)
-        if video is None and "_" in name:  # a part of a recording, its name with or without the end
-            recording, _, start = name.rpartition("_")
-            video = self._videos.segment(recording, float(start)) if start.isdigit() else None
+        recording, _, start = name.rpartition("_")
+        if video is None and recording and start.isdigit():  # a part of a recording, its name with or without the end
+            video = self._videos.segment(recording, float(start))
+            if video is not None and stem(video) == recording:
+                return video, (), (float(start), PART)
         if video is not None:
-            return video, ()
-        return (sound, (image,)) if sound and image else None
+            return video, (), None
+        return (sound, (image,), None) if sound and image else None
 
     def add(self, catalogue: Catalogue, name: str, boxes: list[list[Box]], label: int | None) -> None:
         """Adds a test clip to a catalogue.
@@ -117,7 +129,7 @@ class Clips:
         if found is None:
             catalogue.note("missing", name, "files", f"no media file {name}, nor frame and audio of this name", "test")
             return
-        media, images = found
+        media, images, part = found
         catalogue.clips.append(
             SourceClip(
                 name,
@@ -126,6 +138,7 @@ class Clips:
                 images=images,
                 labels=() if label is None else (label,),
                 source=name,
+                part=part,
                 boxes=tuple(box for own in boxes for box in own),
                 annotators=len(boxes),
                 box_annotators=tuple(annotator for annotator, own in enumerate(boxes) for _ in own),
@@ -134,11 +147,23 @@ class Clips:
 
 
 def box(values: Sequence[Any], scale: float) -> Box:
-    """(xmin, ymin, xmax, ymax) in units of 1 / scale → (ymin, xmin, ymax, xmax) in 0…1. Raises ValueError."""
+    """A box within the frame, whichever corners it was drawn from.
+
+    Args:
+        values: (xmin, ymin, xmax, ymax) in units of 1 / scale.
+        scale: how many of the units a side of the frame has.
+
+    Returns:
+        (ymin, xmin, ymax, xmax) in 0…1.
+
+    Raises:
+        ValueError: where `values` are not four finite numbers.
+    """
     try:
-        left, top, right, bottom = (min(1.0, max(0.0, float(value) / scale)) for value in values)
+        left, top, right, bottom = (float(value) / scale for value in values)
+        if not all(map(math.isfinite, (left, top, right, bottom))):
+            raise ValueError
     except (TypeError, ValueError):
         raise ValueError(f"box {list(values)!r} must be the four numbers xmin, ymin, xmax, ymax") from None
-    if not (left < right and top < bottom):
-        raise ValueError(f"box {list(values)!r} is empty within the frame (xmin, ymin, xmax, ymax)")
-    return top, left, bottom, right
+    left, top, right, bottom = (min(1.0, max(0.0, side)) for side in (left, top, right, bottom))
+    return min(top, bottom), min(left, right), max(top, bottom), max(left, right)

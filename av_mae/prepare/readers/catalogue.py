@@ -18,10 +18,13 @@ CAUSES = {
     "bad_id": "an id that cannot name a clip",
     "duplicate_id": "the id of a clip that came before",
     "missing": "annotated, but there is no such file",
+    "no_split": "outside of the folders that are splits",
+    "not_media": "files whose ending is that of no media file",
     "undecodable": "the file cannot be decoded",
     "no_sound": "the file has no audio",
     "no_picture": "the file has no frames",
     "too_short": "shorter than --shortest",
+    "too_long": "the file is longer than the part that is annotated, which alone is taken",
     "silence": "the audio never rises above -60 dB of full scale",
     "black": "every frame is black",
     "still": "the frame never changes",
@@ -29,7 +32,7 @@ CAUSES = {
     "duplicate_content": "the same frames and audio as a clip that came before",
 }
 # With these, no record is stored whatever the options say.
-NEVER_STORED = ("bad_row", "bad_id", "duplicate_id", "missing", "undecodable")
+NEVER_STORED = ("bad_row", "bad_id", "duplicate_id", "missing", "no_split", "not_media", "undecodable")
 # What is seen when a clip is decoded, and may leave it out (--skip).
 SKIPPABLE = ("no_sound", "no_picture", "too_short", "silence", "black", "still")
 
@@ -83,6 +86,7 @@ class SourceClip:
         labels: numbers of classes.
         source: the recording that the clip was cut from.
         source_start: seconds in the recording at which the clip begins.
+        part: seconds of begin and length that the annotations give the clip in `media`, if `media` is longer than that.
         boxes: (ymin, xmin, ymax, xmax) in 0…1 in the clip's middle frame.
         box_annotators: the number of each box's annotator.
         annotators: how many people looked at the clip.
@@ -102,6 +106,7 @@ class SourceClip:
     labels: tuple[int, ...] = ()
     source: str = ""
     source_start: float = 0.0
+    part: tuple[float, float] | None = dataclasses.field(default=None, repr=False)
     boxes: tuple[tuple[float, float, float, float], ...] = ()
     box_annotators: tuple[int, ...] = ()
     annotators: int = 0
@@ -141,13 +146,18 @@ class Catalogue:
             self.note("bad_row", f"{name}:{number}", "annotations", f"{name}, row {number}: {error}")
 
 
+# Control characters, what ends a line, and bytes of a file name that are not UTF-8. Spaces of any script, joiners of
+# letters and of emoji and characters newer than Python's tables are none of these, though not `str.isprintable`.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
 def check_id(name: str) -> None:
     """Raises ValueError where a name cannot be a clip's id."""
-    if not name or name != name.strip():
-        raise ValueError(f"id {name!r} is empty or begins or ends with a space")
+    if not name.strip():
+        raise ValueError(f"id {name!r} is empty")
     if re.search(r"[/\\\x00-\x1f]", name) or name in (".", ".."):
         raise ValueError(f"id {name!r} holds a path separator or a control character")
-    if not name.isprintable():  # so are bytes of a file name that are not UTF-8
+    if _UNPRINTABLE.search(name):
         raise ValueError(f"id {name!r} holds what cannot be printed")
     if len(name) > LONGEST_ID:
         raise ValueError(f"id {name[:20]!r}… has {len(name)} characters, at most {LONGEST_ID} are allowed")

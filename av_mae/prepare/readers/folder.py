@@ -8,9 +8,11 @@ any depth) or in none. A name such as brbk7n is 'bin red by k seven now'.
 
 import collections
 import dataclasses
+import hashlib
 import io
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from av_mae.errors import UserError
@@ -23,6 +25,10 @@ DESCRIPTION = "A folder of media files."
 LICENCE = "That of the media files, which av_mae does not know."
 GRID = "GRID (Cooke et al., JASA 2006): 34 speakers read sentences of six words to a camera."
 GRID_LICENCE = "CC BY 4.0"
+OTHER_ENDINGS = frozenset(
+    """txt csv tsv json jsonl xml html htm md pdf parquet npy npz pkl pt pth h5 hdf5 yaml yml log srt vtt ass lab align
+    ini jpg jpeg png bmp gif webp tif tiff db zip tar gz tgz bz2 xz rar 7z py sh part nfo sha256 md5 textgrid""".split()
+)
 COLUMNS = ("path", "id", "label", "split", "start", "end")
 SEPARATORS = ";|"  # between several labels of a clip
 WORDS = (
@@ -38,54 +44,127 @@ HELD_OUT = ("s1", "s2", "s20", "s22")  # speakers for testing, as in LipNet (Ass
 
 
 def read(folder: Folder, table: str | None = None) -> Catalogue:
-    """Every media file of a tree: folders `train`, `validation`, `test` at its top are splits, the folder that holds a
-    file is its label. With a `table` (beside the tree or in it) its rows are the clips: `path` (relative), and where
-    known `id`, `label` (several: a;b), `split`, `start` and `end` (s)."""
+    """Every media file of a tree, or the rows of a table.
+
+    Folders `train`, `validation`, `test` at the tree's top are splits, the folder that holds a file is its label.
+
+    Args:
+        folder: the tree.
+        table: a csv or Parquet file, beside the tree or in it, whose rows are the clips: `path` (relative), and where
+            known `id`, `label` (several: a;b), `split`, `start` and `end` (s).
+
+    Raises:
+        UserError: where no media file is there, or folders that look like splits lie below others.
+    """
     if table is not None:
         return _from_table(folder, table)
-    catalogue = Catalogue()
-    names = [name for name in folder.files() if ending(name) in MEDIA]
+    catalogue, files = Catalogue(), folder.files()
+    names = [name for name in files if ending(name) in MEDIA]
     if not names:
         raise UserError(f"{folder} holds no media file (known endings: {', '.join(sorted(MEDIA))})")
-    tops = {name.split("/")[0].lower() for name in names}
-    split_folders = all("/" in name for name in names) and tops <= SPLITS.keys()
-    inner = {name: name.split("/", 1)[1] if split_folders else name for name in names}
+    _note_others(catalogue, files)
+    splits, inner = _splits(folder, names)
+    for name in names:
+        if name not in splits:
+            known = ", ".join(sorted(set(splits.values())))
+            catalogue.note("no_split", name, "files", f"{name} lies in none of the folders of the splits {known}")
+    names = list(splits)
     labels = {name: inner[name].rpartition("/")[0] for name in names}
     numbers, ids = catalogue.set_classes(set(labels.values()) - {""}), _ids(names)
     catalogue.clips = [
         SourceClip(
-            ids[name],
-            split_name(name.split("/")[0]) if split_folders else "train",
-            name,
-            source=ids[name],
-            labels=(numbers[labels[name]],) if labels[name] else (),
+            ids[name], splits[name], name, source=ids[name], labels=(numbers[labels[name]],) if labels[name] else ()
         )
         for name in names
     ]
     return catalogue
 
 
-def _ids(names: list[str]) -> dict[str, str]:
-    """'a/b.mp4' → 'a-b'; files that share all but the ending keep it."""
-    short = {name: "-".join([*name.split("/")[:-1], stem(name)]) for name in names}
-    shared = collections.Counter(short.values())
-    return {name: short[name] if shared[short[name]] == 1 else name.replace("/", "-") for name in names}
+def _note_others(catalogue: Catalogue, files: Sequence[str]) -> None:
+    """A finding for each ending that is of no media file, unless it is known to be of something else."""
+    others: dict[str, list[str]] = collections.defaultdict(list)
+    for name in files:
+        if ending(name) not in MEDIA | OTHER_ENDINGS:
+            others[f".{ending(name)}" if ending(name) else "without ending"].append(name)
+    for kind, names in sorted(others.items()):
+        message = f"{len(names)} files are left out, e.g. {names[0]}: rename them to a known ending if they are media"
+        catalogue.note("not_media", kind, "files", message)
+
+
+def _splits(folder: Folder, names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The split of each file, and its path within the split. A file that is in no split where others are has none.
+
+    A top folder `train` that holds files alone, beside others, is a class (there are sounds of trains).
+    """
+    below = os.path.commonpath([name.rpartition("/")[0] for name in names])
+    for root in dict.fromkeys(("", f"{below}/" if below else "")):
+        parts = {name: name.removeprefix(root).split("/") for name in names}
+        tops = {own[0].lower() for own in parts.values() if len(own) > 1}
+        nested = any(own[0].lower() in SPLITS for own in parts.values() if len(own) > 2)
+        named = {SPLITS[top] for top in tops & SPLITS.keys()}
+        if named and (tops <= SPLITS.keys() or nested or named != {"train"}):
+            inside = {name: own for name, own in parts.items() if len(own) > 1 and own[0].lower() in SPLITS}
+            return (
+                {name: SPLITS[own[0].lower()] for name, own in inside.items()},
+                {name: "/".join(own[1:]) for name, own in inside.items()},
+            )
+    deeper = {part.lower() for name in names for part in name.split("/")[:-1]} & SPLITS.keys()
+    if len({SPLITS[part] for part in deeper}) > 1:
+        raise UserError(
+            f"{folder} has folders called {', '.join(sorted(deeper))} below others: name the folder that holds them as "
+            "--source, or give the splits in a --table"
+        )
+    return dict.fromkeys(names, "train"), {name: name for name in names}
+
+
+def _ids(names: Sequence[str]) -> dict[str, str]:
+    """'a/b.mp4' → 'a-b'; files that share all but the ending keep it, those that still share it get a digest."""
+    ids = {name: "-".join([*name.split("/")[:-1], stem(name)]) for name in names}
+    shared = collections.Counter(ids.values())
+    ids |= {name: name.replace("/", "-") for name in names if shared[ids[name]] > 1}
+    shared = collections.Counter(ids.values())
+    digests = {name: hashlib.sha256(os.fsencode(name)).hexdigest()[:8] for name in names if shared[ids[name]] > 1}
+    return ids | {name: f"{ids[name]}-{digest}" for name, digest in digests.items()}
 
 
 def _from_table(folder: Folder, table: str) -> Catalogue:
     catalogue, files = Catalogue(), MediaFiles(folder.files())
-    present = set(files.names)
     read_rows = list(_parquet_rows(table) if table.endswith(".parquet") else _csv_rows(table, catalogue))
     numbers = catalogue.set_classes(label for _, row in read_rows for label in _labels(row))
+    unnamed = set()
     for number, row in read_rows:
         with catalogue.row(table, number):
             clip = _clip(row, numbers)
-            media = clip.media if clip.media in present else files.find(stem(clip.media))
+            media = files.at(clip.media)
             if media is None:
                 catalogue.note("missing", clip.id, "files", f"{table}, row {number}: no file {clip.media}", clip.split)
-            else:
-                catalogue.clips.append(dataclasses.replace(clip, media=media))
+                continue
+            catalogue.clips.append(dataclasses.replace(clip, media=media))
+            if not row.get("id"):
+                unnamed.add(len(catalogue.clips) - 1)
+    _separate(catalogue.clips, unnamed)
     return catalogue
+
+
+def _separate(clips: list[SourceClip], unnamed: set[int]) -> None:
+    """Gives the `unnamed` clips ids of their own.
+
+    Parts that begin together get their end, files that share an id another (see `_ids`), what is left a number. Equal
+    rows stay equal.
+    """
+    ids = _ids(sorted({clips[index].source for index in unnamed}))
+    shared = collections.Counter(clip.id for clip in clips)
+    taken: dict[str, list[SourceClip]] = collections.defaultdict(list)
+    for index in sorted(unnamed):
+        clip = clips[index]
+        if shared[clip.id] == 1:
+            continue
+        begin = f"_{clip.start:.10g}" if clip.start or clip.end is not None else ""
+        name = ids[clip.source] + begin + ("" if clip.end is None else f"_{clip.end:.10g}")
+        if clip not in taken[name]:
+            taken[name].append(clip)
+        number = taken[name].index(clip)
+        clips[index] = dataclasses.replace(clip, id=f"{name}_{number + 1}" if number else name)
 
 
 def _labels(row: Mapping[str, str]) -> list[str]:
@@ -100,7 +179,7 @@ def _clip(row: Mapping[str, str], numbers: Mapping[str, int]) -> SourceClip:
     end = tables.number(row["end"], "end") if row.get("end") else None
     if end is not None and end <= start:
         raise ValueError(f"end {end:g} must be after start {start:g}")
-    name = row.get("id") or _ids([path])[path] + (f"_{start:g}" if start or end is not None else "")
+    name = row.get("id") or _ids([path])[path] + (f"_{start:.10g}" if start or end is not None else "")
     check_id(name)
     return SourceClip(
         name,

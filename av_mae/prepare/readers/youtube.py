@@ -94,7 +94,10 @@ def _add_part(
     if media is None:
         catalogue.note("missing", name, "files", f"no file {name}_{round(end):06d}.mp4 or alike", split)
         return
-    catalogue.clips.append(SourceClip(name, split, media, labels=labels, source=recording, source_start=start))
+    within = (start if stem(media) == recording else 0.0, end - start)
+    catalogue.clips.append(
+        SourceClip(name, split, media, labels=labels, source=recording, source_start=start, part=within)
+    )
 
 
 def _add_pairs(catalogue: Catalogue, folder: Folder, name: str) -> None:
