@@ -128,6 +128,11 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
         clip = dataclasses.replace(clip, start=clip.part[0], end=sum(clip.part))
     end = media.duration if clip.end is None else min(clip.end, media.duration)
     duration = end - clip.start
+    if clip.part is not None and longer and duration < clip.part[1] / LONGER:
+        raise ClipFailure(
+            f"open: lasts {media.duration:.2f} s, neither {clip.part[1]:g} s nor long enough for those from "
+            f"{clip.part[0]:g} s on"
+        )
     if not 0 < duration <= LONGEST:
         raise ClipFailure(
             "",

@@ -1,0 +1,256 @@
+"""Inputs after public bug reports (tests/data/cases, a README each) and their like: each gives the right value or is
+named; nothing is stored of another file, split or place."""
+
+import json
+import pathlib
+
+import clip_trees
+import made_media
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from av_mae.data import records
+from av_mae.errors import UserError
+from av_mae.prepare import clips as clip_records
+from av_mae.prepare.readers import READERS
+from av_mae.prepare.readers.catalogue import check_id
+from av_mae.storage import Folder
+
+CASES = pathlib.Path(__file__).resolve().parent.parent / "data" / "cases"
+
+
+def catalogue(source: pathlib.Path, dataset: str = "folder", **options):
+    return READERS[dataset].read(Folder(source), **options)
+
+
+def found(report) -> dict[str, list[str]]:
+    causes: dict[str, list[str]] = {}
+    for finding in report.findings:
+        causes.setdefault(finding.cause, []).append(finding.clip)
+    return causes
+
+
+def test_a_row_whose_file_is_missing_takes_no_other_file():
+    case = CASES / "01_table_takes_another_file"
+    read = catalogue(case / "src", table=str(case / "table.csv"))
+    assert not read.clips and found(read) == {"missing": ["dog-1", "bird-clip_0007"]}
+    assert read.findings[0].message.endswith("no file dog/1.mp4")
+
+
+@pytest.mark.parametrize(
+    "named, there, taken",
+    [
+        ("a/long.mp4", ["a/long.mkv"], "a/long.mkv"),  # as it was converted
+        ("a/long.mp4", ["a/long.mkv", "a/long.wav"], None),
+        ("a/long.mp4", ["a/long.mp4", "a/long.mkv"], "a/long.mp4"),
+        ("a/clip_07.mp4", ["a/clip_7.mp4"], None),
+        ("long.mp4", ["b/long.mp4"], None),
+        ("a/x.1.mp4", ["a/x.mp4", "a/x.2.mp4"], None),
+    ],
+)
+def test_files_of_other_names_are_other_files(named, there, taken, tmp_path):
+    source = clip_trees.put(tmp_path / "in", dict.fromkeys(there, b""))
+    table = clip_trees.put(tmp_path, {"list.csv": f"path\n{named}\n"}) / "list.csv"
+    assert [clip.media for clip in catalogue(source, table=str(table)).clips] == ([taken] if taken else [])
+
+
+def test_an_exact_name_goes_before_one_without_leading_zeros(tmp_path):
+    source = clip_trees.put(tmp_path, {"vggss.json": json.dumps([{"file": "clip_0007", "bbox": [[0, 0, 1, 1]]}])})
+    clip_trees.put(source, {"a/clip_7.mp4": b"", "b/clip_0007.mp4": b""})
+    assert [clip.media for clip in catalogue(source, "vggss").clips] == ["b/clip_0007.mp4"]
+
+
+@pytest.mark.parametrize(
+    "folder, stray", [("with_third_folder", "unlabeled/x.mp4"), ("with_stray_file", "trailer.mp4")]
+)
+def test_what_lies_beside_splits_does_not_end_them(folder, stray):
+    read = catalogue(CASES / "04_stray_file_ends_splits" / folder)
+    assert {clip.id: clip.split for clip in read.clips} == {"train-dog-1": "train", "test-dog-3": "test"}
+    assert read.classes == ("dog",) and found(read) == {"no_split": [stray]}
+
+
+@pytest.mark.parametrize(
+    "names, splits",
+    [
+        (["train/a.mp4", "eval/b.mp4", "x.mp4"], {"train-a": "train", "eval-b": "test"}),
+        (["Set/Train/dog/a.mp4", "Set/Test/dog/b.mp4"], {"Set-Train-dog-a": "train", "Set-Test-dog-b": "test"}),
+        (["test/a.mp4", "dog/b.mp4"], {"test-a": "test"}),
+        (["train/dog/a.mp4", "x.mp4"], {"train-dog-a": "train"}),
+        (["train/a.mp4", "dog/b.mp4"], {"train-a": "train", "dog-b": "train"}),  # the sound of a train
+        (["dog/train.mp4", "dog/test.mp4"], {"dog-train": "train", "dog-test": "train"}),
+    ],
+)
+def test_folders_that_are_splits(names, splits, tmp_path):
+    read = catalogue(clip_trees.put(tmp_path, dict.fromkeys(names, b"")))
+    assert {clip.id: clip.split for clip in read.clips} == splits
+    assert len(read.clips) + len(read.findings) == len(names)
+
+
+def test_splits_below_classes_are_refused(tmp_path):
+    source = clip_trees.put(tmp_path, dict.fromkeys(["dog/train/a.mp4", "dog/test/b.mp4", "cat/train/c.mp4"], b""))
+    with pytest.raises(UserError, match="has folders called test, train below others: name the folder"):
+        catalogue(source)
+
+
+def test_boxes_without_area_mark_no_pixel():
+    read = catalogue(CASES / "06_vggss_empty_box", "vggss")
+    boxes = {clip.id: clip.boxes for clip in read.clips}
+    assert set(boxes) == {"aaaaaaaaaaa_000032", "bbbbbbbbbbb_000055"}
+    np.testing.assert_allclose(boxes["bbbbbbbbbbb_000055"], [[0.1, 0.5, 0.6, 0.6], [0.1, 0.2, 0.3, 0.4]])
+    assert found(read) == {"bad_row": ["vggss.json:3"]} and "no box has an area" in read.findings[0].message
+
+
+@pytest.mark.parametrize(
+    "boxes, stored",
+    [
+        ([[0.6, 0.7, 0.2, 0.1]], [[0.1, 0.2, 0.7, 0.6]]),  # drawn backwards
+        ([[-1, 0.5, 3, 1.5]], [[0.5, 0, 1, 1]]),
+        ([[1.5, 0, 2, 1], [0, 0, 1, 1]], [[0, 0, 1, 1]]),  # beyond the frame
+        ([["nan", 0, 1, 1]], None),
+        ([[0, 0, 1]], None),
+        (None, None),
+        ([5], None),
+    ],
+)
+def test_boxes_as_people_draw_them(boxes, stored, tmp_path):
+    clip_trees.put(tmp_path, {"a.mp4": b"", "vggss.json": json.dumps([{"file": "a", "bbox": boxes}])})
+    read = catalogue(tmp_path, "vggss")
+    assert [clip.boxes for clip in read.clips] == ([tuple(map(tuple, stored))] if stored else [])
+    assert len(read.findings) == (not stored)
+
+
+NAMES = [
+    "Screen Recording 2024-01-01 at 1.00.00\u202fPM",
+    "nbsp\u00a0x",
+    "full\u3000width",
+    "می\u200cخواهم",
+    "क्\u200dष",
+    "\U0001f468\u200d\U0001f469",
+    "trailing ",
+    " leading",
+    "\U0001fae9 newer than the tables",
+]
+
+
+def test_names_of_all_scripts_are_stored(tmp_path):
+    content = (CASES / "01_table_takes_another_file" / "src" / "cat" / "1.mp4").read_bytes()
+    source = clip_trees.put(tmp_path / "in", {f"cl{name}/{name}.mp4": content for name in NAMES})
+    report = clip_trees.prepare("folder", source, tmp_path / "set")
+    assert set(clip_trees.stored(tmp_path / "set")) == {f"cl{name}-{name}" for name in NAMES}
+    assert records.class_names(tmp_path / "set") == sorted(f"cl{name}" for name in NAMES)
+    assert not clip_trees.causes(report).keys() - {"duplicate_content"}
+
+
+@pytest.mark.parametrize(
+    "name", ["", "  ", "a\nb", "a\rb", "a\u2028b", "a\x85b", "a\x1bb", "a/b", "caf\udce9", "x" * 201]
+)
+def test_names_that_can_be_no_id(name):
+    with pytest.raises(ValueError, match="^id "):
+        check_id(name)
+
+
+def test_photographs_are_frames_as_a_viewer_shows_them(tmp_path):
+    clip_trees.prepare("flickr_soundnet", CASES / "18_photos_as_frames", tmp_path / "set")
+    clips = clip_trees.stored(tmp_path / "set", "test")
+    turned, deep = (simplejpeg.decode_jpeg(clips[name]["frames"][0]) for name in ("turned", "deep"))
+    assert turned.shape[0] / turned.shape[1] == pytest.approx(240 / 320)
+    assert made_media.colours(turned).ravel().tolist() == [0, 1, 2, 3]
+    assert abs(float(deep.mean()) - 105) < 1
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (Image.fromarray(np.full((4, 6), 40_000, np.uint16)), 156),
+        (Image.fromarray(np.full((4, 6), 40_000, np.int32)), 156),
+        (Image.new("L", (6, 4), 77), 77),
+        (Image.new("1", (6, 4), 1), 255),
+        (Image.new("RGBA", (6, 4), (10, 10, 10, 255)), 10),
+        (Image.new("CMYK", (6, 4), (0, 0, 0, 55)), 200),
+        (Image.new("P", (6, 4), 0), 0),
+    ],
+)
+def test_images_of_all_modes(image, expected):
+    pixels = clip_records._rgb(image)
+    assert pixels.shape == (4, 6, 3) and pixels.dtype == np.uint8 and (pixels == expected).all()
+
+
+def test_files_of_other_endings_are_media_or_counted(tmp_path):
+    content = (CASES / "01_table_takes_another_file" / "src" / "cat" / "1.mp4").read_bytes()
+    media = ["a.mp4", "b3g2.3g2", "basf.asf", "bdivx.divx", "bf4v.f4v", "bm4b.m4b"]
+    others = ["bnone", "bnone2", "x.weird", "notes.txt", "list.csv"]
+    source = clip_trees.put(tmp_path / "in", dict.fromkeys([*media, *others], content))
+    report = clip_trees.prepare("folder", source, tmp_path / "set")
+    assert len(clip_trees.stored(tmp_path / "set")) == len(media)
+    named = {finding["clip"]: finding["message"] for finding in report["findings"] if finding["cause"] == "not_media"}
+    assert set(named) == {"without ending", ".weird"} and named["without ending"].startswith(
+        "2 files are left out, e.g. bnone"
+    )
+
+
+def test_a_folder_without_annotations_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"^there is no .*label2idx\.json"):
+        catalogue(tmp_path, "avsbench_s4")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["a/b.mp4", "a-b.mp4"], ["a/b/c.mp4", "a-b/c.mp4", "a/b-c.mp4"], ["a/b.mp4", "a/b.mkv", "a-b.mp4"]],
+)
+def test_paths_that_look_alike_have_ids_of_their_own(names, tmp_path):
+    read = catalogue(clip_trees.put(tmp_path, dict.fromkeys(names, b"")))
+    assert len({clip.id for clip in read.clips}) == len(names) == len(read.clips)
+    table = clip_trees.put(tmp_path, {"list.csv": "path\n" + "\n".join(names)}) / "list.csv"
+    by_table = catalogue(tmp_path, table=str(table))
+    assert {clip.id: clip.media for clip in by_table.clips} == {clip.id: clip.media for clip in read.clips}
+
+
+def test_events_that_begin_together_are_clips_of_their_own(tmp_path):
+    rows = [
+        "a.mp4,dog,1,2",
+        "a.mp4,cat,1,3",
+        "a.mp4,cat,1,2",
+        "a.mp4,dog,1,2",
+        "a.mp4,dog,123456.71,",
+        "a.mp4,dog,123456.72,",
+    ]
+    table = (
+        clip_trees.put(tmp_path, {"a.mp4": b"", "list.csv": "path,label,start,end\n" + "\n".join(rows)}) / "list.csv"
+    )
+    ids = [clip.id for clip in catalogue(tmp_path, table=str(table)).clips]
+    assert ids == [
+        "a_1_2",
+        "a_1_3",
+        "a_1_2_2",
+        "a_1_2",
+        "a_123456.71",
+        "a_123456.72",
+    ]  # the fourth row is the first again
+
+
+@pytest.mark.parametrize(
+    "name, seconds, frame, length",
+    [
+        ("abc", 24.0, 70, 10),  # the whole recording: from 14 s on
+        ("abc_000014", 24.0, 0, 10),  # far longer than the name says: its beginning
+        ("abc_000014_000024", 10.0, 0, 10),
+        ("abc", 10.0, 0, 10),  # cut already
+        ("abc", 9.0, 0, 9),
+        ("abc", 16.0, None, 0),  # neither the part alone nor long enough to hold it
+    ],
+)
+def test_only_the_annotated_part_of_a_file_is_taken(name, seconds, frame, length, tmp_path):
+    source = clip_trees.put(
+        tmp_path / "in", {"vggsound.csv": "abc,14,dog,train\n", f"{name}.mp4": clip_trees.clip(0, seconds)}
+    )
+    report = clip_trees.prepare("vggsound", source, tmp_path / "set")
+    if frame is None:
+        assert clip_trees.causes(report) == {"undecodable": {"abc_000014"}}
+        return
+    (record,) = clip_trees.stored(tmp_path / "set").values()
+    assert record["duration"] == pytest.approx(length, abs=0.1) and record["source_start"] == 14
+    shown = made_media.number_of(simplejpeg.decode_jpeg(record["frames"][0]))
+    assert abs(shown - frame - 0.5 * clip_trees.FPS) <= 1
+    assert ("too_long" in clip_trees.causes(report)) == (seconds > 15)
