@@ -130,8 +130,10 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
     duration = end - clip.start
     if clip.part is not None and longer and duration < clip.part[1] / LONGER:
         raise ClipFailure(
-            f"open: lasts {media.duration:.2f} s, neither {clip.part[1]:g} s nor long enough for those from "
-            f"{clip.part[0]:g} s on"
+            "",
+            "open",
+            f"lasts {media.duration:.2f} s, neither {clip.part[1]:g} s nor long enough for those from "
+            f"{clip.part[0]:g} s on",
         )
     if not 0 < duration <= LONGEST:
         raise ClipFailure(

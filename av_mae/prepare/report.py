@@ -8,15 +8,17 @@ import collections
 import dataclasses
 import html
 import io
+import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
+from av_mae.errors import ClipFailure
 from av_mae.prepare.clips import Job
 from av_mae.prepare.readers import Reader
 from av_mae.prepare.readers.catalogue import CAUSES, NEVER_STORED, SKIPPABLE, Catalogue, Finding
@@ -70,6 +72,22 @@ def make(job: Job, catalogue: Catalogue, summaries: Summaries) -> dict[str, Any]
         "histograms": _histograms(_stored(summaries)),
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
+
+
+def skipped(made: Mapping[str, Any], skip: Sequence[str]) -> bytes:
+    """The content of skipped.jsonl: a line for each clip or row that is not stored.
+
+    Args:
+        made: the report (see `make`).
+        skip: causes that leave a clip out (see RecordOptions).
+    """
+    left_out = {*NEVER_STORED, *skip}
+    failures = [
+        ClipFailure(finding["clip"], finding["stage"], finding["message"])
+        for finding in made["findings"]
+        if finding["cause"] in left_out
+    ]
+    return "".join(f"{json.dumps(failure.to_json())}\n" for failure in failures).encode()
 
 
 def _stored(summaries: Summaries) -> Iterator[Mapping[str, Any]]:
@@ -318,7 +336,7 @@ def card(job: Job, reader: Reader, catalogue: Catalogue, made: dict[str, Any]) -
         "",
         *(found or ["Nothing odd."]),
         "",
-        "`report.html` and `report.json` name each clip.",
+        "`report.html` and `report.json` name each clip, `skipped.jsonl` those that are not stored.",
         "",
     ]
     return "\n".join(lines).encode(errors="backslashreplace")

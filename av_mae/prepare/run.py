@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from av_mae.data.records import VERSION
-from av_mae.errors import UserError
+from av_mae.errors import SKIPPED, UserError
 from av_mae.prepare import report, shards
 from av_mae.prepare.clips import Job
 from av_mae.prepare.engines import WriteShards, write_locally
@@ -110,6 +110,7 @@ def _finish(job: Job, reader: Reader, catalogue: Catalogue, summaries: shards.Su
     files = {
         report.FILE: _json(made),
         report.PAGE_FILE: report.page(made, report.thumbnails(job.output, summaries, made)),
+        SKIPPED: report.skipped(made, job.record.skip),
         report.CARD_FILE: report.card(job, reader, catalogue, made),
         **shards.description_files(job.dataset, reader.description, catalogue.classes, splits),
     }
