@@ -9,12 +9,26 @@ import pathlib
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads only wait for one another where tests share cores
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
-import jax  # noqa: E402  (reads XLA_FLAGS when imported)
-import pytest  # noqa: E402
+import jax
+import jaxtyping
+import numpy as np
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Shapes in signatures of models/ are checked whenever a test calls or traces one. Only configurations are not: they
+# check their values themselves, with messages for users. NumPy arrays stand for JAX arrays, as in calls of users.
+jaxtyping.Array = jax.Array | np.ndarray
+jaxtyping.install_import_hook(
+    [
+        f"av_mae.models.{file.stem}"
+        for file in sorted((ROOT / "av_mae" / "models").glob("*.py"))
+        if file.stem not in ("__init__", "config")
+    ],
+    "beartype.beartype",
+)
 
 
 def pytest_addoption(parser):

@@ -30,7 +30,6 @@ from av_mae.errors import ClipFailure
 from av_mae.evaluate.bootstrap import Bootstrap, Figure, Report
 from av_mae.evaluate.clips import Clips, load_clips, map_batches, set_names
 from av_mae.loading import load_run
-from av_mae.models.patches import masked_error, take
 
 DISTANCE_POWER = 3.0
 
@@ -146,10 +145,10 @@ def model_errors(
     grey = np.broadcast_to(np.round(models.IMAGENET_MEAN * 255).astype(np.uint8), image.shape)
     silence = np.full_like(audio, (np.log10(sound.log_floor) - sound.mean) / sound.std)
     both, image_alone, audio_alone = (
-        functools.partial(function, model) for function in (_masked_errors, _image_error, _audio_error)
+        functools.partial(_errors, model, masked=masked) for masked in (("image", "audio"), ("image",), ("audio",))
     )
     errors = measure(both, image, audio, "")
-    errors |= measure(functools.partial(_masked_errors, untrained), image, audio, "untrained/")
+    errors |= measure(functools.partial(_errors, untrained, masked=("image", "audio")), image, audio, "untrained/")
     others = {"right": (image, audio), "swapped": (image[partner], audio[partner]), "blank": (grey, silence)}
     for prefix, (other_image, other_audio) in others.items():
         errors |= measure(image_alone, image, other_audio, f"{prefix}/")
@@ -230,25 +229,11 @@ def _forward(model, image, audio, image_noise, audio_noise):
     return model(models.normalize_image(image), audio, image_noise, audio_noise)
 
 
-@nnx.jit
-def _masked_errors(model, image, audio, image_noise, audio_noise):
-    image_error, audio_error = model.losses(models.normalize_image(image), audio, image_noise, audio_noise)
-    return {"image_error": image_error, "audio_error": audio_error}
-
-
-@nnx.jit
-def _image_error(model, image, audio, image_noise, audio_noise):
-    """Image masked, sound fully visible."""
-    image, mask = models.normalize_image(image), models.random_mask(image_noise, model.config.image.keep)
-    tokens = model.encoder(image, audio, mask.keep, None)
-    prediction = model.image_decoder(tokens.image, tokens.fusion, mask.keep, mask.removed)
-    return {"image_error": masked_error(prediction, take(models.targets(image, model.config.image), mask.removed))}
-
-
-@nnx.jit
-def _audio_error(model, image, audio, image_noise, audio_noise):
-    """Sound masked, image fully visible."""
-    mask = models.random_mask(audio_noise, model.config.audio.keep)
-    tokens = model.encoder(models.normalize_image(image), audio, None, mask.keep)
-    prediction = model.audio_decoder(tokens.audio, tokens.fusion, mask.keep, mask.removed)
-    return {"audio_error": masked_error(prediction, take(models.targets(audio, model.config.audio), mask.removed))}
+@functools.partial(nnx.jit, static_argnames="masked")
+def _errors(model, image, audio, image_noise, audio_noise, masked):
+    """Errors of the `masked` streams; one that is not masked is fully visible."""
+    image_mask, audio_mask = model.masks(len(image), image_noise, audio_noise)
+    image_mask, audio_mask = image_mask if "image" in masked else None, audio_mask if "audio" in masked else None
+    image = models.normalize_image(image)
+    errors = model.reconstruct(image, audio, image_mask=image_mask, audio_mask=audio_mask).errors
+    return {f"{stream}_error": error for stream, error in errors.items()}

@@ -29,7 +29,8 @@ def fit_window(grid: tuple[int, int], window: tuple[int, int]) -> tuple[int, int
     Raises UserError when it does not divide the grid, naming windows that do.
     """
     fits = any(g <= w for g, w in zip(grid, window, strict=True))
-    used = (min(grid),) * 2 if fits and window[0] == window[1] else tuple(map(min, grid, window))
+    shorter = min(grid) if fits and window[0] == window[1] else max(grid)
+    used = min(grid[0], window[0], shorter), min(grid[1], window[1], shorter)
     common = math.gcd(*grid)
     windows = [f"({n}, {n})" for n in range(2, common + 1) if common % n == 0] or [f"({grid[0]}, 1)", f"(1, {grid[1]})"]
     require(
@@ -57,7 +58,7 @@ class StreamConfig:
     normalize_targets: bool = True
     loss_weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(
             len(self.size) == 2 and len(self.patch_size) == 2,
             f"size={self.size} must be (rows, columns), and patch={self.patch} an int or (rows, columns)",
@@ -88,7 +89,7 @@ class StreamConfig:
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        return (self.patch, self.patch) if isinstance(self.patch, int) else tuple(self.patch)
+        return (self.patch, self.patch) if isinstance(self.patch, int) else (*self.patch,)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -126,7 +127,7 @@ class FusionConfig:
     pair_attention: str = "separable"
     width: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.kind in FUSION_KINDS, f"fusion kind={self.kind!r} must be one of {', '.join(FUSION_KINDS)}")
         require(
             self.pair_attention in PAIR_ATTENTIONS,
@@ -175,7 +176,7 @@ class DecoderConfig:
     mlp_ratio: float = 4.0
     window: tuple[int, int] = (4, 4)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.kind in DECODER_KINDS, f"decoder kind={self.kind!r} must be one of {', '.join(DECODER_KINDS)}")
         require_widths(self.width, self.heads, self.mlp_ratio, "decoder ")
         require(self.depth > 0, f"decoder depth={self.depth} must be at least 1")
@@ -194,14 +195,14 @@ class AVMAEConfig:
     fusion: FusionConfig = FusionConfig()
     decoder: DecoderConfig = DecoderConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.decoder.kind == "swin":
             for stream in (self.image, self.audio):
                 fit_window(stream.grid, self.decoder.window)
         if self.fusion.kind != "none":
             self._check_fusion()
 
-    def _check_fusion(self):
+    def _check_fusion(self) -> None:
         fusion, shallow = self.fusion, min(self.image.depth, self.audio.depth)
         bad = [number for number in self.fused_layers if not 0 <= number < shallow]
         require(not bad, f"fusion layers={fusion.layers} name layers {bad}; both streams have layers 0 … {shallow - 1}")
@@ -229,13 +230,9 @@ class AVMAEConfig:
 
     @property
     def fused_layers(self) -> tuple[int, ...]:
-        if self.fusion.kind == "none":
-            return ()
-        return (
-            tuple(range(min(self.image.depth, self.audio.depth)))
-            if self.fusion.layers == "all"
-            else tuple(self.fusion.layers)
-        )
+        """Numbers of the layers with a fusion block."""
+        layers = self.fusion.layers if self.fusion.kind != "none" else ()
+        return tuple(range(min(self.image.depth, self.audio.depth)) if isinstance(layers, str) else layers)
 
     @property
     def fusion_width(self) -> int:
@@ -257,7 +254,7 @@ class ClassifierConfig:
     input_norm: bool = False
     concatenate: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.classes > 0, f"classifier classes={self.classes} must be at least 1")
 
 
@@ -277,7 +274,7 @@ class ClassificationSettings:
     log_odds: bool = False
     multi_label: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
         require(self.mixup >= 0, f"mixup={self.mixup} must be 0 (none) or above")
         require(0 <= self.drop_path < 1, f"drop_path={self.drop_path} must be at least 0 and below 1")
@@ -291,7 +288,7 @@ class SeparatorConfig:
     mask: str = "ratio"
     weighted: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.mask in MASKS, f"separator mask={self.mask!r} must be one of {', '.join(MASKS)}")
 
 
@@ -302,7 +299,7 @@ class SegmenterConfig:
     classes: int = 1
     width: int = 128
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.classes > 0, f"segmenter classes={self.classes} must be at least 1")
         require(self.width > 0 and self.width % 2 == 0, f"segmenter width={self.width} must be positive and even")
 
@@ -315,7 +312,7 @@ class LocalizerConfig:
     width: int = 128
     temperature: float = 0.07
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.width > 0, f"localizer width={self.width} must be at least 1")
         require(self.temperature > 0, f"localizer temperature={self.temperature} must be above 0")
 

@@ -1,21 +1,23 @@
-"""Closed-form cost of the model: multiply-adds of all matrix products, counted as two FLOPs each.
+"""Closed-form cost of the model: a multiply-add of a matrix product counts as two FLOPs.
 
-Norms, softmax, GELU and the other elementwise work are left out (1 to 3 % at ViT-B).
+Norms, softmax, GELU and other elementwise work are left out; they are 1 to 3 % at ViT-B.
 """
 
 from av_mae.models.config import AVMAEConfig, StreamConfig, fit_window
 
 
 def linear(tokens: int, inputs: int, outputs: int) -> int:
+    """A linear layer of these widths on `tokens` tokens."""
     return 2 * tokens * inputs * outputs
 
 
 def attention(queries: int, keys: int, key_width: int, value_width: int) -> int:
+    """Both matrix products of an attention; widths are those of all heads together."""
     return 2 * queries * keys * (key_width + value_width)
 
 
 def block(tokens: int, context: int, width: int, mlp_ratio: float) -> int:
-    """A transformer block that updates `tokens` and reads `context` more."""
+    """A transformer block that updates `tokens` tokens, which attend to `context` further tokens."""
     read = tokens + context
     return (
         2 * linear(tokens, width, width)
@@ -28,7 +30,17 @@ def block(tokens: int, context: int, width: int, mlp_ratio: float) -> int:
 def pair_read(
     config: AVMAEConfig, implementation: str, queries: int, image: int, audio: int, widths: tuple[int, int], values: int
 ) -> int:
-    """Queries over all pairs of `image` and `audio` tokens of the given widths, projection included."""
+    """Attention over all pairs of image and audio tokens, projections included.
+
+    Args:
+      config: of the model.
+      implementation: of the pair attention.
+      queries: number of queries.
+      image: number of image tokens.
+      audio: number of audio tokens.
+      widths: of image and audio tokens.
+      values: width of the values of all heads.
+    """
     fusion, width = config.fusion, config.fusion_width
     inner = fusion.inner_width(width)
     pairs = image + audio if implementation == "separable" else image * audio
@@ -42,7 +54,14 @@ def pair_read(
 
 
 def fusion_block(config: AVMAEConfig, image: int, audio: int, implementation: str | None = None) -> int:
-    """One fusion block over the given numbers of image and audio tokens; O(I + A) for `separable`."""
+    """One fusion block; O(I + A) for `separable`, else O(I · A).
+
+    Args:
+      config: of the model.
+      image: number of image tokens.
+      audio: number of audio tokens.
+      implementation: of the pair attention; `None` means that of the configuration.
+    """
     fusion, width = config.fusion, config.fusion_width
     implementation = implementation or fusion.pair_attention
     tokens, widths = sum(fusion.tokens), (config.image.width, config.audio.width)
@@ -64,7 +83,13 @@ def fusion_block(config: AVMAEConfig, image: int, audio: int, implementation: st
 
 
 def encoder_flops(config: AVMAEConfig, masked: bool = True, implementation: str | None = None) -> int:
-    """Forward FLOPs of the encoder for one clip, on kept patches or (masked=False) on all."""
+    """Forward FLOPs of the encoder for one clip.
+
+    Args:
+      config: of the model.
+      masked: whether only kept patches are encoded, or all.
+      implementation: of the pair attention; `None` means that of the configuration.
+    """
     total, fused = 0, config.fused_layers
     tokens = sum(config.fusion.tokens) if config.fusion.kind != "none" else 0
     counts = [s.keep if masked else s.tokens for s in (config.image, config.audio)]
@@ -74,7 +99,7 @@ def encoder_flops(config: AVMAEConfig, masked: bool = True, implementation: str 
             total += block(count, tokens if number in fused else 0, stream.width, stream.mlp_ratio)
         if config.fusion_width != stream.width:
             total += len(fused) * linear(tokens, config.fusion_width, stream.width)
-    return total + len(fused) * (fusion_block(config, *counts, implementation) if fused else 0)
+    return total + len(fused) * (fusion_block(config, counts[0], counts[1], implementation) if fused else 0)
 
 
 def decoder_flops(config: AVMAEConfig, stream: StreamConfig) -> int:

@@ -1,15 +1,16 @@
 """Fusion blocks: fusion tokens read the image and audio tokens of a layer (paper section 3.2).
 
-`image_weights` of a block and of its attention tell how strongly tokens attend to each image token, averaged over
-heads and summed over the sound's tokens where pairs are read. Nothing of it is computed in training.
+The method `image_weights` of a block and of each attention says how strongly tokens attend to each image token. The
+weights are averaged over heads, and summed over the audio tokens where pairs are read. Training does not use them.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from av_mae.models.config import FusionConfig, require
 from av_mae.models.layers import (
@@ -29,43 +30,67 @@ from av_mae.models.layers import (
 
 
 class KeysValues(NamedTuple):
-    keys: jax.Array
-    values: jax.Array
+    """Keys and values of one stream's tokens."""
+
+    keys: Float[Array, "B N H K"]
+    values: Float[Array, "B N H V"]
 
 
 class Dropout(NamedTuple):
-    """Rate and key of attention dropout; the draw for image token i depends on i alone, not on chunks."""
+    """Rate and random key of attention dropout. The draw for an image token depends on its index, not on chunks."""
 
     rate: float
-    key: jax.Array
+    key: Array
 
 
-PairFunction = Callable[[jax.Array, jax.Array], jax.Array]
+PairFunction = Callable[[Array, Array], Array]
 PAIRS: dict[str, PairFunction] = {"sum": jnp.add, "product": jnp.multiply}
 
 
-def separable(q: jax.Array, image: KeysValues, audio: KeysValues, scale: float, pair: str = "sum") -> jax.Array:
-    """Output [B, F, H, V] for pair 'sum': softmax_i(s) V_i + softmax_j(t) V_j (DESIGN: pairs separate)."""
+def separable(
+    q: Float[Array, "B F H K"], image: KeysValues, audio: KeysValues, scale: float, pair: str = "sum"
+) -> Float[Array, "B F H V"]:
+    """Attention over all pairs of summed keys and values, computed without the pairs, in O(I + A).
+
+    The logits of the pair (i, j) are s_i + t_j. So the softmax over pairs is softmax_i(s) · softmax_j(t), and the
+    output is the sum of one attention over the image tokens and one over the audio tokens.
+
+    Raises:
+      UserError: `pair` is not 'sum'.
+    """
     require(pair == "sum", f"separable pair attention needs pair='sum', got {pair!r}")
     return attend(q, *image, scale) + attend(q, *audio, scale)
 
 
-def _keep_scale(dropout: Dropout, tokens: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Dropout factors for image tokens `tokens` [C]: [B, H, F, C, A], 0 or 1 / (1 - rate)."""
-    draw = lambda i: jax.random.bernoulli(jax.random.fold_in(dropout.key, i), 1 - dropout.rate, shape)
+def _keep_scale(dropout: Dropout, tokens: Int[Array, " I"], shape: tuple[int, ...]) -> Float[Array, "B H F I A"]:
+    """Dropout factors, 0 or 1 / (1 - rate), for image tokens of these indices; `shape` is (B, H, F, A)."""
+
+    def draw(token: Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(dropout.key, token), 1 - dropout.rate, shape)
+
     return jnp.moveaxis(jax.vmap(draw)(tokens), 0, 3) / (1 - dropout.rate)
 
 
 def materialized(
-    q: jax.Array,
+    q: Float[Array, "B F H K"],
     image: KeysValues,
     audio: KeysValues,
     scale: float,
     pair: str = "sum",
     dropout: Dropout | None = None,
     return_weights: bool = False,
-):
-    """Output [B, F, H, V] from all pairs in memory; with `return_weights` also [B, H, F, I, A]."""
+) -> Float[Array, "B F H V"] | tuple[Float[Array, "B F H V"], Float[Array, "B H F I A"]]:
+    """Attention over all pairs, which are put into memory: O(I · A). The reference for the other implementations.
+
+    Args:
+      q: queries.
+      image: keys and values of the image tokens.
+      audio: keys and values of the audio tokens.
+      scale: what the products of queries and keys are multiplied by.
+      pair: how keys and values of a pair are made of those of its tokens (see `PAIRS`).
+      dropout: of the weights.
+      return_weights: whether the weights of the pairs, before dropout, are returned too.
+    """
     keys, values = (PAIRS[pair](i[:, :, None], a[:, None]) for i, a in zip(image, audio, strict=True))
     b, i, a, h, _ = keys.shape
     logits = at_least_float32(jnp.einsum("bfhk,biahk->bhfia", q * scale, keys))
@@ -78,7 +103,7 @@ def materialized(
 
 
 def chunked(
-    q: jax.Array,
+    q: Float[Array, "B F H K"],
     image: KeysValues,
     audio: KeysValues,
     scale: float,
@@ -86,18 +111,23 @@ def chunked(
     dropout: Dropout | None = None,
     return_weights: bool = False,
     chunk: int = 16,
-):
-    """As `materialized`, holding the pairs of `chunk` image tokens at a time (also in the backward pass)."""
+) -> Float[Array, "B F H V"] | tuple[Float[Array, "B F H V"], Float[Array, "B H F I A"]]:
+    """As `materialized`, with the pairs of `chunk` image tokens in memory at a time, also in the backward pass."""
+    # an online softmax: highest logit, sum of weights and output so far are corrected with every chunk
     b, tokens, h, _ = image.keys.shape
     f, a, width = q.shape[1], audio.keys.shape[1], audio.values.shape[-1]
     chunks = -(-tokens // chunk)
     pad = [(0, 0), (0, chunks * chunk - tokens), (0, 0), (0, 0)]
-    split = lambda x: jnp.moveaxis(jnp.pad(x, pad).reshape(b, chunks, chunk, h, -1), 1, 0)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q = q * scale
 
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(jnp.pad(x, pad).reshape(b, chunks, chunk, h, -1), 1, 0)
+
     @jax.checkpoint
-    def read(carry, part):
+    def read(
+        carry: tuple[Array, Array, Array], part: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Array, Array, Array], Array | None]:
         highest, total, out = carry
         index, keys, values = part
         ids = index * chunk + jnp.arange(chunk)
@@ -123,11 +153,23 @@ def chunked(
     return out, jnp.exp(logits - highest[..., None, None]) / total[..., None, None]
 
 
-IMPLEMENTATIONS = {"separable": separable, "chunked": chunked, "materialized": materialized}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "separable": separable,
+    "chunked": chunked,
+    "materialized": materialized,
+}
 
 
 class TokenAttention(nnx.Module):
-    """Fusion tokens read [image ; audio] with one key and one value weight for both streams."""
+    """`token`: fusion tokens read [image ; audio] with one key and one value weight for both streams.
+
+    Args:
+      width: of the fusion tokens.
+      image_width: of the image tokens.
+      audio_width: of the audio tokens, the same as that of the image tokens.
+      config: of the fusion.
+      rngs: random keys for the weights.
+    """
 
     def __init__(self, width: int, image_width: int, audio_width: int, config: FusionConfig, *, rngs: nnx.Rngs):
         inner = config.inner_width(width)
@@ -138,94 +180,131 @@ class TokenAttention(nnx.Module):
         self.heads = config.heads
         self.scale = (inner / config.heads) ** -0.5
 
-    def __call__(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
+    def __call__(
+        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I D"], audio: Float[Array, "B A D"]
+    ) -> Float[Array, "B F Df"]:
         read = jnp.concatenate([image, audio], axis=1)
         q, k, v = (split_heads(y, self.heads) for y in (self.query(fusion), self.key(read), self.value(read)))
         return self.out(merge_heads(attend(q, k, v, self.scale)))
 
-    def image_weights(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
-        """[B, F, I]; what is left to 1 is the sound's."""
+    def image_weights(
+        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I D"], audio: Float[Array, "B A D"]
+    ) -> Float[Array, "B F I"]:
+        """How strongly tokens attend to each image token; the rest, up to 1, is the weight of the audio tokens."""
         read = jnp.concatenate([image, audio], axis=1)
-        q, k = (split_heads(y, self.heads) for y in (self.query(fusion), self.key(read)))
+        q, k = split_heads(self.query(fusion), self.heads), split_heads(self.key(read), self.heads)
         return attention_weights(q, k, self.scale).mean(1)[..., : image.shape[1]]
 
 
-class PairRead(nnx.Module):
-    """Queries over all pairs of two sets of tokens. Key and value weights are kept as their image and audio halves.
+class PairAttention(nnx.Module):
+    """`dense` and `bilinear`: fusion tokens read all pairs of image and audio tokens.
 
-    The bias of a pair belongs to the image half ('product' pairs have one on each half). The scale is
-    (width / heads)^-1/2 whatever the inner width, as in the published system.
+    Key and value weights are kept as their image and audio halves. The bias of a pair belongs to the image half; the
+    products of 'bilinear' have a bias on both halves. The scale is (width / heads)^-1/2 whatever the inner width, as in
+    DeepAVFusion.
+
+    Args:
+      width: of the fusion tokens.
+      image_width: of the image tokens.
+      audio_width: of the audio tokens.
+      config: of the fusion.
+      value_width: width of the values of all heads; by default the inner width, as that of queries and keys.
+      rngs: random keys for the weights.
     """
 
-    def __init__(self, widths: tuple[int, int, int], value_width: int, config: FusionConfig, *, rngs: nnx.Rngs):
-        width, image_width, audio_width = widths
+    def __init__(
+        self,
+        width: int,
+        image_width: int,
+        audio_width: int,
+        config: FusionConfig,
+        *,
+        value_width: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         inner = config.inner_width(width)
+        values = value_width or inner
         self.pair = "product" if config.kind == "bilinear" else "sum"
+
+        def half(inputs: int, outputs: int, other: int, bias: bool) -> Linear:
+            # DeepAVFusion's weight leads from the concatenated pair, so its fan-in counts the other width too
+            return Linear(inputs, outputs, bias=bias, fan_out=outputs + other, axes=TO_HEADS, rngs=rngs)
+
         both = self.pair == "product"
         self.query = Linear(width, inner, axes=TO_HEADS, rngs=rngs)
-        # The published weight leads from the concatenated pair, so its fan-in counts both widths.
-        image, audio = dict(axes=TO_HEADS, rngs=rngs), dict(axes=TO_HEADS, bias=both, rngs=rngs)
-        self.key_image = Linear(image_width, inner, fan_out=inner + audio_width, **image)
-        self.key_audio = Linear(audio_width, inner, fan_out=inner + image_width, **audio)
-        self.value_image = Linear(image_width, value_width, fan_out=value_width + audio_width, **image)
-        self.value_audio = Linear(audio_width, value_width, fan_out=value_width + image_width, **audio)
-        self.out = Linear(value_width, width, axes=FROM_HEADS, rngs=rngs)
+        self.key_image = half(image_width, inner, audio_width, True)
+        self.key_audio = half(audio_width, inner, image_width, both)
+        self.value_image = half(image_width, values, audio_width, True)
+        self.value_audio = half(audio_width, values, image_width, both)
+        self.out = Linear(values, width, axes=FROM_HEADS, rngs=rngs)
         self.heads = config.heads
         self.scale = (width / config.heads) ** -0.5
         self.implementation = config.pair_attention
 
-    def read(self, fusion: jax.Array, image: jax.Array, audio: jax.Array, implementation: str, **options):
+    def read(
+        self,
+        fusion: Float[Array, "B F Df"],
+        image: Float[Array, "B I Di"],
+        audio: Float[Array, "B A Da"],
+        implementation: str,
+        **options: Any,
+    ) -> Any:
         """Pair attention before the projection; `options` go to the implementation (dropout, return_weights)."""
-        q, ki, vi, ka, va = (
-            split_heads(y, self.heads)
-            for y in (
-                self.query(fusion),
-                self.key_image(image),
-                self.value_image(image),
-                self.key_audio(audio),
-                self.value_audio(audio),
-            )
-        )
-        return IMPLEMENTATIONS[implementation](
-            q, KeysValues(ki, vi), KeysValues(ka, va), self.scale, self.pair, **options
-        )
 
-    def __call__(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
+        def read(key: Linear, value: Linear, tokens: Array) -> KeysValues:
+            return KeysValues(split_heads(key(tokens), self.heads), split_heads(value(tokens), self.heads))
+
+        q = split_heads(self.query(fusion), self.heads)
+        images = read(self.key_image, self.value_image, image)
+        audios = read(self.key_audio, self.value_audio, audio)
+        return IMPLEMENTATIONS[implementation](q, images, audios, self.scale, self.pair, **options)
+
+    def __call__(
+        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
+    ) -> Float[Array, "B F Df"]:
         return self.out(merge_heads(self.read(fusion, image, audio, self.implementation)))
 
-    def image_weights(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
-        """[B, F, I]. With sums the softmax over pairs is a product: that over images alone is its sum over sounds."""
-        if self.pair == "sum":
-            q, k = (split_heads(y, self.heads) for y in (self.query(fusion), self.key_image(image)))
+    def image_weights(
+        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
+    ) -> Float[Array, "B F I"]:
+        """How strongly tokens attend to each image token, summed over the audio tokens of its pairs."""
+        if self.pair == "sum":  # the softmax over pairs is a product, whose sum over the audio is that of the image
+            q, k = split_heads(self.query(fusion), self.heads), split_heads(self.key_image(image), self.heads)
             return attention_weights(q, k, self.scale).mean(1)
-        _, weights = self.read(fusion, image, audio, "chunked", return_weights=True)
+        weights: Array = self.read(fusion, image, audio, "chunked", return_weights=True)[1]
         return weights.sum(-1).mean(1)
 
 
-class PairAttention(PairRead):
-    """`dense` and `bilinear`: fusion tokens read all pairs of image and audio tokens, values at the inner width."""
-
-    def __init__(self, width: int, image_width: int, audio_width: int, config: FusionConfig, *, rngs: nnx.Rngs):
-        super().__init__((width, image_width, audio_width), config.inner_width(width), config, rngs=rngs)
-
-
 class FactorizedAttention(nnx.Module):
-    """Aggregation tokens read their stream; fusion tokens read all pairs of aggregated tokens; [f ; v ; a] again."""
+    """`factorized`: aggregation tokens read their stream, fusion tokens read all pairs of aggregated tokens.
+
+    Args:
+      width: of fusion and aggregation tokens.
+      image_width: of the image tokens.
+      audio_width: of the audio tokens.
+      config: of the fusion, with the numbers of fusion and aggregation tokens.
+      rngs: random keys for the weights.
+    """
 
     def __init__(self, width: int, image_width: int, audio_width: int, config: FusionConfig, *, rngs: nnx.Rngs):
         self.aggregate_image = Attention(width, config.heads, context_width=image_width, fused=2, rngs=rngs)
         self.aggregate_audio = Attention(width, config.heads, context_width=audio_width, fused=2, rngs=rngs)
-        self.pairs = PairRead((width, width, width), width, config, rngs=rngs)
+        self.pairs = PairAttention(width, width, width, config, value_width=width, rngs=rngs)
         self.tokens = config.tokens
 
-    def __call__(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
+    def __call__(
+        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
+    ) -> Float[Array, "B F Df"]:
+        """`fusion` is [fusion ; image-aggregation ; audio-aggregation], and so is the result."""
         f, v = self.tokens[0], self.tokens[0] + self.tokens[1]
         image = self.aggregate_image(fusion[:, f:v], image)
         audio = self.aggregate_audio(fusion[:, v:], audio)
         return jnp.concatenate([self.pairs(fusion[:, :f], image, audio), image, audio], axis=1)
 
-    def image_weights(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
-        """[B, F, I] of fusion tokens, through the aggregation tokens whose pairs they read, and of these themselves."""
+    def image_weights(
+        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
+    ) -> Float[Array, "B _ I"]:
+        """Of fusion tokens, through the aggregation tokens whose pairs they read, and of image-aggregation tokens."""
         f, v = self.tokens[0], self.tokens[0] + self.tokens[1]
         read = self.aggregate_image.weights(fusion[:, f:v], image).mean(1)
         aggregated = self.aggregate_image(fusion[:, f:v], image), self.aggregate_audio(fusion[:, v:], audio)
@@ -233,7 +312,7 @@ class FactorizedAttention(nnx.Module):
         return jnp.concatenate([jnp.einsum("bfv,bvi->bfi", pairs, read), read], axis=1)
 
 
-ATTENTIONS = {
+ATTENTIONS: dict[str, type[TokenAttention] | type[PairAttention] | type[FactorizedAttention]] = {
     "token": TokenAttention,
     "dense": PairAttention,
     "bilinear": PairAttention,
@@ -242,9 +321,16 @@ ATTENTIONS = {
 
 
 class FusionBlock(nnx.Module):
-    """fusion [B, F, D], image [B, I, Di], audio [B, A, Da] → fusion [B, F, D].
+    """Fusion tokens read image and audio tokens, then go through an MLP.
 
-    The residual starts from the *normalised* fusion tokens, as in the published system.
+    The residual starts from the *normalised* fusion tokens, as in DeepAVFusion.
+
+    Args:
+      width: of the fusion tokens.
+      image_width: of the image tokens.
+      audio_width: of the audio tokens.
+      config: of the fusion.
+      rngs: random keys for the weights.
     """
 
     def __init__(self, width: int, image_width: int, audio_width: int, config: FusionConfig, *, rngs: nnx.Rngs):
@@ -255,11 +341,15 @@ class FusionBlock(nnx.Module):
         self.norm2 = LayerNorm(width, eps=1e-5)
         self.mlp = MLP(width, config.mlp_ratio, rngs=rngs)
 
-    def __call__(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
+    def __call__(
+        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
+    ) -> Float[Array, "B F Df"]:
         fusion = self.norm_fusion(fusion)
         fusion = fusion + self.attention(fusion, self.norm_image(image), self.norm_audio(audio))
         return fusion + self.mlp(self.norm2(fusion))
 
-    def image_weights(self, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
-        """How strongly the tokens that read the image attend to each of its tokens: [B, F, I], at least float32."""
+    def image_weights(
+        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
+    ) -> Float[Array, "B _ I"]:
+        """How strongly the tokens that read the image attend to each of its tokens, in at least float32."""
         return self.attention.image_weights(self.norm_fusion(fusion), self.norm_image(image), self.norm_audio(audio))

@@ -1,4 +1,4 @@
-"""The segmenter: a mask over the image for what sounds (published system)."""
+"""Heads on the encoder: classifier, separator and segmenter, as in DeepAVFusion, and what they are made of."""
 
 import math
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float
 
 from av_mae.models.config import (
     AVMAEConfig,
@@ -20,13 +21,13 @@ from av_mae.models.layers import Initial, LayerNorm, Linear, at_least_float32
 
 
 class Convolution(nnx.Module):
-    """3×3 convolution [B, R, C, inputs] → [B, R, C, outputs], zeros around. Kaiming normal weights (fan out)."""
+    """3×3 convolution with zeros around, and Kaiming normal weights (fan out)."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.kernel = Initial("normal", (3, 3, inputs, outputs), math.sqrt(2 / (9 * outputs))).parameter(rngs)
         self.bias = Initial("constant", (outputs,)).parameter() if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B rows columns inputs"]) -> Float[Array, "B rows columns outputs"]:
         kernel = self.kernel[...]
         y = jax.lax.conv_general_dilated(
             x.astype(kernel.dtype), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -35,9 +36,9 @@ class Convolution(nnx.Module):
 
 
 class TransposedConvolution(nnx.Module):
-    """Transposed convolution whose kernel and stride are `factor`: [B, R, C, inputs] → [B, R f, C f, outputs].
+    """Transposed convolution with kernel and stride `factor`: a map grows by that factor.
 
-    Kaiming normal weights; the fan out of a transposed weight counts the inputs, as in PyTorch.
+    The weights are Kaiming normal. The fan out of a transposed weight counts the inputs, as in PyTorch.
     """
 
     def __init__(self, inputs: int, outputs: int, factor: int, *, rngs: nnx.Rngs):
@@ -45,7 +46,7 @@ class TransposedConvolution(nnx.Module):
         self.kernel = Initial("normal", (factor, factor, inputs, outputs), deviation).parameter(rngs)
         self.bias = Initial("constant", (outputs,)).parameter()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B rows columns inputs"]) -> Float[Array, "B _ _ outputs"]:
         kernel, (b, rows, columns, _) = self.kernel[...], x.shape
         factor, _, _, outputs = kernel.shape
         y = jnp.einsum("brci,hwio->brhcwo", x.astype(kernel.dtype), kernel)
@@ -53,11 +54,16 @@ class TransposedConvolution(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Normalises the last axis of x [B, ..., C] over all others, in at least float32; returns x's dtype.
+    """Batch norm of the last axis, in at least float32.
 
-    In training the statistics are those of the rows marked in `train_rows` [B] of the whole batch, on whatever mesh
-    (biased variance), and the running ones move a tenth of the way towards them (unbiased variance, as in PyTorch);
-    a batch of fewer than two values moves nothing. `batches` counts the batches that moved them.
+    In training the statistics are those of the marked rows of the whole batch, on whatever mesh (biased variance), and
+    the running statistics move a tenth of the way towards them (unbiased variance, as in PyTorch). A batch of fewer
+    than two values moves nothing. `batches` counts the batches that moved the statistics.
+
+    Args:
+      width: of the last axis.
+      eps: added to the variance.
+      affine: whether there are a learned scale and bias.
     """
 
     momentum = 0.1
@@ -70,19 +76,24 @@ class BatchNorm(nnx.Module):
         self.batches = Initial("constant", (), dtype=jnp.int32).statistic()
         self.eps = eps
 
-    def __call__(self, x: jax.Array, train_rows: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B *N C"], train_rows: Bool[Array, " B"] | None = None
+    ) -> Float[Array, "B *N C"]:
+        """Normalises x, in training with the statistics of its rows marked in `train_rows`."""
         y = at_least_float32(x)
         if train_rows is None:
             mean, variance = self.mean[...], self.variance[...]
         else:
             mean, variance = self.batch_statistics(y, train_rows)
         y = (y - mean) * jax.lax.rsqrt(variance + self.eps)
-        if self.scale is not None:
+        if self.scale is not None and self.bias is not None:
             y = y * self.scale[...] + self.bias[...]
         return y.astype(x.dtype)
 
-    def batch_statistics(self, x: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and biased variance [C] over the marked rows of x; moves the running statistics."""
+    def batch_statistics(
+        self, x: Float[Array, "B *N C"], rows: Bool[Array, " B"]
+    ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+        """Mean and biased variance over the marked rows of x. Moves the running statistics."""
         axes = tuple(range(x.ndim - 1))
         weight = rows.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
         count = weight.sum() * math.prod(x.shape[1:-1])
@@ -97,7 +108,7 @@ class BatchNorm(nnx.Module):
 
 
 class DoubleConv(nnx.Module):
-    """Twice (3×3 convolution without bias, batch norm, ReLU), both of width `outputs`."""
+    """Twice: 3×3 convolution without bias, batch norm, ReLU. Both convolutions have width `outputs`."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.conv1 = Convolution(inputs, outputs, bias=False, rngs=rngs)
@@ -105,51 +116,69 @@ class DoubleConv(nnx.Module):
         self.conv2 = Convolution(outputs, outputs, bias=False, rngs=rngs)
         self.norm2 = BatchNorm(outputs)
 
-    def __call__(self, x: jax.Array, train_rows: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B rows columns inputs"], train_rows: Bool[Array, " B"] | None = None
+    ) -> Float[Array, "B rows columns outputs"]:
         x = jax.nn.relu(self.norm1(self.conv1(x), train_rows))
         return jax.nn.relu(self.norm2(self.conv2(x), train_rows))
 
 
 class Up(nnx.Module):
-    """x [B, R, C, inputs], skip [B, R f, C f, skip] → [B, R f, C f, outputs] for the factor f.
+    """Enlarges a map: a transposed convolution to inputs / factor channels, the skip beside it, a `DoubleConv`.
 
-    A transposed convolution to inputs / f channels, the skip beside it, DoubleConv.
+    Args:
+      inputs: channels of the map.
+      outputs: channels of the result.
+      factor: by which rows and columns grow.
+      skip: channels of the skip; 0 for none.
+      rngs: random keys for the weights.
     """
 
     def __init__(self, inputs: int, outputs: int, factor: int, *, skip: int = 0, rngs: nnx.Rngs):
         self.transposed = TransposedConvolution(inputs, inputs // factor, factor, rngs=rngs)
         self.convolutions = DoubleConv(inputs // factor + skip, outputs, rngs=rngs)
 
-    def __call__(self, x: jax.Array, skip: jax.Array | None = None, train_rows: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: Float[Array, "B rows columns inputs"],
+        skip: Float[Array, "B up_rows up_columns S"] | None = None,
+        train_rows: Bool[Array, " B"] | None = None,
+    ) -> Float[Array, "B up_rows up_columns outputs"]:
+        """Enlarges x; `skip` already has the enlarged size."""
         x = self.transposed(x)
         return self.convolutions(x if skip is None else jnp.concatenate([x, skip], axis=-1), train_rows)
 
 
-def as_map(tokens: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Tokens [B, N, D], row-major → [B, rows, columns, D]."""
+def as_map(tokens: Float[Array, "B N D"], grid: tuple[int, int]) -> Float[Array, "B rows columns D"]:
+    """Tokens, row-major, as a map over the grid."""
     return tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])
 
 
-def beside(x: jax.Array, vector: jax.Array) -> jax.Array:
-    """[x ; vector]: the vector [B, D] repeated over the map x [B, R, C, W] → [B, R, C, W + D]."""
+def beside(x: Float[Array, "B rows columns C"], vector: Float[Array, "B D"]) -> Float[Array, "B rows columns CD"]:
+    """[x ; vector]: the vector is repeated over the map and concatenated with its channels."""
     repeated = jnp.broadcast_to(vector[:, None, None], (*x.shape[:3], vector.shape[-1]))
     return jnp.concatenate([x, repeated], axis=-1)
 
 
-def double_resolution(x: jax.Array) -> jax.Array:
-    """Bilinear ×2 with half-pixel centres: [B, R, C, D] → [B, 2 R, 2 C, D]."""
+def double_resolution(x: Float[Array, "B rows columns C"]) -> Float[Array, "B _ _ C"]:
+    """Doubles rows and columns, bilinear with half-pixel centres."""
     b, rows, columns, width = x.shape
-    return jax.image.resize(x, (b, 2 * rows, 2 * columns, width), "bilinear")
+    doubled: Array = jax.image.resize(x, (b, 2 * rows, 2 * columns, width), "bilinear")
+    return doubled
 
 
 JOINT = "joint"
 
 
 class Classifier(nnx.Module):
-    """classifier(image, audio, train_rows=None) → {'image', 'audio', 'fusion'}: logits [B, classes].
+    """Linear classifiers of the pooled 'image', 'audio' and 'fusion' tokens.
 
-    Without fusion tokens there is no 'fusion'; a head that concatenates the streams gives {'joint'} alone. Inputs as
-    for the encoder. `train_rows` [B] is given in training: the clips over which input norms take their statistics.
+    Without fusion tokens there is no 'fusion'. A head that concatenates the streams is one classifier, named 'joint'.
+
+    Args:
+      config: of the encoder.
+      head: classes and form of the head.
+      rngs: random keys for the weights.
     """
 
     def __init__(self, config: AVMAEConfig, head: ClassifierConfig, *, rngs: nnx.Rngs):
@@ -165,30 +194,48 @@ class Classifier(nnx.Module):
         read = {JOINT: sum(widths.values())} if head.concatenate else widths
         self.heads = nnx.Dict({name: Linear(width, head.classes, rngs=rngs) for name, width in read.items()})
 
-    def classify(self, features: dict[str, jax.Array], train_rows: jax.Array | None = None) -> dict[str, jax.Array]:
-        """Logits of pooled features [B, D] by stream: all that a frozen encoder leaves to do."""
+    def classify(
+        self, features: dict[str, Float[Array, "B _"]], train_rows: Bool[Array, " B"] | None = None
+    ) -> dict[str, Float[Array, "B classes"]]:
+        """Logits from pooled features by stream. With a frozen encoder, only this is trained."""
         if self.head.input_norm:
             features = {name: self.norms[name](x, train_rows) for name, x in features.items()}
-        if self.head.concatenate:  # in an order of its own: features that come out of a jit are sorted by name
+        if self.head.concatenate:  # by `streams`, since features that come out of a jit are sorted by name
             features = {JOINT: jnp.concatenate([features[name] for name in self.streams], axis=-1)}
         return {name: head(features[name]) for name, head in self.heads.items()}
 
-    def __call__(self, image: jax.Array, audio: jax.Array, train_rows: jax.Array | None = None) -> dict[str, jax.Array]:
+    def __call__(
+        self,
+        image: Float[Array, "B height width 3"],
+        audio: Float[Array, "B mels frames *channel"],
+        train_rows: Bool[Array, " B"] | None = None,
+    ) -> dict[str, Float[Array, "B classes"]]:
+        """Logits of clips.
+
+        Args:
+          image: normalised images.
+          audio: log-mels.
+          train_rows: given in training, the clips over which input norms take their statistics.
+        """
         return self.classify(pool(self.encoder(image, audio)), train_rows)
 
 
-def joint_score(logits: dict[str, jax.Array]) -> jax.Array:
-    """The mean of the streams' logits, in at least float32: [B, classes]."""
+def joint_score(logits: dict[str, Float[Array, "B classes"]]) -> Float[Array, "B classes"]:
+    """The mean of the streams' logits, in at least float32."""
     return at_least_float32(jnp.stack(list(logits.values()))).mean(0)
 
 
 class Separator(nnx.Module):
-    """separator(image, mixture, train_rows=None) → mask logits [B, mels, frames].
+    """Predicts the mask of the sound source that the image shows, from a mixture.
 
-    A U-Net over audio layers, conditioned at each scale on the mean image token of the last layer. Lists run from the
-    finest scale, which reads the deepest layer, to the coarsest at the patch grid; patches of 2^n make n + 1 scales.
-    Inputs as for the encoder. `train_rows` [B] is given in training: the clips over which batch norms take their
-    statistics.
+    The head is a U-Net over audio layers, conditioned at each scale on the mean image token of the last layer. Lists
+    run from the finest scale, which reads the deepest layer, to the coarsest at the patch grid. Patches of 2^n make
+    n + 1 scales.
+
+    Args:
+      config: of the encoder.
+      head: what mask the head learns.
+      rngs: random keys for the weights.
 
     Raises:
       UserError: audio patches are not 2^n × 2^n, or 2^n does not divide the audio width.
@@ -210,7 +257,19 @@ class Separator(nnx.Module):
         self.predict = Convolution(widths[0], 1, rngs=rngs)
         self.layers = tuple(np.linspace(0, config.audio.depth - 1, top + 1).astype(int)[::-1].tolist())
 
-    def __call__(self, image: jax.Array, mixture: jax.Array, train_rows: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        image: Float[Array, "B height width 3"],
+        mixture: Float[Array, "B mels frames *channel"],
+        train_rows: Bool[Array, " B"] | None = None,
+    ) -> Float[Array, "B mels frames"]:
+        """Mask logits.
+
+        Args:
+          image: normalised images.
+          mixture: log-mels of mixtures.
+          train_rows: given in training, the clips over which batch norms take their statistics.
+        """
         layers = self.encoder(image, mixture, return_layers=True).layers
         maps = [
             as_map(norm(layers[number].audio), self.config.audio.grid)
@@ -226,12 +285,16 @@ class Separator(nnx.Module):
 
 
 class Segmenter(nnx.Module):
-    """segmenter(image, audio, train_rows=None) → logits [B, H, W, classes]; one class is a binary mask.
+    """Segments what sounds in an image; one class is a binary mask.
 
-    A U-Net over image layers, with the mean of the projected sound of the last layer at each scale. Lists run from
-    the coarsest scale, at the patch grid, to the finest at half the image's resolution; patches of 2^n make n scales.
-    Inputs as for the encoder. `train_rows` [B] is given in training: the clips over which batch norms take their
-    statistics.
+    The head is a U-Net over image layers, with the mean of the projected audio tokens of the last layer at each scale.
+    Lists run from the coarsest scale, at the patch grid, to the finest at half the image's resolution. Patches of 2^n
+    make n scales.
+
+    Args:
+      config: of the encoder.
+      head: classes and width of the head.
+      rngs: random keys for the weights.
 
     Raises:
       UserError: image patches are not 2^n × 2^n, or 2^(n - 1) does not divide the image width.
@@ -254,7 +317,19 @@ class Segmenter(nnx.Module):
         self.predict2 = Convolution(head.width, head.classes, rngs=rngs)
         self.layers = tuple(np.linspace(0, config.image.depth - 1, len(widths)).astype(int).tolist())
 
-    def __call__(self, image: jax.Array, audio: jax.Array, train_rows: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        image: Float[Array, "B height width 3"],
+        audio: Float[Array, "B mels frames *channel"],
+        train_rows: Bool[Array, " B"] | None = None,
+    ) -> Float[Array, "B height width classes"]:
+        """Logits of each pixel.
+
+        Args:
+          image: normalised images.
+          audio: log-mels.
+          train_rows: given in training, the clips over which batch norms take their statistics.
+        """
         layers = self.encoder(image, audio, return_layers=True).layers
         maps = [
             as_map(norm(layers[number].image), self.config.image.grid)

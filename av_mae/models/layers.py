@@ -1,8 +1,8 @@
-"""The layers that all parts share: Linear, LayerNorm, MLP, attention and the transformer block.
+"""The layers that all models share: Linear, LayerNorm, MLP, attention and the transformer block.
 
-Compute dtype is the dtype of the parameters; statistics, softmax and losses are taken in float32 (float64 where
-the parameters are float64). Kernels are stored [inputs, outputs], queries, keys and values apart: a weight that is
-fused and sliced inside the step is copied each time.
+The parameters' dtype is the dtype of the computation. Statistics, softmax and losses are computed in float32, or in
+float64 where the parameters are float64. Kernels are [inputs, outputs]. Queries, keys and values have a kernel each:
+one fused kernel, sliced inside the step, would be copied in every step.
 """
 
 import contextlib
@@ -17,40 +17,42 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Shaped
 
 from av_mae.models.config import require
 
-# Mesh axes by the name of a dimension; a name that is not here stays whole.
+# Mesh axes by the name of a dimension; a dimension whose name is missing is not sharded.
 Rules = Mapping[str, str | tuple[str, ...]]
 
-_current: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("current", default=None)
+_sharding: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("sharding", default=None)
 
 
 @contextlib.contextmanager
 def activation_sharding(mesh: Mesh, rules: Rules) -> Iterator[None]:
-    """What is traced inside lies on the mesh as the rules say."""
-    token = _current.set((mesh, rules))
+    """Within this context, traced layers shard their outputs over the mesh by the rules."""
+    token = _sharding.set((mesh, rules))
     try:
         yield
     finally:
-        _current.reset(token)
+        _sharding.reset(token)
 
 
-def constrain(x: jax.Array, last: str | None) -> jax.Array:
-    """x [B, ..., last] cut over its batch and its last dimension, whole in between."""
-    if _current.get() is None or _current.get()[0].size == 1:
+def constrain(x: Float[Array, "B *N D"], last: str) -> Float[Array, "B *N D"]:
+    """Shards x over its batch and over its last dimension, whose name is `last`, as `activation_sharding` says."""
+    mesh, rules = _sharding.get() or (None, {})
+    if mesh is None or mesh.size == 1:
         return x
-    mesh, rules = _current.get()
-    spec = PartitionSpec(rules["batch"], *(None,) * (x.ndim - 2), rules.get(last))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    spec = PartitionSpec(rules["batch"], *(None,) * (x.ndim - 2), rules.get(last))  # type: ignore[no-untyped-call]
+    sharded: Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))  # type: ignore[no-untyped-call]
+    return sharded
 
 
-# Dimensions of the projections to queries, keys and values, and of the one that leads back.
+# Names of the dimensions of a projection to queries, keys or values, and of the projection back to the width.
 TO_HEADS, FROM_HEADS = ("width", "heads"), ("heads", "width")
 
 
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """Half-precision arrays become float32; float32 and float64 stay."""
+def at_least_float32(x: Shaped[Array, "*N"]) -> Float[Array, "*N"]:
+    """Casts half-precision and integer arrays to float32; float32 and float64 stay as they are."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -75,11 +77,19 @@ def sin_cos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Initial:
-    """How a parameter begins: float32 `shape`, drawn by `kind` ('uniform' in ± scale, 'normal' with deviation scale),
-    'constant' of value scale (or one for each of the last axis) and `dtype`, or 'positions' of the (rows, columns)
-    `grid`. `axes` names the dimensions (models/layers.py; none named: a norm, a token, a convolution).
+    """The initial value of a parameter.
 
-    It stays with the parameter, so that a sharded run can draw each one by itself, straight into its shards.
+    The initial value is kept in the parameter's metadata, so that a sharded run can draw each parameter by itself,
+    straight into its shards.
+
+    Attributes:
+      kind: 'uniform' (within ± scale), 'normal' (scale is the standard deviation), 'constant' (scale is the value) or
+        'positions' (sin-cos positions of `grid`).
+      shape: of the parameter.
+      scale: a number; of 'constant' also one number for each entry of the last axis.
+      grid: (rows, columns) of 'positions'.
+      dtype: of 'constant'; the other kinds are float32.
+      axes: a name for each dimension, to shard by; empty for norms, tokens and convolutions.
     """
 
     kind: str
@@ -89,29 +99,38 @@ class Initial:
     dtype: type = jnp.float32
     axes: tuple[str, ...] = ()
 
-    def __call__(self, key: jax.Array | None) -> jax.Array:
-        if self.kind == "uniform":
-            return jax.random.uniform(key, self.shape, jnp.float32, -self.scale, self.scale)
-        if self.kind == "normal":
-            return self.scale * jax.random.normal(key, self.shape, jnp.float32)
+    def __call__(self, key: Array | None) -> Array:
+        """Draws the value; only 'uniform' and 'normal' need a random key."""
         if self.kind == "constant":
             return jnp.full(self.shape, jnp.asarray(self.scale), self.dtype)
-        return jnp.asarray(sin_cos_2d(self.grid, self.shape[-1])).reshape(self.shape)
+        if self.grid is not None:
+            return jnp.asarray(sin_cos_2d(self.grid, self.shape[-1])).reshape(self.shape)
+        assert key is not None and isinstance(self.scale, float)
+        if self.kind == "uniform":
+            return jax.random.uniform(key, self.shape, jnp.float32, -self.scale, self.scale)
+        return self.scale * jax.random.normal(key, self.shape, jnp.float32)
 
-    def parameter(self, rngs: nnx.Rngs | None = None) -> nnx.Param:
+    def parameter(self, rngs: nnx.Rngs | None = None) -> nnx.Param[Array]:
+        """A parameter with this initial value."""
         return nnx.Param(self(None if rngs is None else rngs.params()), initial=self)
 
-    def statistic(self) -> nnx.BatchStat:
-        """A value that training moves without a gradient."""
+    def statistic(self) -> nnx.BatchStat[Array]:
+        """A running statistic, which training moves without a gradient."""
         return nnx.BatchStat(self(None), initial=self)
 
 
 class Linear(nnx.Module):
-    """x [..., inputs] → [..., outputs]. Xavier uniform weights, zero bias.
+    """x [..., inputs] → [..., outputs], with Xavier uniform weights and zero bias.
 
-    `fan_out` is the number of outputs that the initialisation counts: the published system keeps queries, keys and
-    values in one weight of three times the outputs, which makes their initial values smaller. `axes` names inputs and
-    outputs: of two layers in a row, one with outputs and one with inputs 'heads' or 'mlp' are cut alike over devices.
+    Args:
+      inputs: width of x.
+      outputs: width of the result.
+      bias: whether there is a bias.
+      fan_out: outputs that the initialisation counts, by default `outputs`. DeepAVFusion has queries, keys and values
+        in one weight of three times the outputs, which makes their initial values smaller.
+      axes: names of the two dimensions. A layer with outputs 'heads' or 'mlp' is sharded like the next layer, whose
+        inputs have that name.
+      rngs: random keys for the weights.
     """
 
     def __init__(
@@ -129,29 +148,31 @@ class Linear(nnx.Module):
         self.bias = Initial("constant", (outputs,), axes=axes[1:]).parameter() if bias else None
         self.outputs = axes[1]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*N inputs"]) -> Float[Array, "*N outputs"]:
         kernel = self.kernel[...]
         y = constrain(x.astype(kernel.dtype) @ kernel, self.outputs)
         return y if self.bias is None else y + self.bias[...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """x [..., D] normalised over its last axis in at least float32, times scale [D], plus bias [D]; of scale's dtype.
+def layer_norm(
+    x: Float[Array, "*N D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "*N D"]:
+    """Normalises x over its last axis in at least float32, then scales and shifts; the result has scale's dtype.
 
-    The backward pass keeps x and two numbers a token, where plain differentiation would keep [..., D] twice more.
+    The backward pass keeps x and two numbers a token. Plain differentiation would keep two more arrays of x's size.
     """
     return _layer_norm_forward(x, scale, bias, eps)[0]
 
 
-def _layer_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> tuple:
+def _layer_norm_forward(x: Array, scale: Array, bias: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
     y = at_least_float32(x)
     mean = y.mean(-1, keepdims=True)
     rate = jax.lax.rsqrt(jnp.square(y - mean).mean(-1, keepdims=True) + eps)
     return ((y - mean) * rate * scale + bias).astype(scale.dtype), (x, mean, rate, scale)
 
 
-def _layer_norm_backward(eps: float, kept: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _layer_norm_backward(eps: float, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
     x, mean, rate, scale = kept
     normal, gradient = (at_least_float32(x) - mean) * rate, at_least_float32(gradient)
     tokens = tuple(range(x.ndim - 1))
@@ -166,28 +187,26 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last axis of x [..., D] in float32; returns the scale's dtype."""
+    """`layer_norm` with learned scale and bias."""
 
     def __init__(self, width: int, *, eps: float):
         self.scale = Initial("constant", (width,), 1.0).parameter()
         self.bias = Initial("constant", (width,)).parameter()
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         return layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
 @jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, x Φ(x), in at least float32; the backward pass keeps nothing but x.
-
-    Through erf, which takes two thirds of erfc's time on CPUs.
-    """
+def gelu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """Exact GELU, x Φ(x), computed in at least float32. The backward pass keeps nothing but x."""
+    # with erf, which takes two thirds of erfc's time on CPUs
     y = at_least_float32(x)
     return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
-def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
     y = at_least_float32(x)
     density = jnp.exp(-0.5 * jnp.square(y)) * (1 / math.sqrt(2 * math.pi))
     slope = 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5))) + y * density
@@ -198,42 +217,50 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class MLP(nnx.Module):
-    """Linear → exact GELU → Linear on x [..., D]."""
+    """Linear → exact GELU → Linear; the hidden width is width × ratio."""
 
     def __init__(self, width: int, ratio: float, *, rngs: nnx.Rngs):
         hidden = int(width * ratio)
         self.fc1 = Linear(width, hidden, axes=("width", "mlp"), rngs=rngs)
         self.fc2 = Linear(hidden, width, axes=("mlp", "width"), rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         return self.fc2(gelu(self.fc1(x)))
 
 
-def split_heads(x: jax.Array, heads: int) -> jax.Array:
-    """[B, N, H K] → [B, N, H, K]; heads are contiguous."""
-    b, n, width = x.shape
-    return x.reshape(b, n, heads, width // heads)
+def split_heads(x: Float[Array, "B N HK"], heads: int) -> Float[Array, "B N H K"]:
+    """Splits the last axis into heads; each head's values are contiguous."""
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
 
 
-def merge_heads(x: jax.Array) -> jax.Array:
-    """[B, N, H, K] → [B, N, H K]."""
-    b, n, heads, k = x.shape
-    return x.reshape(b, n, heads * k)
+def merge_heads(x: Float[Array, "B N H K"]) -> Float[Array, "B N HK"]:
+    """Inverse of `split_heads`."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
-def softmax(logits: jax.Array) -> jax.Array:
+def softmax(logits: Float[Array, "*N C"]) -> Float[Array, "*N C"]:
     """Softmax over the last axis in at least float32."""
     return jax.nn.softmax(at_least_float32(logits), axis=-1)
 
 
-def attention_weights(q: jax.Array, k: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
-    """How q [B, N, H, K] attend to k [B, M, H, K], in at least float32: [B, H, N, M], to which `bias` broadcasts.
+def attention_weights(
+    q: Float[Array, "B N H K"],
+    k: Float[Array, "B C H K"],
+    scale: float,
+    bias: Float[Array, "#B #H #N #C"] | None = None,
+) -> Float[Array, "B H N C"]:
+    """How much each query attends to each key, in at least float32; each row sums to 1.
 
-    Heads are moved beside the batch first: with heads between tokens and head width the CPU's matrix products were
-    measured at a third of this rate in the forward pass.
+    Args:
+      q: queries.
+      k: keys.
+      scale: what the products of queries and keys are multiplied by.
+      bias: added to the scaled products.
     """
+    # Heads are moved beside the batch first: with heads between tokens and head width, the CPU's matrix products were
+    # measured at a third of this rate in the forward pass.
     logits = jnp.einsum(
-        "bhnk,bhmk->bhnm",
+        "bhnk,bhck->bhnc",
         jnp.swapaxes(q * scale, 1, 2),
         jnp.swapaxes(k, 1, 2),
         preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
@@ -241,43 +268,77 @@ def attention_weights(q: jax.Array, k: jax.Array, scale: float, bias: jax.Array 
     return softmax(logits if bias is None else logits + bias)
 
 
-def fused_on_gpu(q: jax.Array, v: jax.Array, bias: jax.Array | None) -> bool:
-    """Whether cuDNN's fused attention takes q and v: half precision, heads of one width that is a multiple of 8 and at
-    most 128, any number of tokens as long as there is no bias."""
+def fused_on_gpu(q: Float[Array, "B N H K"], v: Float[Array, "B C H V"], bias: Array | None) -> bool:
+    """Whether cuDNN's fused attention takes q and v.
+
+    It takes half precision, no bias, and queries and values of one head width, a multiple of 8 and at most 128.
+    """
     width = q.shape[-1]
     fits = bias is None and width == v.shape[-1] and width % 8 == 0 and width <= 128
     return fits and q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
 
 
-def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
+def plain_attention(
+    q: Float[Array, "B N H K"],
+    k: Float[Array, "B C H K"],
+    v: Float[Array, "B C H V"],
+    scale: float,
+    bias: Float[Array, "#B #H #N #C"] | None = None,
+) -> Float[Array, "B N H V"]:
     """`attend` as matrix products around a softmax."""
     weights = attention_weights(q, k, scale, bias).astype(v.dtype)
-    return jnp.swapaxes(jnp.einsum("bhnm,bhmk->bhnk", weights, jnp.swapaxes(v, 1, 2)), 1, 2)
+    return jnp.swapaxes(jnp.einsum("bhnc,bhck->bhnk", weights, jnp.swapaxes(v, 1, 2)), 1, 2)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
-    """Attention of q [B, N, H, K] over k, v [B, M, H, K] → [B, N, H, K]; `bias` broadcasts to [B, H, N, M].
+def attend(
+    q: Float[Array, "B N H K"],
+    k: Float[Array, "B C H K"],
+    v: Float[Array, "B C H V"],
+    scale: float,
+    bias: Float[Array, "#B #H #N #C"] | None = None,
+) -> Float[Array, "B N H V"]:
+    """Multi-head attention of queries over keys and values.
 
-    The one place that chooses how: cuDNN's fused kernel on GPUs where it takes the shapes, else (CPUs, TPUs) plain
-    matrix products. In half precision the backward pass takes the weights [B, H, N, M] anew: on accelerators
-    to write them down and read them back costs several times what their matrix product does.
+    Only this function chooses the implementation: cuDNN's fused kernel on GPUs where it takes the shapes, else (CPUs,
+    TPUs) plain matrix products.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      scale: what the products of queries and keys are multiplied by.
+      bias: added to the scaled products.
     """
     if fused_on_gpu(q, v, bias):
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
     if jnp.dtype(v.dtype).itemsize >= 4:
         return plain_attention(q, k, v, scale, bias)
 
+    # In half precision the backward pass computes the weights [B, H, N, C] again: on accelerators, writing them down
+    # and reading them back costs several times what their matrix product does.
     @jax.checkpoint
-    def attention(q, k, v, bias):
-        return plain_attention(*(split_heads(x, heads) for x in (q, k, v)), scale, bias)
+    def attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+        return plain_attention(
+            split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), scale=scale, bias=bias
+        )
 
-    # what is kept has its heads side by side: TPUs fill up a last dimension of 32 or 64 to 128 numbers
+    # What is kept has its heads side by side: TPUs pad a last dimension of 32 or 64 to 128 numbers.
     heads = q.shape[2]
-    return attention(*map(merge_heads, (q, k, v)), bias)
+    out: Array = attention(merge_heads(q), merge_heads(k), merge_heads(v), bias)
+    return out
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of x [B, N, D] over `context` [B, M, C] (default: over x itself)."""
+    """Multi-head attention of tokens over themselves or over context tokens.
+
+    Args:
+      width: of the tokens, D.
+      heads: number of heads, which must divide the width.
+      context_width: width of the context tokens, by default that of the tokens.
+      fused: of query, key and value, how many share one weight in DeepAVFusion (3, or 2: keys and values). The
+        initialisation counts the outputs of that weight.
+      rngs: random keys for the weights.
+    """
 
     def __init__(self, width: int, heads: int, *, context_width: int | None = None, fused: int = 3, rngs: nnx.Rngs):
         context_width = context_width or width
@@ -288,27 +349,32 @@ class Attention(nnx.Module):
         self.heads = heads
         self.scale = (width // heads) ** -0.5
 
-    def __call__(self, x: jax.Array, context: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        context: Float[Array, "B C Dc"] | None = None,
+        bias: Float[Array, "#B #H N #C"] | None = None,
+    ) -> Float[Array, "B N D"]:
+        """Tokens x attend to the context, or to x itself without one; `bias` is added to the attention's logits."""
         context = x if context is None else context
         q, k, v = (split_heads(y, self.heads) for y in (self.query(x), self.key(context), self.value(context)))
         return self.out(merge_heads(attend(q, k, v, self.scale, bias)))
 
-    def weights(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """How x attends to the context: [B, H, N, M]."""
-        return attention_weights(*(split_heads(y, self.heads) for y in (self.query(x), self.key(context))), self.scale)
-
-
-def scaled(x: jax.Array, factors: jax.Array | None, branch: int) -> jax.Array:
-    """x [B, N, D] times each clip's factor of a residual branch, factors [B, 2]; None: x."""
-    return x if factors is None else x * factors[:, branch, None, None].astype(x.dtype)
+    def weights(self, x: Float[Array, "B N D"], context: Float[Array, "B C Dc"]) -> Float[Array, "B H N C"]:
+        """How much each token of x attends to each token of the context."""
+        q, k = split_heads(self.query(x), self.heads), split_heads(self.key(context), self.heads)
+        return attention_weights(q, k, self.scale)
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block on x [B, N, D].
+    """Pre-norm transformer block: attention and MLP, each with a residual.
 
-    `context` [B, M, D] are tokens that x reads besides itself but that are not updated: keys and values only. So
-    fusion tokens in the encoder, and all that is not predicted in a decoder's last block, cost neither queries nor
-    projection nor MLP. `factors` [B, 2] multiply the two residual branches, attention and MLP (stochastic depth).
+    Args:
+      width: of the tokens, D.
+      heads: attention heads.
+      mlp_ratio: hidden width of the MLP in multiples of the width.
+      eps: of the layer norms.
+      rngs: random keys for the weights.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, eps: float, rngs: nnx.Rngs):
@@ -317,8 +383,26 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = MLP(width, mlp_ratio, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: jax.Array | None = None, factors: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        context: Float[Array, "B C D"] | None = None,
+        factors: Float[Array, "B 2"] | None = None,
+    ) -> Float[Array, "B N D"]:
+        """Updates the tokens x.
+
+        Args:
+          x: tokens.
+          context: tokens that x attends to besides itself. They are keys and values only: neither queries, projection
+            nor MLP are computed for them. So are fusion tokens in the encoder, and in a decoder's last block all
+            tokens that are not predicted.
+          factors: of each clip, what the outputs of attention and MLP are multiplied by (stochastic depth).
+        """
+
+        def scaled(y: Array, branch: int) -> Array:
+            return y if factors is None else y * factors[:, branch, None, None].astype(y.dtype)
+
         y = self.norm1(x)
         read = y if context is None else jnp.concatenate([self.norm1(context), y], axis=1)
-        x = x + scaled(self.attention(y, read), factors, 0)
-        return x + scaled(self.mlp(self.norm2(x)), factors, 1)
+        x = x + scaled(self.attention(y, read), 0)
+        return x + scaled(self.mlp(self.norm2(x)), 1)

@@ -1,53 +1,75 @@
-"""Targets and losses of the heads as pure functions in at least float32; a loss is [B], one value a clip."""
+"""Targets and losses of the heads, as pure functions in at least float32. A loss has one value for each clip."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from av_mae.models.config import SeparatorConfig
 from av_mae.models.layers import at_least_float32
 
 
-def class_targets(labels: jax.Array, classes: int, smoothing: float = 0.0) -> jax.Array:
-    """Labels int [B], or [B, classes] with 1 for each class that holds → float32 [B, classes].
+def class_targets(
+    labels: Int[Array, " B"] | Shaped[Array, "B classes"], classes: int, smoothing: float = 0.0
+) -> Float[Array, "B classes"]:
+    """Targets of the classes, in float32.
 
-    Smoothing moves each target t to t (1 - smoothing) + smoothing / classes.
+    Args:
+      labels: class numbers, or 1 for each class that holds and 0 for others.
+      classes: number of classes.
+      smoothing: each target t becomes t (1 - smoothing) + smoothing / classes.
     """
     targets = jax.nn.one_hot(labels, classes) if labels.ndim == 1 else labels.astype(jnp.float32)
     return targets * (1 - smoothing) + smoothing / classes
 
 
-def binary_errors(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Binary cross-entropy of each logit with its target in [0, 1], of the same shape."""
+def binary_errors(logits: Float[Array, "*N"], targets: Shaped[Array, "*N"]) -> Float[Array, "*N"]:
+    """Binary cross-entropy of each logit with its target in 0…1."""
     x, t = at_least_float32(logits), at_least_float32(targets)
     return jax.nn.softplus(x) - x * t
 
 
-def softmax_cross_entropy(logits: jax.Array, targets: jax.Array, class_weights: jax.Array | None = None) -> jax.Array:
-    """-Σ weight · target · log softmax over the classes: logits, targets [B, classes], weights [classes] → [B].
+def softmax_cross_entropy(
+    logits: Float[Array, "B classes"],
+    targets: Float[Array, "B classes"],
+    class_weights: Float[Array, " classes"] | None = None,
+) -> Float[Array, " B"]:
+    """-Σ weight · target · log softmax(logits) over the classes, which is not divided by the sum of weights.
 
-    The mean over clips is not divided by the sum of weights.
+    Args:
+      logits: of the classes.
+      targets: probabilities of the classes.
+      class_weights: weights of the classes; `None` means 1.
     """
     surprise = -targets * jax.nn.log_softmax(at_least_float32(logits))
     return (surprise if class_weights is None else surprise * class_weights).sum(-1)
 
 
-def binary_cross_entropy(logits: jax.Array, targets: jax.Array, class_weights: jax.Array | None = None) -> jax.Array:
-    """Mean over the classes of weight · binary cross-entropy: logits, targets [B, classes], weights [classes] → [B]."""
+def binary_cross_entropy(
+    logits: Float[Array, "B classes"],
+    targets: Float[Array, "B classes"],
+    class_weights: Float[Array, " classes"] | None = None,
+) -> Float[Array, " B"]:
+    """Mean over the classes of weight · binary cross-entropy. Arguments are those of `softmax_cross_entropy`."""
     errors = binary_errors(logits, targets)
     return (errors if class_weights is None else errors * class_weights).mean(-1)
 
 
-def log_odds(frequency: jax.Array) -> jax.Array:
-    """Where head biases start in fine-tuning: ln((f + 1e-3) / (1 - f + 1e-3)) for the class frequency f [classes]."""
+def log_odds(frequency: Float[Array, " classes"]) -> Float[Array, " classes"]:
+    """Head biases at the start of fine-tuning: ln((f + 1e-3) / (1 - f + 1e-3)) for the frequency f of a class."""
     return jnp.log((frequency + 1e-3) / (1 - frequency + 1e-3))
 
 
-def separation_mask(mixture: jax.Array, source: jax.Array, mask: str) -> jax.Array:
-    """The 'binary' (S > M), 'ratio' (S / (S + M + 1e-5)) or 'share' (S / M) mask in 0…1, float32 [B, mels, frames].
+def separation_mask(
+    mixture: Float[Array, "B mels frames"], source: Float[Array, "B mels frames"], mask: str
+) -> Float[Array, "B mels frames"]:
+    """The mask of a source S in a mixture M, in 0…1.
 
-    mixture and source [B, mels, frames] are log10 of power: standardised ones must be turned back before. The first
-    two are the published ones. A source that is alone is .5 in 'ratio' and 1 in 'share'; one 10 dB below the mixture
-    is twice as far above silence in 'ratio', relative to that.
+    Args:
+      mixture: log10 of the power; standardised spectrograms must be turned back before.
+      source: the same of the source.
+      mask: 'binary' (S > M), 'ratio' (S / (S + M + 1e-5)) or 'share' (S / M). DeepAVFusion has the first two. A source
+        that is alone is .5 in 'ratio' and 1 in 'share'. Relative to that, a source 10 dB below the mixture is twice as
+        far above silence in 'ratio'.
     """
     mixture, source = (jnp.power(10.0, at_least_float32(x)) for x in (mixture, source))
     if mask == "binary":
@@ -57,11 +79,20 @@ def separation_mask(mixture: jax.Array, source: jax.Array, mask: str) -> jax.Arr
     return jnp.clip(source / (source + mixture + 1e-5), 0, 1)
 
 
-def separation_loss(logits: jax.Array, mixture: jax.Array, source: jax.Array, head: SeparatorConfig) -> jax.Array:
-    """Binary cross-entropy of mask logits [B, mels, frames] with the mask of `separation_mask`: [B].
+def separation_loss(
+    logits: Float[Array, "B mels frames"],
+    mixture: Float[Array, "B mels frames"],
+    source: Float[Array, "B mels frames"],
+    head: SeparatorConfig,
+) -> Float[Array, " B"]:
+    """Mean binary cross-entropy of mask logits with the mask of `separation_mask`.
 
-    Where `head` says weighted, each error counts ln(1 + M), clipped to [1e-3, 10]; the mean is over all elements and
-    not divided by the weights' sum.
+    Args:
+      logits: of the mask.
+      mixture: log10 of the mixture's power M.
+      source: log10 of the source's power.
+      head: kind of the mask. Where it is weighted, each error counts ln(1 + M), clipped to [1e-3, 10]; the mean is not
+        divided by the sum of these weights.
     """
     errors = binary_errors(logits, separation_mask(mixture, source, head.mask))
     if head.weighted:
@@ -70,10 +101,12 @@ def separation_loss(logits: jax.Array, mixture: jax.Array, source: jax.Array, he
     return errors.mean((1, 2))
 
 
-def segmentation_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean cross-entropy over the pixels of logits [B, H, W, classes] with target [B, H, W]: [B].
+def segmentation_loss(
+    logits: Float[Array, "B height width classes"], target: Shaped[Array, "B height width"]
+) -> Float[Array, " B"]:
+    """Mean cross-entropy over the pixels.
 
-    One class: binary, the target 0 or 1. Several: softmax, the target a class number (int).
+    With one class it is binary, and the target 0 or 1. With several, the target is a class number (int).
     """
     if logits.shape[-1] == 1:
         return binary_errors(logits[..., 0], target).mean((1, 2))
@@ -81,18 +114,22 @@ def segmentation_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(chances, target[..., None], axis=-1)[..., 0].mean((1, 2))
 
 
-def _valid_pairs(scores: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scores [B, B] with -inf wherever an invalid clip would be compared with another, and which pairs match."""
+def _valid_pairs(
+    scores: Float[Array, "B B"], valid: Bool[Array, " B"]
+) -> tuple[Float[Array, "B B"], Bool[Array, "B B"]]:
+    """Scores with -inf wherever an invalid clip would be compared with another, and which pairs match."""
     matching = jnp.eye(len(valid), dtype=bool)
     compared = (valid[:, None] & valid) | matching
     return jnp.where(compared, at_least_float32(scores), -jnp.inf), matching
 
 
-def contrastive_loss(scores: jax.Array, valid: jax.Array, temperature: float) -> jax.Array:
-    """Symmetric InfoNCE: scores [B, B] of each image (row) with each sound (column), valid bool [B] → [B].
+def contrastive_loss(scores: Float[Array, "B B"], valid: Bool[Array, " B"], temperature: float) -> Float[Array, " B"]:
+    """Symmetric InfoNCE: the mean of two cross-entropies, of a clip's audio among all and of its image among all.
 
-    The mean of a clip's two cross-entropies, for its sound among all sounds and for its image among all images.
-    Invalid clips count in nothing; their own loss is 0.
+    Args:
+      scores: of each image (row) with each audio (column).
+      valid: which clips count. An invalid clip is compared with none, and its loss is 0.
+      temperature: what scores are divided by.
     """
     scores, matching = _valid_pairs(scores, valid)
     logits = scores / temperature
@@ -100,8 +137,8 @@ def contrastive_loss(scores: jax.Array, valid: jax.Array, temperature: float) ->
     return (jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0)) / 2 - own
 
 
-def contrastive_top1(scores: jax.Array, valid: jax.Array) -> jax.Array:
-    """How often a clip's own sound, and its own image, scores highest among valid clips: [B], each 0, 1/2 or 1."""
+def contrastive_top1(scores: Float[Array, "B B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
+    """How often a clip's own audio, and its own image, scores highest among valid clips: 0, 1/2 or 1."""
     scores, _ = _valid_pairs(scores, valid)
     own = jnp.arange(len(valid))
     return ((scores.argmax(1) == own).astype(jnp.float32) + (scores.argmax(0) == own)) / 2

@@ -1,28 +1,82 @@
-"""The whole model: mask, encode with early fusion, decode, compare (paper section 3)."""
+"""The masked autoencoder: mask, encode with early fusion, decode, compare (paper section 3)."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
-from av_mae.models.config import AVMAEConfig, DecoderConfig, StreamConfig, fit_window, require
-from av_mae.models.encoder import Encoder, in_turn
-from av_mae.models.layers import MLP, Attention, Block, Initial, LayerNorm, Linear
-from av_mae.models.patches import Mask, mask_noise, masked_error, random_mask, take, targets
-
-
-def relative_position_index(window: tuple[int, int]) -> np.ndarray:
-    """int [N, N] for the N places of a window: (dy + rows - 1) · (2 columns - 1) + (dx + columns - 1)."""
-    places = np.stack(np.meshgrid(*map(np.arange, window), indexing="ij"), -1).reshape(-1, 2)
-    dy, dx = np.moveaxis(places[:, None] - places[None], -1, 0)
-    return (dy + window[0] - 1) * (2 * window[1] - 1) + dx + window[1] - 1
+from av_mae.errors import UserError
+from av_mae.models.config import AVMAEConfig, DecoderConfig, StreamConfig, fit_window
+from av_mae.models.encoder import Encoder, in_turn, patchify, take, with_channel
+from av_mae.models.layers import MLP, Attention, Block, Initial, LayerNorm, Linear, at_least_float32
 
 
-def shift_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> np.ndarray:
-    """float32 [windows, N, N]: -100 between places that were not neighbours before the cyclic shift, else 0."""
+class Mask(NamedTuple):
+    """Patches of one stream that are kept and removed, by index and in the order of their noise.
+
+    `mask` is 1 where a patch is removed, else 0.
+    """
+
+    keep: Int[Array, "B K"]
+    removed: Int[Array, "B M"]
+    mask: Float[Array, "B N"]
+
+
+def mask_noise(key: Array, batch: int, tokens: int) -> Float[Array, "B N"]:
+    """Uniform noise in [0, 1) for `random_mask`, float32 [batch, tokens]."""
+    return jax.random.uniform(key, (batch, tokens))
+
+
+def random_mask(noise: Float[Array, "B N"], keep: int) -> Mask:
+    """Keeps the `keep` patches of least noise in each clip (paper section 3.3)."""
+    order = jnp.argsort(noise, axis=1).astype(jnp.int32)
+    rank = jnp.argsort(order, axis=1)
+    return Mask(order[:, :keep], order[:, keep:], (rank >= keep).astype(jnp.float32))
+
+
+def targets(x: Float[Array, "B rows columns *channels"], config: StreamConfig) -> Float[Array, "B N P"]:
+    """What the decoder predicts: the patches of the inputs, in at least float32.
+
+    Where the stream says so, each patch is normalised with its mean and its unbiased variance + 1e-6.
+    """
+    patches = at_least_float32(patchify(with_channel(x, config), config.patch_size))
+    if not config.normalize_targets:
+        return patches
+    mean = patches.mean(-1, keepdims=True)
+    return (patches - mean) / jnp.sqrt(patches.var(-1, ddof=1, keepdims=True) + 1e-6)
+
+
+def masked_error(prediction: Float[Array, "B M P"], target: Float[Array, "B M P"]) -> Float[Array, " B"]:
+    """Mean squared error of each clip over its masked patches and their values, in at least float32."""
+    return jnp.square(at_least_float32(prediction) - at_least_float32(target)).mean((1, 2))
+
+
+def relative_position_index(window: tuple[int, int]) -> Int[np.ndarray, "N N"]:
+    """For each two positions of a window, (dy + rows - 1) · (2 columns - 1) + (dx + columns - 1)."""
+    positions = np.stack(np.meshgrid(*map(np.arange, window), indexing="ij"), -1).reshape(-1, 2)
+    dy, dx = np.moveaxis(positions[:, None] - positions[None], -1, 0)
+    index: np.ndarray = (dy + window[0] - 1) * (2 * window[1] - 1) + dx + window[1] - 1
+    return index
+
+
+def shift_mask(
+    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+) -> Float[np.ndarray, "windows N N"]:
+    """Bias of a shifted window's attention: -100 between positions that were not neighbours before the cyclic shift.
+
+    Args:
+      grid: patches as (rows, columns).
+      window: patches of a window as (rows, columns).
+      shift: cyclic shift of the grid as (rows, columns).
+
+    Returns:
+      float32, 0 between neighbours.
+    """
     bands = [
         np.digitize(np.arange(n), [n - w, n - s]) if s else np.zeros(n, int)
         for n, w, s in zip(grid, window, shift, strict=True)
@@ -33,12 +87,23 @@ def shift_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int,
 
 
 class SwinBlock(nnx.Module):
-    """block(x [B, N, D], fusion [B, F, D], positions=None) → (x, fusion).
+    """Swin transformer block on a grid of patches, with fusion tokens in every window.
 
-    Fusion tokens join every window with the same norm, projections and MLP as the patches, without relative bias
-    and shift mask; their attention outputs are averaged over windows. With `positions` [B, M] only those patches
-    are carried through the MLP and returned. A grid no larger than the window on its shorter side is one window of
-    that side, unshifted.
+    Fusion tokens have the same norm, projections and MLP as the patches, without relative bias and shift mask. Their
+    attention outputs are averaged over the windows. A grid no larger than the window on its shorter side has windows
+    of that side, unshifted.
+
+    Args:
+      width: of the tokens, D.
+      heads: attention heads.
+      mlp_ratio: hidden width of the MLP in multiples of the width.
+      grid: patches as (rows, columns).
+      window: patches of a window as (rows, columns).
+      shifted: whether the windows are shifted by half a window.
+      rngs: random keys for the weights.
+
+    Raises:
+      UserError: the window does not divide the grid.
     """
 
     def __init__(
@@ -63,16 +128,20 @@ class SwinBlock(nnx.Module):
         self.mlp = MLP(width, mlp_ratio, rngs=rngs)
         self.grid, self.shift = grid, shift
 
-    def __call__(self, x: jax.Array, fusion: jax.Array, positions: jax.Array | None = None):
-        y, f = self.norm1(x), self.norm1(fusion)
-        y, f = self.attend_windows(y, f)
-        if positions is not None:
-            x, y = take(x, positions), take(y, positions)
+    def __call__(
+        self, x: Float[Array, "B N D"], fusion: Float[Array, "B F D"], predicted: Int[Array, "B M"] | None = None
+    ) -> tuple[Float[Array, "B _ D"], Float[Array, "B F D"]]:
+        """Updates patches and fusion tokens; with `predicted`, only the patches of these indices are returned."""
+        y, f = self.attend_windows(self.norm1(x), self.norm1(fusion))
+        if predicted is not None:
+            x, y = take(x, predicted), take(y, predicted)
         x, fusion = x + y, fusion + f
         return x + self.mlp(self.norm2(x)), fusion + self.mlp(self.norm2(fusion))
 
-    def attend_windows(self, x: jax.Array, fusion: jax.Array):
-        """Normed patches [B, N, D] and fusion tokens [B, F, D] → their attention outputs, fusion averaged."""
+    def attend_windows(
+        self, x: Float[Array, "B N D"], fusion: Float[Array, "B F D"]
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B F D"]]:
+        """Attention outputs of normed patches and fusion tokens, those of fusion tokens averaged over windows."""
         (rows, columns), (height, width), fusions = self.grid, self.window, fusion.shape[1]
         windows = (rows // height) * (columns // width)
         x = rearrange(x, "b (r c) d -> b r c d", r=rows)
@@ -87,46 +156,50 @@ class SwinBlock(nnx.Module):
         x = jnp.roll(x, self.shift, (1, 2))
         return rearrange(x, "b r c d -> b (r c) d"), fusion
 
-    def bias(self, fusions: int, batch: int) -> jax.Array:
-        """Relative bias and shift mask among patches, 0 wherever a fusion token is part: [B · windows, H, N, N]."""
-        bias = jnp.moveaxis(self.relative_bias[...][relative_position_index(self.window)], -1, 0)[None]
+    def bias(self, fusions: int, batch: int) -> Float[Array, "windows H N N"]:
+        """Relative bias and shift mask among the tokens of each window, 0 wherever a fusion token is part.
+
+        The first axis is batch × windows of shifted windows, else 1.
+        """
+        bias: Array = jnp.moveaxis(self.relative_bias[...][relative_position_index(self.window)], -1, 0)[None]
         if any(self.shift):
             mask = jnp.asarray(shift_mask(self.grid, self.window, self.shift))[:, None]
             bias = jnp.tile(bias + mask.astype(bias.dtype), (batch, 1, 1, 1))
         return jnp.pad(bias, [(0, 0), (0, 0), (fusions, 0), (fusions, 0)])
 
 
-def complement(keep: jax.Array, tokens: int) -> jax.Array:
-    """Ids [B, N - K] in ascending order that are not in keep [B, K]."""
+def complement(keep: Int[Array, "B K"], tokens: int) -> Int[Array, "B M"]:
+    """Indices in 0 … tokens - 1, ascending, that are not in `keep`."""
     rows = jnp.arange(keep.shape[0])[:, None]
     removed = jnp.ones((keep.shape[0], tokens), jnp.int32).at[rows, keep].set(0)
     return jnp.argsort(-removed, axis=1, stable=True)[:, : tokens - keep.shape[1]].astype(jnp.int32)
 
 
 class Decoder(nnx.Module):
-    """decoder(tokens [B, K, D], fusion [B, F, Df], keep [B, K], positions=None) → predictions [B, N, P].
+    """Predicts the patches of one stream from its visible tokens and the fusion tokens.
 
-    `keep` names the patches that the tokens stand for (None: all N in order). With `positions`, which must be the
-    patches that are not kept, the predictions are [B, M, P] and the last block computes queries and MLP there only
-    (a Swin block its MLP only, since its windows need all queries). `fusion_width` None: no fusion tokens (F = 0).
+    Args:
+      config: sizes and kind of the decoder.
+      stream: the stream that it predicts.
+      fusion_width: width of the encoder's fusion tokens; `None` for an encoder without them.
+      rngs: random keys for the weights.
     """
 
     def __init__(self, config: DecoderConfig, stream: StreamConfig, fusion_width: int | None, *, rngs: nnx.Rngs):
         width = config.width
         self.embed = Linear(stream.width, width, rngs=rngs)
-        same = fusion_width in (None, stream.width)
-        self.fusion_embed = None if same else Linear(fusion_width, width, rngs=rngs)
+        same = fusion_width is None or fusion_width == stream.width
+        self.fusion_embed = None if same else Linear(fusion_width or width, width, rngs=rngs)
         self.mask_token = Initial("normal", (1, 1, width), 0.02).parameter(rngs)
         self.positions = Initial("positions", (1, stream.tokens, width), grid=stream.grid).parameter()
-        sizes = (width, config.heads, config.mlp_ratio)
-        if config.kind == "swin":
-            blocks = [
-                SwinBlock(*sizes, grid=stream.grid, window=config.window, shifted=number % 2 == 1, rngs=rngs)
-                for number in range(config.depth)
-            ]
-        else:
-            blocks = [Block(*sizes, eps=1e-5, rngs=rngs) for _ in range(config.depth)]
-        self.blocks = nnx.List(blocks)
+
+        def block(number: int) -> Block | SwinBlock:
+            if config.kind == "plain":
+                return Block(width, config.heads, config.mlp_ratio, eps=1e-5, rngs=rngs)
+            windows = {"grid": stream.grid, "window": config.window}
+            return SwinBlock(width, config.heads, config.mlp_ratio, **windows, shifted=number % 2 == 1, rngs=rngs)
+
+        self.blocks: nnx.List[Any] = nnx.List(block(number) for number in range(config.depth))
         self.norm = LayerNorm(width, eps=1e-5)
         self.predict = Linear(width, stream.patch_values, rngs=rngs)
         self.kind = config.kind
@@ -134,57 +207,95 @@ class Decoder(nnx.Module):
         self.run = in_turn
 
     def __call__(
-        self, tokens: jax.Array, fusion: jax.Array, keep: jax.Array | None = None, positions: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        tokens: Float[Array, "B K D"],
+        fusion: Float[Array, "B F Df"],
+        keep: Int[Array, "B K"] | None = None,
+        removed: Int[Array, "B M"] | None = None,
+    ) -> Float[Array, "B _ P"]:
+        """Predicts patches.
+
+        Args:
+          tokens: the stream's tokens from the encoder.
+          fusion: fusion tokens from the encoder.
+          keep: indices of the patches that the tokens stand for; `None` means all N, in order.
+          removed: the other indices. If given, only these patches are predicted, and the last block computes queries
+            and MLP only there (a Swin block only its MLP, since its windows need all queries).
+
+        Returns:
+          Predictions of the patches `removed`, or of all N patches.
+        """
         visible = self.embed(tokens)
-        if fusion.shape[1]:
-            fusion = (self.fusion_embed or self.embed)(fusion)
-        else:
-            fusion = visible[:, :0]
+        fusion = (self.fusion_embed or self.embed)(fusion) if fusion.shape[1] else visible[:, :0]
         if keep is None:
             keep = jnp.broadcast_to(jnp.arange(self.tokens, dtype=jnp.int32), visible.shape[:2])
-        removed = complement(keep, self.tokens) if positions is None else positions
-        visible = visible + self.positions[...][0][keep]
-        hidden = self.mask_token[...] + self.positions[...][0][removed]
+        masked = complement(keep, self.tokens) if removed is None else removed
+        positions = self.positions[...][0]
+        visible = visible + positions[keep]
+        hidden = self.mask_token[...] + positions[masked]
         blocks = self.swin_blocks if self.kind == "swin" else self.plain_blocks
-        everywhere = positions is None
-        x = blocks(fusion, visible, hidden, jnp.concatenate([keep, removed], axis=1), everywhere)
+        x = blocks(fusion, visible, hidden, jnp.concatenate([keep, masked], axis=1), removed is None)
         return self.predict(self.norm(x))
 
-    def plain_blocks(self, fusion, visible, hidden, order, everywhere: bool) -> jax.Array:
-        """Attention does not mind the order of tokens, so they stay as [fusion ; visible ; hidden]."""
+    def plain_blocks(
+        self,
+        fusion: Float[Array, "B F D"],
+        visible: Float[Array, "B K D"],
+        hidden: Float[Array, "B M D"],
+        order: Int[Array, "B N"],
+        everywhere: bool,
+    ) -> Float[Array, "B _ D"]:
+        """Plain blocks over visible and hidden tokens, whose positions are `order`; only the hidden ones are returned
+        unless `everywhere`."""
+        # attention does not depend on the order of tokens, so they stay as [fusion ; visible ; hidden]
         *blocks, last = self.blocks
-        x = jnp.concatenate([fusion, visible, hidden], axis=1)
+        x: Any = jnp.concatenate([fusion, visible, hidden], axis=1)
         x, _ = self.run(lambda block, x, _: (block(x), None), blocks, x, [None] * len(blocks))
         read = fusion.shape[1] + (0 if everywhere else visible.shape[1])
         x, _ = self.run(lambda block, x, _: (block(*x), None), [last], (x[:, read:], x[:, :read]), [None])
         return take(x, jnp.argsort(order, axis=1)) if everywhere else x
 
-    def swin_blocks(self, fusion, visible, hidden, order, everywhere: bool) -> jax.Array:
-        """Windows need the grid: tokens go back to their places first."""
+    def swin_blocks(
+        self,
+        fusion: Float[Array, "B F D"],
+        visible: Float[Array, "B K D"],
+        hidden: Float[Array, "B M D"],
+        order: Int[Array, "B N"],
+        everywhere: bool,
+    ) -> Float[Array, "B _ D"]:
+        """The same with Swin blocks, for which the tokens go back to their positions on the grid first."""
         *blocks, last = self.blocks
         x = take(jnp.concatenate([visible, hidden], axis=1), jnp.argsort(order, axis=1)), fusion
         x, _ = self.run(lambda block, x, _: (block(*x), None), blocks, x, [None] * len(blocks))
-        positions = None if everywhere else order[:, visible.shape[1] :]
-        return self.run(lambda block, x, _: (block(*x, positions), None), [last], x, [None])[0][0]
+        predicted = None if everywhere else order[:, visible.shape[1] :]
+        return self.run(lambda block, x, _: (block(*x, predicted), None), [last], x, [None])[0][0]
+
+
+class Reconstruction(NamedTuple):
+    """Predictions, and errors of each clip (see `masked_error`), of 'image' and 'audio' where they were decoded.
+
+    Predictions are of the masked patches, in the order of the mask, or of all patches.
+    """
+
+    predictions: dict[str, Float[Array, "B _ _"]]
+    errors: dict[str, Float[Array, " B"]]
 
 
 class Output(NamedTuple):
-    """Losses are scalars; predictions [B, N, P]; masks [B, N], 1 where a patch was removed."""
+    """Losses are means over the clips; predictions are of all patches; masks are 1 where a patch was removed."""
 
-    image_loss: jax.Array
-    audio_loss: jax.Array
-    image_prediction: jax.Array
-    audio_prediction: jax.Array
-    image_mask: jax.Array
-    audio_mask: jax.Array
+    image_loss: Float[Array, ""]
+    audio_loss: Float[Array, ""]
+    image_prediction: Float[Array, "B I Pi"]
+    audio_prediction: Float[Array, "B A Pa"]
+    image_mask: Float[Array, "B I"]
+    audio_mask: Float[Array, "B A"]
 
 
 class AVMAE(nnx.Module):
-    """Audio-visual masked autoencoder with early fusion.
+    """Audio-visual masked autoencoder with early fusion: `.encoder`, `.image_decoder` and `.audio_decoder`.
 
-    Images are normalised float [B, H, W, 3], log-mels [B, mels, frames] or [B, mels, frames, 1]. Noise [B, N] decides
-    what is masked (least noise is kept); without it `rng` draws it.
+    All methods take normalised images [B, H, W, 3] and log-mels [B, mels, frames] or [B, mels, frames, 1].
     """
 
     def __init__(self, config: AVMAEConfig, *, rngs: nnx.Rngs):
@@ -195,53 +306,113 @@ class AVMAE(nnx.Module):
         self.audio_decoder = Decoder(config.decoder, config.audio, fusion_width, rngs=rngs)
 
     def masks(
-        self, batch: int, image_noise: jax.Array | None, audio_noise: jax.Array | None, rng: jax.Array | None = None
+        self,
+        batch: int,
+        image_noise: Float[Array, "B I"] | None,
+        audio_noise: Float[Array, "B A"] | None,
+        rng: Array | None = None,
     ) -> tuple[Mask, Mask]:
-        """Masks of both streams from the given noise, or from `rng` where there is none."""
-        streams, noises = (self.config.image, self.config.audio), (image_noise, audio_noise)
-        require(rng is not None or all(n is not None for n in noises), "masking needs `rng` or noise for both streams")
+        """Random masks of image and audio.
+
+        Args:
+          batch: number of clips.
+          image_noise: decides which image patches are removed (see `random_mask`); `None` draws it from `rng`.
+          audio_noise: the same of the audio.
+          rng: random key.
+
+        Raises:
+          UserError: neither noise nor `rng` is given for a stream.
+        """
         keys = (None, None) if rng is None else jax.random.split(rng)
-        noises = (
-            mask_noise(key, batch, stream.tokens) if noise is None else noise
-            for key, stream, noise in zip(keys, streams, noises, strict=True)
-        )
-        return tuple(random_mask(noise, stream.keep) for noise, stream in zip(noises, streams, strict=True))
+
+        def mask(key: Array | None, noise: Array | None, stream: StreamConfig) -> Mask:
+            if noise is None:
+                if key is None:
+                    raise UserError("masking needs `rng` or noise for both streams")
+                noise = mask_noise(key, batch, stream.tokens)
+            return random_mask(noise, stream.keep)
+
+        return mask(keys[0], image_noise, self.config.image), mask(keys[1], audio_noise, self.config.audio)
+
+    def reconstruct(
+        self,
+        image: Float[Array, "B height width 3"],
+        audio: Float[Array, "B mels frames *channel"],
+        *,
+        image_mask: Mask | None = None,
+        audio_mask: Mask | None = None,
+        decode: Sequence[str] = ("image", "audio"),
+        everywhere: bool = False,
+    ) -> Reconstruction:
+        """Masks, encodes, decodes and compares with the targets.
+
+        Args:
+          image: normalised images.
+          audio: log-mels.
+          image_mask: which image patches are hidden; `None` leaves all visible, and there is nothing to decode.
+          audio_mask: the same of the audio.
+          decode: the masked streams that are decoded.
+          everywhere: whether all patches are predicted, instead of the masked ones alone. Errors are those of the
+            masked patches either way.
+        """
+        keep = [None if mask is None else mask.keep for mask in (image_mask, audio_mask)]
+        tokens = self.encoder(image, audio, keep[0], keep[1])
+        streams = {
+            "image": (self.config.image, image, image_mask, tokens.image, self.image_decoder),
+            "audio": (self.config.audio, audio, audio_mask, tokens.audio, self.audio_decoder),
+        }
+        found = Reconstruction({}, {})
+        for name, (config, x, mask, visible, decoder) in streams.items():
+            if mask is None or name not in decode:
+                continue
+            prediction = decoder(visible, tokens.fusion, mask.keep, None if everywhere else mask.removed)
+            found.predictions[name] = prediction
+            masked = take(prediction, mask.removed) if everywhere else prediction
+            found.errors[name] = masked_error(masked, take(targets(x, config), mask.removed))
+        return found
 
     def losses(
         self,
-        image: jax.Array,
-        audio: jax.Array,
-        image_noise: jax.Array | None = None,
-        audio_noise: jax.Array | None = None,
-        rng: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Image and audio loss of each clip, [B] each: what training uses, predicting at masked patches only."""
+        image: Float[Array, "B height width 3"],
+        audio: Float[Array, "B mels frames *channel"],
+        image_noise: Float[Array, "B I"] | None = None,
+        audio_noise: Float[Array, "B A"] | None = None,
+        rng: Array | None = None,
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+        """Image and audio loss of each clip, as training uses them. Arguments are those of `__call__`."""
         image_mask, audio_mask = self.masks(image.shape[0], image_noise, audio_noise, rng)
-        tokens = self.encoder(image, audio, image_mask.keep, audio_mask.keep)
-        image_prediction = self.image_decoder(tokens.image, tokens.fusion, *image_mask[:2])
-        audio_prediction = self.audio_decoder(tokens.audio, tokens.fusion, *audio_mask[:2])
-        image_target = take(targets(image, self.config.image), image_mask.removed)
-        audio_target = take(targets(audio, self.config.audio), audio_mask.removed)
-        return masked_error(image_prediction, image_target), masked_error(audio_prediction, audio_target)
+        errors = self.reconstruct(image, audio, image_mask=image_mask, audio_mask=audio_mask).errors
+        return errors["image"], errors["audio"]
 
     def __call__(
         self,
-        image: jax.Array,
-        audio: jax.Array,
-        image_noise: jax.Array | None = None,
-        audio_noise: jax.Array | None = None,
-        rng: jax.Array | None = None,
+        image: Float[Array, "B height width 3"],
+        audio: Float[Array, "B mels frames *channel"],
+        image_noise: Float[Array, "B I"] | None = None,
+        audio_noise: Float[Array, "B A"] | None = None,
+        rng: Array | None = None,
     ) -> Output:
+        """Reconstructs randomly masked clips.
+
+        Args:
+          image: normalised images.
+          audio: log-mels.
+          image_noise: decides which image patches are removed (see `random_mask`); `None` draws it from `rng`.
+          audio_noise: the same of the audio.
+          rng: random key.
+
+        Raises:
+          UserError: neither noise nor `rng` is given for a stream, or an input does not have the size of its stream.
+        """
         image_mask, audio_mask = self.masks(image.shape[0], image_noise, audio_noise, rng)
-        tokens = self.encoder(image, audio, image_mask.keep, audio_mask.keep)
-        image_prediction = self.image_decoder(tokens.image, tokens.fusion, image_mask.keep)
-        audio_prediction = self.audio_decoder(tokens.audio, tokens.fusion, audio_mask.keep)
-        streams = (
-            (image, image_prediction, image_mask, self.config.image),
-            (audio, audio_prediction, audio_mask, self.config.audio),
+        prediction, error = self.reconstruct(
+            image, audio, image_mask=image_mask, audio_mask=audio_mask, everywhere=True
         )
-        image_loss, audio_loss = (
-            masked_error(take(prediction, mask.removed), take(targets(x, config), mask.removed)).mean()
-            for x, prediction, mask, config in streams
+        return Output(
+            error["image"].mean(),
+            error["audio"].mean(),
+            prediction["image"],
+            prediction["audio"],
+            image_mask.mask,
+            audio_mask.mask,
         )
-        return Output(image_loss, audio_loss, image_prediction, audio_prediction, image_mask.mask, audio_mask.mask)

@@ -1,6 +1,7 @@
 """Positions, patches, masks, targets: against loops, NumPy and the published system's position tables."""
 
 import jax
+import jaxtyping
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from numpy_model import patches_of, positions_of
 
 from av_mae import models
 from av_mae.errors import UserError
+from av_mae.models.encoder import take, with_channel
 from av_mae.models.layers import sin_cos_2d
-from av_mae.models.patches import masked_error, take, with_channel
+from av_mae.models.masked_autoencoder import masked_error
 
 
 def stream(size, patch, channels=1, **options):
@@ -124,3 +126,15 @@ def test_inputs_of_another_size_are_refused():
     for shape in ((2, 4, 6), (2, 6, 4, 3), (6, 4)):
         with pytest.raises(UserError, match=r"input shape \(.*\) must be \(B, \(6, 4, 1\)\)"):
             with_channel(jnp.zeros(shape), config)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_shapes_in_signatures_are_checked(jit):
+    """Shapes that NumPy would broadcast: only the check of the signatures (conftest.py) refuses them."""
+    error = jax.jit(masked_error) if jit else masked_error
+    error(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)))
+    for shape in ((1, 3, 4), (2, 1, 4), (3, 4)):
+        with pytest.raises(jaxtyping.TypeCheckError, match="target"):
+            error(jnp.ones((2, 3, 4)), jnp.ones(shape))
+    with pytest.raises(jaxtyping.TypeCheckError, match="keep"):
+        models.Encoder.__call__(None, jnp.ones((2, 8, 8, 3)), jnp.ones((2, 8, 8)), image_keep=jnp.ones((3, 4), int))
