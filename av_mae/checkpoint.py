@@ -1,6 +1,8 @@
-"""A checkpoint and the model in it, of whatever kind.
+"""Checkpoints of a run, and the model in a checkpoint.
 
-The meta of a checkpoint names its `kind` (models.kinds) where that is not pretraining, and the `head`'s configuration.
+A checkpoint is a folder with three items of Orbax: `model` and `optimizer` (arrays by name) and `meta` (JSON: step,
+seed, recipe, checksums). Where the model is not the masked autoencoder, the meta names its `kind` and the configuration
+of its `head` (av_mae.models.kinds).
 """
 
 import dataclasses
@@ -27,8 +29,8 @@ from av_mae.models import AVMAEConfig, kinds
 from av_mae.models.kinds import ModelDefinition, Params, define_model
 
 Arrays = dict[str, Any]
-# Fields of the recipe that may change between stop and resume although they belong to the model: they choose how it
-# is computed, not what.
+# Fields of the model's configuration that may change between stop and resume: they choose how the model is computed,
+# not what it is.
 FREE_FIELDS = ("fusion.pair_attention",)
 
 
@@ -37,8 +39,14 @@ FREE_FIELDS = ("fusion.pair_attention",)
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Optimizer steps done (int32), parameters by dotted name (float32), running statistics of batch norms by dotted
-    name (none in pretraining), and optax's state over the names of the trained parameters."""
+    """What training changes.
+
+    Attributes:
+      step: optimizer steps done, int32.
+      params: parameters by dotted name, float32.
+      statistics: running statistics of batch norms by dotted name; pretraining has none.
+      opt_state: optax's state over the names of the trained parameters.
+    """
 
     step: jax.Array
     params: Params
@@ -47,7 +55,7 @@ class TrainState:
 
     @property
     def model(self) -> Params:
-        """All that the model computes with: parameters and statistics."""
+        """Parameters and statistics."""
         return self.params | self.statistics
 
 
@@ -59,18 +67,16 @@ def flat_optimizer(state: TrainState) -> Arrays:
 
 @jax.jit
 def checksum(arrays: Arrays) -> jax.Array:
-    """uint32: the sum of all 32-bit words, the same on every mesh."""
+    """The sum of all 32-bit words of the arrays, uint32, which is the same on every mesh."""
     words = [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in arrays.values()]
     return sum((x.sum(dtype=jnp.uint32) for x in words), jnp.uint32(0))
 
 
 def arrays_handler() -> ocp.PyTreeCheckpointHandler:
-    """Writes the arrays as they are, and nothing about them but shape and dtype.
-
-    Of Orbax's defaults, zstd makes float32 weights 8 % smaller and takes as long as writing them; notes on the sharding
-    of each of a thousand arrays take a third of a small checkpoint's time and are read by nobody: who restores says on
-    which shardings.
-    """
+    """Writes arrays without compression, and nothing about them but shape and dtype."""
+    # Of Orbax's defaults, zstd makes float32 weights 8 % smaller and takes as long as writing them. Notes on the
+    # sharding of each of a thousand arrays take a third of a small checkpoint's time, and nothing reads them: restoring
+    # needs the shardings that the arrays get, not those they had.
     handler = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False, array_metadata_store=None)
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, handler), (np.ndarray, ocp.type_handlers.NumpyHandler())
@@ -80,7 +86,7 @@ def arrays_handler() -> ocp.PyTreeCheckpointHandler:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A state from a checkpoint and the meta that was saved with it."""
+    """A state from a checkpoint, and the meta that was saved with it."""
 
     state: TrainState
     meta: dict[str, Any]
@@ -89,9 +95,16 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run. Every process of the run makes the same calls.
 
-    A save that fails (a full disk, say) is reported and leaves the earlier checkpoints as they are; `failed` holds
-    the step of the last save if it failed, else None, and `failures` how many failed in a row. `labels`, as JSON has
-    them, are stored with each checkpoint and must be the same when one is restored: what the run is besides its recipe.
+    A save that fails, because the disk is full for example, is reported and leaves earlier checkpoints as they are.
+    `failed` is the step of the last save if it failed, else `None`. `failures` counts the failures in a row.
+
+    Args:
+      folder: of the checkpoints, each in a folder named by its step.
+      keep_last: number of newest checkpoints that are kept.
+      keep_every: checkpoints of multiples of this step are kept too; 0 means none.
+      say: prints a message.
+      labels: what the run is besides its recipe, in JSON's types. Labels are saved with each checkpoint, and must be
+        the same when a checkpoint is restored.
     """
 
     def __init__(
@@ -121,7 +134,14 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, config: TrainConfig, **meta) -> None:
-        """Copies the state and writes it in the background. Does nothing where `step` is saved already."""
+        """Copies the state and writes it in the background, unless there is a checkpoint of this step already.
+
+        Args:
+          step: optimizer steps done.
+          state: on the devices.
+          config: the run's recipe.
+          **meta: further values for the meta, in JSON's types.
+        """
         self.wait()
         if step in self.steps():
             return
@@ -152,7 +172,7 @@ class Checkpoints:
             self._give_up(step, error)
 
     def wait(self) -> None:
-        """Waits until the last save is finished, and reports it where it failed."""
+        """Waits until the last save is finished, and reports a failure."""
         try:
             self._manager.wait_until_finished()
             self.failures = self.failures if self._pending is None else 0
@@ -178,12 +198,16 @@ class Checkpoints:
         )
 
     def restore(self, abstract: TrainState, config: TrainConfig) -> Restored | None:
-        """The newest checkpoint that can be read, on the shardings of `abstract`; None where there is none.
+        """The newest checkpoint that can be read; `None` if there is no checkpoint.
 
-        A damaged one is reported, moved aside to `<folder>-damaged/` and passed over.
+        A damaged checkpoint is reported and passed over.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
+          config: the run's recipe.
 
         Raises:
-          UserError: a checkpoint of another model or seed, or none of the checkpoints can be read.
+          UserError: a checkpoint is of another model, seed or labels, or none of the checkpoints can be read.
         """
         steps, damaged = self.steps(), []
         for step in reversed(steps):
@@ -208,7 +232,7 @@ class Checkpoints:
         return None
 
     def set_aside(self, newest: int) -> None:
-        """Moves checkpoints after step `newest`, which were damaged, to `<folder>-damaged/`, out of the run's way."""
+        """Moves the checkpoints after step `newest`, which are damaged, to `<folder>-damaged/`."""
         later = [step for step in self.steps() if step > newest]
         target = self.folder.with_name(self.folder.name + "-damaged")
         if jax.process_index() == 0:
@@ -221,7 +245,7 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: TrainState, meta: Mapping) -> TrainState:
         folder = self.folder / str(step)
-        check_shapes(folder, read_shapes(folder), abstract.model)
+        check_shapes(folder, abstract.model)
         values = read_arrays(folder, "model", abstract.model, meta)
         params, statistics = ({name: values[name] for name in part} for part in (abstract.params, abstract.statistics))
         optimizer = read_arrays(folder, "optimizer", flat_optimizer(abstract), meta)
@@ -231,12 +255,12 @@ class Checkpoints:
 
 
 def read_meta(folder: pathlib.Path) -> dict[str, Any]:
-    """What was saved beside the arrays of one checkpoint."""
+    """The meta of the checkpoint in `folder`."""
     return json.loads((folder / "meta" / "metadata").read_text())
 
 
 def read_layout(folder: pathlib.Path, item: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the arrays in one item of a checkpoint."""
+    """Shapes and dtypes of the arrays in an item ('model' or 'optimizer') of a checkpoint."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(max(level, logging.ERROR))  # Orbax warns that an item is no whole checkpoint
@@ -248,17 +272,19 @@ def read_layout(folder: pathlib.Path, item: str) -> dict[str, jax.ShapeDtypeStru
     return {name: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for name, x in tree.items()}
 
 
-def read_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the model's parameters in one checkpoint."""
-    return {name: x.shape for name, x in read_layout(folder, "model").items()}
-
-
 def read_arrays(folder: pathlib.Path, item: str, abstract: Mapping[str, jax.ShapeDtypeStruct], meta: Mapping) -> Arrays:
-    """One item of a checkpoint, or the part of it that `abstract` names, on the shardings of `abstract`.
+    """The arrays of an item of a checkpoint.
+
+    Args:
+      folder: of the checkpoint.
+      item: 'model' or 'optimizer'.
+      abstract: shapes, dtypes and shardings of the arrays to read, which may be a part of the item.
+      meta: of the checkpoint.
 
     Raises:
       ValueError: the arrays are not those that were saved.
     """
+    # all arrays are read, since the checksum is that of the whole item
     anywhere = next(iter(abstract.values())).sharding
     whole = (
         jax.sharding.NamedSharding(anywhere.mesh, jax.sharding.PartitionSpec())
@@ -279,7 +305,10 @@ def read_arrays(folder: pathlib.Path, item: str, abstract: Mapping[str, jax.Shap
 
 
 def first_difference(ours: Mapping, theirs: Mapping, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first field, by dotted name, in which two nested dicts differ, and both values."""
+    """The dotted name of the first field in which two nested dicts differ, and both values; `None` if they are equal.
+
+    FREE_FIELDS are passed over. `prefix` goes before the names.
+    """
     for key in [*ours, *(key for key in theirs if key not in ours)]:
         name, a, b = prefix + key, ours.get(key), theirs.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -292,7 +321,7 @@ def first_difference(ours: Mapping, theirs: Mapping, prefix: str = "") -> tuple[
 
 
 def check_same_run(saved: Mapping, config: TrainConfig) -> None:
-    """Raises UserError where a checkpoint's recipe has another model or seed than this one, naming the field."""
+    """Raises UserError, which names the field, if the recipe `saved` has another model or seed than this one."""
     ours = recipes.to_dict(config)
     difference = first_difference(ours["model"], saved["model"])
     if difference is not None:
@@ -309,7 +338,7 @@ def check_same_run(saved: Mapping, config: TrainConfig) -> None:
 
 
 def check_same_labels(meta: Mapping, labels: Mapping) -> None:
-    """Raises UserError where a checkpoint's meta has other labels than the run, naming the first difference."""
+    """Raises UserError, which names the label, if a checkpoint's meta has other labels than the run."""
     difference = first_difference(labels, {name: meta.get(name) for name in labels})
     if difference is not None:
         name, here, there = difference
@@ -319,11 +348,20 @@ def check_same_labels(meta: Mapping, labels: Mapping) -> None:
         )
 
 
-def check_shapes(folder: pathlib.Path, found: Mapping[str, tuple], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Raises UserError that names the first parameter that a checkpoint lacks, has besides or has in another shape."""
-    for name in [*wanted, *(name for name in found if name not in wanted)]:
-        here = tuple(wanted[name].shape) if name in wanted else "none"
-        there = found.get(name, "none")
+def check_shapes(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], partly: bool = False) -> None:
+    """Compares the model in a checkpoint with the one that is wanted.
+
+    Args:
+      folder: of the checkpoint.
+      wanted: shapes of the wanted model by dotted name.
+      partly: whether the checkpoint may hold other parameters besides.
+
+    Raises:
+      UserError: names the first parameter that is missing, superfluous or of another shape.
+    """
+    found = read_layout(folder, "model")
+    for name in [*wanted, *(name for name in found if name not in wanted and not partly)]:
+        here, there = (tuple(x[name].shape) if name in x else "none" for x in (wanted, found))
         if here != there:
             raise UserError(
                 f"{folder} is a checkpoint of another model: parameter {name} is {there} in it and "
@@ -332,7 +370,7 @@ def check_shapes(folder: pathlib.Path, found: Mapping[str, tuple], wanted: Mappi
 
 
 def find_checkpoint(path: str) -> pathlib.Path:
-    """The checkpoint that `path` names: a checkpoint itself, or the newest of a workdir or its `checkpoints`.
+    """The folder of the checkpoint that `path` names: a checkpoint, or the newest of a workdir or its `checkpoints`.
 
     Raises:
       UserError: there is none.
@@ -349,39 +387,36 @@ def find_checkpoint(path: str) -> pathlib.Path:
 
 
 def load_params(path: str, abstract: Mapping[str, jax.ShapeDtypeStruct], partly: bool = False) -> Arrays:
-    """The parameters of a checkpoint on the shardings of `abstract`; `partly`: the checkpoint may hold others besides.
+    """Parameters and statistics of a checkpoint.
+
+    Args:
+      path: a checkpoint, or a folder with checkpoints (see `find_checkpoint`).
+      abstract: shapes, dtypes and shardings of the arrays to read, by dotted name.
+      partly: whether the checkpoint may hold other arrays besides.
 
     Raises:
       UserError: there is no checkpoint, it cannot be read, or it is one of another model.
     """
     folder = find_checkpoint(path)
     try:
-        meta, found = read_meta(folder), read_shapes(folder)
-        check_shapes(folder, {name: found[name] for name in found if name in abstract or not partly}, abstract)
-        return read_arrays(folder, "model", abstract, meta)
+        check_shapes(folder, abstract, partly)
+        return read_arrays(folder, "model", abstract, read_meta(folder))
     except UserError:
         raise
     except Exception as error:  # damage shows in many ways
         raise UserError(f"checkpoint {folder} cannot be read ({first_line(error)}): name another one") from error
 
 
-def load_config(path: str) -> TrainConfig:
-    """The recipe of a checkpoint.
-
-    Raises:
-      UserError: there is no checkpoint, or it cannot be read.
-    """
-    folder = find_checkpoint(path)
-    try:
-        values = read_meta(folder)["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {folder} cannot be read ({first_line(error)}): name another one") from error
-    return recipes.from_dict(values, TrainConfig)
-
-
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Where a checkpoint lies, its recipe, the kind of its model and the configuration of its head (or None)."""
+    """A checkpoint whose meta was read: `load` reads its model.
+
+    Attributes:
+      folder: of the checkpoint.
+      config: the run's recipe.
+      kind: of the model (av_mae.models.kinds).
+      head: configuration of the head; `None` for a model without one.
+    """
 
     folder: pathlib.Path
     config: TrainConfig
@@ -389,9 +424,13 @@ class Checkpoint:
     head: Any
 
     def load(self, config: AVMAEConfig | None = None) -> tuple[ModelDefinition, Arrays]:
-        """The model's definition, and its arrays on this process's first device: definition.merge(arrays) is the model.
+        """Reads the model to this process's first device.
 
-        config: that the model must have, if it is not simply the checkpoint's own.
+        Args:
+          config: what the model must have; `None` means the checkpoint's own configuration.
+
+        Returns:
+          The model's definition and its arrays: `definition.merge(arrays)` is the model.
 
         Raises:
           UserError: the checkpoint cannot be read, or is one of another model.
@@ -406,13 +445,16 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """The checkpoint that `path` names: one itself, or the newest of a work directory or its `checkpoints`.
+    """The checkpoint that `path` names: a checkpoint, or the newest of a work directory or its `checkpoints`.
 
     Raises:
       UserError: there is none, or it cannot be read.
     """
-    config, folder = load_config(path), find_checkpoint(path)
-    meta = read_meta(folder)
-    kind = meta.get("kind", kinds.PRETRAINING)
+    folder = find_checkpoint(path)
+    try:
+        meta = read_meta(folder)
+        values, kind = meta["config"], meta.get("kind", kinds.PRETRAINING)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint {folder} cannot be read ({first_line(error)}): name another one") from error
     head = recipes.from_dict(meta.get("head") or {}, kinds.HEADS[kind][1]) if kind in kinds.HEADS else None
-    return Checkpoint(folder, config, kind, head)
+    return Checkpoint(folder, recipes.from_dict(values, TrainConfig), kind, head)

@@ -1,4 +1,4 @@
-"""From a pretraining run's folder to its model."""
+"""From a checkpoint to its model, and from a batch to embeddings."""
 
 import os
 import pathlib
@@ -17,26 +17,28 @@ from av_mae.models import kinds
 
 
 class Encoding(NamedTuple):
-    """tokens after the final norms (`models.Tokens`), and their means: features {'image', …} → [B, D]."""
+    """Tokens after the final norms, and their means over the tokens [B, D] of 'image', 'audio' and 'fusion'."""
 
     tokens: models.Tokens
     features: dict[str, jax.Array]
 
 
 def load(path: str | os.PathLike) -> nnx.Module:
-    """The model of a checkpoint: float32, on the default device, with its configuration as `.config` and that of its
-    log-mel features as `.sound` (for `preprocess.load`).
+    """The model of a checkpoint.
 
     Args:
-      path: a run's work directory (its newest checkpoint), its `checkpoints`, one of them, what av_mae.convert made,
-        a published file whose configuration can be told without options, or a name from a registry (av_mae.registry).
+      path: a run's work directory (its newest checkpoint), its `checkpoints`, a single checkpoint, what av_mae.convert
+        made, a file of DeepAVFusion whose configuration can be told without options, or a name from a registry
+        (av_mae.registry).
 
     Returns:
-      AVMAE, Classifier, Separator or Segmenter (with `.head`), or models.kinds.EncoderModel, whatever is there.
+      AVMAE, a head's model (Classifier, Separator, Segmenter, Localizer), or models.kinds.EncoderModel: float32, on the
+      default device. `.config` is its configuration, `.head` that of its head, and `.sound` that of its log-mels, for
+      `preprocess.load`.
 
     Raises:
-      UserError: there is no such checkpoint, it cannot be read or is not the one that was registered, or it holds one
-        unimodal stream, which is no model.
+      UserError: there is no such checkpoint, it cannot be read, it is not the one that was registered, or it holds a
+        unimodal stream, which is no whole model.
     """
     path = registry.resolve(path)
     if pathlib.Path(path).is_file():
@@ -59,18 +61,18 @@ def load(path: str | os.PathLike) -> nnx.Module:
 
 
 def encode(model: nnx.Module, batch: Mapping[str, jax.Array]) -> Encoding:
-    """Tokens and pooled features of a batch, all patches visible; compiled once per model structure and batch shape.
+    """Tokens and pooled features of a batch, all patches visible. Compiled once per model structure and batch shape.
 
     Args:
-      model: whatever has an `.encoder`.
-      batch: `image` [B, H, W, 3] (uint8, or float as the model takes it: ImageNet's mean and deviation) and `audio`
-        [B, mels, frames(, 1)] (log-mel, standardised as in the run that trained the model). Other entries are left.
+      model: any model with an `.encoder`.
+      batch: `image` [B, H, W, 3], uint8 or normalised float, and `audio` [B, mels, frames] or [B, mels, frames, 1],
+        log-mels standardised as in the run that trained the model. Other entries are ignored.
     """
     return _encode(model.encoder, jnp.asarray(batch["image"]), jnp.asarray(batch["audio"]))
 
 
 def forward(encoder: models.Encoder, image: jax.Array, audio: jax.Array, return_layers: bool = False) -> Encoding:
-    """What `encode` computes, as a pure function; `return_layers`: with the tokens after each layer."""
+    """`encode` as a pure function; with `return_layers`, the tokens after each layer are in the result's tokens."""
     image = models.normalize_image(image) if image.dtype == jnp.uint8 else image
     tokens = encoder(image, audio, return_layers=return_layers)
     return Encoding(tokens, models.pool(tokens))
@@ -80,10 +82,13 @@ _encode = nnx.jit(forward)
 
 
 def load_run(path: str) -> tuple[TrainConfig, models.AVMAE]:
-    """The recipe of a pretraining checkpoint, and its model as `av_mae.load` gives it.
+    """The recipe and the model of a pretraining checkpoint.
 
-    path: a run's workdir (its newest checkpoint), its `checkpoints`, or one of them. Raises UserError when there is
-    none, it cannot be read, or it holds another kind of model.
+    Args:
+      path: a run's workdir (its newest checkpoint), its `checkpoints`, or a single checkpoint.
+
+    Raises:
+      UserError: there is no checkpoint, it cannot be read, or it holds another kind of model.
     """
     if not path:
         raise UserError("no checkpoint: set --config.init=DIR to a run's workdir or one of its checkpoints")

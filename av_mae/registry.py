@@ -1,7 +1,7 @@
-"""Names for models: small TOML files that a user or a lab extends, each entry with its place, checksum and licence.
+"""Names for models: small TOML files that a user or a lab extends, each entry with its path, checksum and licence.
 
     [demo]
-    path = "runs/demo"          # a work directory, checkpoint or published file; from the file's folder
+    path = "runs/demo"          # a work directory, checkpoint or file of DeepAVFusion; relative to the TOML file
     sha256 = "…"                # `sha256` of the model's card.json
     licence = "Apache-2.0"
     figures = {"accuracy/joint" = 0.85}
@@ -21,14 +21,14 @@ from av_mae.checkpoint import find_checkpoint
 from av_mae.errors import UserError
 
 VARIABLE = "AV_MAE_REGISTRY"
-PARTS = ("model", "meta")  # of a checkpoint: what its model depends on
+PARTS = ("model", "meta")  # items of a checkpoint that its model depends on
 FIELDS = {"path": str, "sha256": str, "licence": str, "figures": dict}
 CHUNK = 2**24  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A model by name: where it is, what it must be, its licence, and figures by name."""
+    """A registered model: its path, its checksum, its licence, and what it scored, by the metric's name."""
 
     path: str
     sha256: str
@@ -37,10 +37,10 @@ class Entry:
 
 
 def registry_files() -> list[pathlib.Path]:
-    """The registry files that are there.
+    """The registry files that exist.
 
     Raises:
-      UserError: AV_MAE_REGISTRY names a file that is not there.
+      UserError: AV_MAE_REGISTRY names a file that does not exist.
     """
     named = [pathlib.Path(path) for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path]
     missing = [path for path in named if not path.is_file()]
@@ -51,10 +51,10 @@ def registry_files() -> list[pathlib.Path]:
 
 
 def entries() -> dict[str, Entry]:
-    """All names that are known.
+    """All registered models by name.
 
     Raises:
-      UserError: a file is no TOML, or an entry lacks what it needs.
+      UserError: a file is not TOML, or an entry lacks a field.
     """
     known: dict[str, Entry] = {}
     for file in registry_files():
@@ -83,10 +83,10 @@ def _entry(file: pathlib.Path, name: str, value: object) -> Entry:
 
 
 def resolve(path: str | os.PathLike) -> str:
-    """`path` itself where it is there; else the place of the registered model of this name, once its checksum is right.
+    """`path` itself if it exists, else the path of the registered model of this name.
 
     Raises:
-      UserError: neither is there, or the model is not the one that was registered.
+      UserError: neither exists, or the model's checksum is not the registered one.
     """
     if os.path.exists(path):
         return os.fspath(path)
@@ -110,7 +110,7 @@ def checksum(path: str | os.PathLike) -> str:
     """SHA-256 of a file, or of the model in a checkpoint: its files, by name and contents.
 
     Raises:
-      UserError: there is nothing, or no checkpoint.
+      UserError: `path` is neither a file nor holds a checkpoint.
     """
     digest = hashlib.sha256()
     if os.path.isfile(path):

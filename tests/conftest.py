@@ -18,14 +18,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Shapes in signatures of models/ are checked whenever a test calls or traces one. Only configurations are not: they
-# check their values themselves, with messages for users. NumPy arrays stand for JAX arrays, as in calls of users.
+# Shapes in signatures of models/ are checked whenever a test calls or traces one. Configurations check their values
+# themselves, with messages for users, and what is in kinds.py also takes shapes without values. NumPy arrays may stand
+# for JAX arrays, as in calls of users.
 jaxtyping.Array = jax.Array | np.ndarray
 jaxtyping.install_import_hook(
     [
         f"av_mae.models.{file.stem}"
         for file in sorted((ROOT / "av_mae" / "models").glob("*.py"))
-        if file.stem not in ("__init__", "config")
+        if file.stem not in ("__init__", "config", "kinds")
     ],
     "beartype.beartype",
 )

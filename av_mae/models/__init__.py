@@ -31,16 +31,19 @@ from av_mae.models.encoder import (
     IMAGENET_DEVIATION,
     IMAGENET_MEAN,
     Encoder,
+    Mask,
     Tokens,
+    mask_noise,
     normalize_image,
     patchify,
     pool,
+    random_mask,
     unpatchify,
 )
 from av_mae.models.flops import closed_form_flops
 from av_mae.models.heads import Classifier, Segmenter, Separator, joint_score
 from av_mae.models.localizer import Localizer, attention_map, occlusion_map, occlusion_noise
-from av_mae.models.masked_autoencoder import AVMAE, Mask, Output, Reconstruction, mask_noise, random_mask, targets
+from av_mae.models.masked_autoencoder import AVMAE, Output, Reconstruction, targets
 
 __all__ = [
     "AVMAE",

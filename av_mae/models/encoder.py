@@ -1,4 +1,4 @@
-"""The early-fusion encoder: two ViTs, and fusion tokens that read both at every fused layer (paper section 3)."""
+"""Patches, masks, and the early-fusion encoder: two ViTs, and fusion tokens that read both (paper section 3)."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def normalize_image(image: UInt8[Array | np.ndarray, "*B 3"]) -> Float[Array, "*
     return (jnp.asarray(image).astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_DEVIATION
 
 
-def with_channel(x: Float[Array, "B rows columns *channels"], config: StreamConfig) -> Float[Array, "B rows columns C"]:
+def with_channel(x: Float[Array, "B *shape"], config: StreamConfig) -> Float[Array, "B rows columns C"]:
     """Adds the channel axis that a spectrogram [B, mels, frames] may lack.
 
     Raises:
@@ -39,7 +39,7 @@ def with_channel(x: Float[Array, "B rows columns *channels"], config: StreamConf
     """
     x = x[..., None] if x.ndim == 3 else x
     expected = (*config.size, config.channels)
-    require(x.shape[1:] == expected, f"input shape {x.shape} must be (B, {expected})")
+    require(x.ndim == 4 and x.shape[1:] == expected, f"input shape {x.shape} must be (B, {expected})")
     return x
 
 
@@ -60,6 +60,29 @@ def unpatchify(patches: Float[Maybe, "B N P"], config: StreamConfig) -> Float[Ma
 def take(x: Float[Array, "B N D"], indices: Int[Array, "B M"]) -> Float[Array, "B M D"]:
     """The tokens of these indices, in each clip its own."""
     return jnp.take_along_axis(x, indices[..., None], axis=1, mode="clip")
+
+
+class Mask(NamedTuple):
+    """Patches of one stream that are kept and removed, by index and in the order of their noise.
+
+    `mask` is 1 where a patch is removed, else 0.
+    """
+
+    keep: Int[Array, "B K"]
+    removed: Int[Array, "B M"]
+    mask: Float[Array, "B N"]
+
+
+def mask_noise(key: Array, batch: int, tokens: int) -> Float[Array, "B N"]:
+    """Uniform noise in [0, 1) for `random_mask`, float32 [batch, tokens]."""
+    return jax.random.uniform(key, (batch, tokens))
+
+
+def random_mask(noise: Float[Array, "B N"], keep: int) -> Mask:
+    """Keeps the `keep` patches of least noise in each clip (paper section 3.3)."""
+    order = jnp.argsort(noise, axis=1).astype(jnp.int32)
+    rank = jnp.argsort(order, axis=1)
+    return Mask(order[:, :keep], order[:, keep:], (rank >= keep).astype(jnp.float32))
 
 
 def in_turn(
@@ -165,9 +188,7 @@ class Stream(nnx.Module):
         needed = fusion_width != config.width
         self.bridges = nnx.List(Linear(fusion_width, config.width, rngs=rngs) if needed and f else None for f in fused)
 
-    def embed(
-        self, x: Float[Array, "B rows columns *channels"], keep: Int[Array, "B K"] | None
-    ) -> Float[Array, "B N D"]:
+    def embed(self, x: Float[Array, "B *shape"], keep: Int[Array, "B K"] | None) -> Float[Array, "B N D"]:
         """Tokens, with positions, of the patches `keep`, or of all patches if it is `None`."""
         patches = patchify(with_channel(x, self.config), self.config.patch_size)
         positions = jnp.asarray(sin_cos_2d(self.config.grid, self.config.width))

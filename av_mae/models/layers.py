@@ -249,14 +249,7 @@ def attention_weights(
     scale: float,
     bias: Float[Array, "#B #H #N #C"] | None = None,
 ) -> Float[Array, "B H N C"]:
-    """How much each query attends to each key, in at least float32; each row sums to 1.
-
-    Args:
-      q: queries.
-      k: keys.
-      scale: what the products of queries and keys are multiplied by.
-      bias: added to the scaled products.
-    """
+    """How much each query attends to each key, in at least float32: softmax(scale · q k + bias)."""
     # Heads are moved beside the batch first: with heads between tokens and head width, the CPU's matrix products were
     # measured at a third of this rate in the forward pass.
     logits = jnp.einsum(
@@ -297,17 +290,10 @@ def attend(
     scale: float,
     bias: Float[Array, "#B #H #N #C"] | None = None,
 ) -> Float[Array, "B N H V"]:
-    """Multi-head attention of queries over keys and values.
+    """Multi-head attention: softmax(scale · q k + bias) v.
 
     Only this function chooses the implementation: cuDNN's fused kernel on GPUs where it takes the shapes, else (CPUs,
     TPUs) plain matrix products.
-
-    Args:
-      q: queries.
-      k: keys.
-      v: values.
-      scale: what the products of queries and keys are multiplied by.
-      bias: added to the scaled products.
     """
     if fused_on_gpu(q, v, bias):
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")

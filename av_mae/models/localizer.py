@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from av_mae.models.config import AVMAEConfig, LocalizerConfig, StreamConfig, require
-from av_mae.models.encoder import Encoder, WithEncoder
+from av_mae.models.encoder import Encoder, Mask, WithEncoder, random_mask
 from av_mae.models.layers import Linear, at_least_float32
-from av_mae.models.masked_autoencoder import AVMAE, Mask, random_mask
+from av_mae.models.masked_autoencoder import AVMAE
 
 
 class Localizer(nnx.Module):

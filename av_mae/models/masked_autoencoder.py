@@ -12,34 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from av_mae.errors import UserError
 from av_mae.models.config import AVMAEConfig, DecoderConfig, StreamConfig, fit_window
-from av_mae.models.encoder import Encoder, in_turn, patchify, take, with_channel
+from av_mae.models.encoder import Encoder, Mask, in_turn, mask_noise, patchify, random_mask, take, with_channel
 from av_mae.models.layers import MLP, Attention, Block, Initial, LayerNorm, Linear, at_least_float32
 
 
-class Mask(NamedTuple):
-    """Patches of one stream that are kept and removed, by index and in the order of their noise.
-
-    `mask` is 1 where a patch is removed, else 0.
-    """
-
-    keep: Int[Array, "B K"]
-    removed: Int[Array, "B M"]
-    mask: Float[Array, "B N"]
-
-
-def mask_noise(key: Array, batch: int, tokens: int) -> Float[Array, "B N"]:
-    """Uniform noise in [0, 1) for `random_mask`, float32 [batch, tokens]."""
-    return jax.random.uniform(key, (batch, tokens))
-
-
-def random_mask(noise: Float[Array, "B N"], keep: int) -> Mask:
-    """Keeps the `keep` patches of least noise in each clip (paper section 3.3)."""
-    order = jnp.argsort(noise, axis=1).astype(jnp.int32)
-    rank = jnp.argsort(order, axis=1)
-    return Mask(order[:, :keep], order[:, keep:], (rank >= keep).astype(jnp.float32))
-
-
-def targets(x: Float[Array, "B rows columns *channels"], config: StreamConfig) -> Float[Array, "B N P"]:
+def targets(x: Float[Array, "B *shape"], config: StreamConfig) -> Float[Array, "B N P"]:
     """What the decoder predicts: the patches of the inputs, in at least float32.
 
     Where the stream says so, each patch is normalised with its mean and its unbiased variance + 1e-6.

@@ -1,4 +1,4 @@
-"""The layers that all parts share, against plain formulas: values, gradients, and what is kept for the backward pass."""
+"""The layers that all parts share, against plain formulas: values, gradients, what is kept for the backward pass."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_layer_norm(shape):
 
 
 def test_layer_norm_in_half_precision():
-    """Statistics in float32, output and gradients in the dtypes of what was given; x and two numbers a token are kept."""
+    """Statistics in float32, output and gradients in the dtypes given; x and two numbers a token are kept."""
     x = jax.random.normal(jax.random.key(0), (4, 6, 32)) * 3 + 1
     scale, bias = (jnp.full(32, value, jnp.bfloat16) for value in (1.5, 0.25))
     ours, back = jax.vjp(lambda *given: layers.layer_norm(*given, 1e-5), x, scale, bias)

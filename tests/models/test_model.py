@@ -439,7 +439,8 @@ SMALL = {"size": (16, 16), "patch": 4, "width": 8, "depth": 1, "heads": 2}
         (
             MODEL,
             {"decoder": DECODER(kind="swin")},
-            r"Swin window=\(4, 4\) must divide the patch grid \(14, 14\); windows that do: \(2, 2\), \(7, 7\), \(14, 14\)",
+            r"Swin window=\(4, 4\) must divide the patch grid \(14, 14\); "
+            r"windows that do: \(2, 2\), \(7, 7\), \(14, 14\)",
         ),
         (
             MODEL,

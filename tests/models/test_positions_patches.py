@@ -1,8 +1,8 @@
 """Positions, patches, masks, targets: against loops, NumPy and the published system's position tables."""
 
 import jax
-import jaxtyping
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from numpy_model import patches_of, positions_of

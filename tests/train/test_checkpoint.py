@@ -243,7 +243,7 @@ def test_weights_of_another_run(open_run, folder, tail):
     save(open_run(), 1, 2)
     params = checkpoint.load_params(str(folder.parent / tail), abstract(2, 2).params)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(state_of(2).params))
-    assert checkpoint.load_config(str(folder.parent / tail)) == CONFIG
+    assert checkpoint.open_checkpoint(str(folder.parent / tail)).config == CONFIG
 
 
 def test_weights_that_are_not_there(tmp_path, open_run, folder):
@@ -255,7 +255,7 @@ def test_weights_that_are_not_there(tmp_path, open_run, folder):
         checkpoint.load_params(str(folder), abstract().params)
     DAMAGES["meta cut"](folder / "1")
     with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.load_config(str(folder))
+        checkpoint.open_checkpoint(str(folder))
 
 
 def assert_failed(checkpoints: checkpoint.Checkpoints, said: list[str], step: int) -> None:
