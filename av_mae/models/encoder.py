@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from av_mae.models.config import AVMAEConfig, StreamConfig, require
 from av_mae.models.fusion import FusionBlock
@@ -31,7 +31,7 @@ def normalize_image(image: UInt8[Array | np.ndarray, "*B 3"]) -> Float[Array, "*
     return (jnp.asarray(image).astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_DEVIATION
 
 
-def with_channel(x: Float[Array, "B *shape"], config: StreamConfig) -> Float[Array, "B rows columns C"]:
+def with_channel(x: Float[Array, "B ..."], config: StreamConfig) -> Float[Array, "B rows columns C"]:
     """Adds the channel axis that a spectrogram [B, mels, frames] may lack.
 
     Raises:
@@ -43,14 +43,14 @@ def with_channel(x: Float[Array, "B *shape"], config: StreamConfig) -> Float[Arr
     return x
 
 
-def patchify(x: Float[Maybe, "B rows columns C"], patch: tuple[int, int]) -> Float[Maybe, "B N P"]:
+def patchify(x: Shaped[Maybe, "B rows columns C"], patch: tuple[int, int]) -> Shaped[Maybe, "B N P"]:
     """Splits inputs into patches, row-major; the values of a patch are in (row, column, channel) order."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // patch[0], patch[0], w // patch[1], patch[1], c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch[0] * patch[1] * c)
 
 
-def unpatchify(patches: Float[Maybe, "B N P"], config: StreamConfig) -> Float[Maybe, "B rows columns C"]:
+def unpatchify(patches: Shaped[Maybe, "B N P"], config: StreamConfig) -> Shaped[Maybe, "B rows columns C"]:
     """Inverse of `patchify`."""
     (rows, columns), (height, width) = config.grid, config.patch_size
     x = patches.reshape(-1, rows, columns, height, width, config.channels)
@@ -188,7 +188,7 @@ class Stream(nnx.Module):
         needed = fusion_width != config.width
         self.bridges = nnx.List(Linear(fusion_width, config.width, rngs=rngs) if needed and f else None for f in fused)
 
-    def embed(self, x: Float[Array, "B *shape"], keep: Int[Array, "B K"] | None) -> Float[Array, "B N D"]:
+    def embed(self, x: Float[Array, "B ..."], keep: Int[Array, "B K"] | None) -> Float[Array, "B N D"]:
         """Tokens, with positions, of the patches `keep`, or of all patches if it is `None`."""
         patches = patchify(with_channel(x, self.config), self.config.patch_size)
         positions = jnp.asarray(sin_cos_2d(self.config.grid, self.config.width))

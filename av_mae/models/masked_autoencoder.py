@@ -16,7 +16,7 @@ from av_mae.models.encoder import Encoder, Mask, in_turn, mask_noise, patchify, 
 from av_mae.models.layers import MLP, Attention, Block, Initial, LayerNorm, Linear, at_least_float32
 
 
-def targets(x: Float[Array, "B *shape"], config: StreamConfig) -> Float[Array, "B N P"]:
+def targets(x: Float[Array, "B ..."], config: StreamConfig) -> Float[Array, "B N P"]:
     """What the decoder predicts: the patches of the inputs, in at least float32.
 
     Where the stream says so, each patch is normalised with its mean and its unbiased variance + 1e-6.

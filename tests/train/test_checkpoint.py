@@ -202,14 +202,14 @@ def test_half_written_checkpoint_is_dropped_and_said(open_run, folder, said):
     "change, message",
     [
         (
-            dict(model=dataclasses.replace(MODEL, image=dataclasses.replace(MODEL.image, depth=2))),
+            {"model": dataclasses.replace(MODEL, image=dataclasses.replace(MODEL.image, depth=2))},
             "of another model: model.image.depth is 1 in it and 2 in the recipe",
         ),
         (
-            dict(model=dataclasses.replace(MODEL, fusion=FusionConfig(kind="dense", tokens=(2, 1, 1), heads=2))),
+            {"model": dataclasses.replace(MODEL, fusion=FusionConfig(kind="dense", tokens=(2, 1, 1), heads=2))},
             "model.fusion.kind is factorized in it and dense in the recipe",
         ),
-        (dict(seed=7), "its seed is 0, the recipe's is 7"),
+        ({"seed": 7}, "its seed is 0, the recipe's is 7"),
     ],
 )
 def test_other_recipe_is_refused(open_run, change, message):
