@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Float, Int, Shaped
 
 from av_mae.models.config import AVMAEConfig, StreamConfig, require
 from av_mae.models.fusion import FusionBlock
@@ -26,8 +26,8 @@ Out = TypeVar("Out")
 Step = Callable[[Layer, Carry, Given], tuple[Carry, Out]]
 
 
-def normalize_image(image: UInt8[Array | np.ndarray, "*B 3"]) -> Float[Array, "*B 3"]:
-    """Images in 0…255 → float32 with ImageNet's mean and deviation, as the models take them."""
+def normalize_image(image: Shaped[Array | np.ndarray, "*B 3"]) -> Float[Array, "*B 3"]:
+    """Images in 0…255, uint8 or mixtures of them → float32 with ImageNet's mean and deviation, as the models take them."""
     return (jnp.asarray(image).astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_DEVIATION
 
 

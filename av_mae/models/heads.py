@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Shaped
 
 from av_mae.models.config import (
     AVMAEConfig,
@@ -77,7 +77,7 @@ class BatchNorm(nnx.Module):
         self.eps = eps
 
     def __call__(
-        self, x: Float[Array, "B *N C"], train_rows: Bool[Array, " B"] | None = None
+        self, x: Float[Array, "B *N C"], train_rows: Shaped[Array, " B"] | None = None
     ) -> Float[Array, "B *N C"]:
         """Normalises x, in training with the statistics of its rows marked in `train_rows`."""
         y = at_least_float32(x)
@@ -91,7 +91,7 @@ class BatchNorm(nnx.Module):
         return y.astype(x.dtype)
 
     def batch_statistics(
-        self, x: Float[Array, "B *N C"], rows: Bool[Array, " B"]
+        self, x: Float[Array, "B *N C"], rows: Shaped[Array, " B"]
     ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
         """Mean and biased variance over the marked rows of x. Moves the running statistics."""
         axes = tuple(range(x.ndim - 1))
@@ -117,7 +117,7 @@ class DoubleConv(nnx.Module):
         self.norm2 = BatchNorm(outputs)
 
     def __call__(
-        self, x: Float[Array, "B rows columns inputs"], train_rows: Bool[Array, " B"] | None = None
+        self, x: Float[Array, "B rows columns inputs"], train_rows: Shaped[Array, " B"] | None = None
     ) -> Float[Array, "B rows columns outputs"]:
         x = jax.nn.relu(self.norm1(self.conv1(x), train_rows))
         return jax.nn.relu(self.norm2(self.conv2(x), train_rows))
@@ -142,7 +142,7 @@ class Up(nnx.Module):
         self,
         x: Float[Array, "B rows columns inputs"],
         skip: Float[Array, "B up_rows up_columns S"] | None = None,
-        train_rows: Bool[Array, " B"] | None = None,
+        train_rows: Shaped[Array, " B"] | None = None,
     ) -> Float[Array, "B up_rows up_columns outputs"]:
         """Enlarges x; `skip` already has the enlarged size."""
         x = self.transposed(x)
@@ -195,7 +195,7 @@ class Classifier(nnx.Module):
         self.heads = nnx.Dict({name: Linear(width, head.classes, rngs=rngs) for name, width in read.items()})
 
     def classify(
-        self, features: dict[str, Float[Array, "B _"]], train_rows: Bool[Array, " B"] | None = None
+        self, features: dict[str, Float[Array, "B _"]], train_rows: Shaped[Array, " B"] | None = None
     ) -> dict[str, Float[Array, "B classes"]]:
         """Logits from pooled features by stream. With a frozen encoder, only this is trained."""
         if self.head.input_norm:
@@ -208,7 +208,7 @@ class Classifier(nnx.Module):
         self,
         image: Float[Array, "B height width 3"],
         audio: Float[Array, "B mels frames *channel"],
-        train_rows: Bool[Array, " B"] | None = None,
+        train_rows: Shaped[Array, " B"] | None = None,
     ) -> dict[str, Float[Array, "B classes"]]:
         """Logits of clips.
 
@@ -261,7 +261,7 @@ class Separator(nnx.Module):
         self,
         image: Float[Array, "B height width 3"],
         mixture: Float[Array, "B mels frames *channel"],
-        train_rows: Bool[Array, " B"] | None = None,
+        train_rows: Shaped[Array, " B"] | None = None,
     ) -> Float[Array, "B mels frames"]:
         """Mask logits.
 
@@ -321,7 +321,7 @@ class Segmenter(nnx.Module):
         self,
         image: Float[Array, "B height width 3"],
         audio: Float[Array, "B mels frames *channel"],
-        train_rows: Bool[Array, " B"] | None = None,
+        train_rows: Shaped[Array, " B"] | None = None,
     ) -> Float[Array, "B height width classes"]:
         """Logits of each pixel.
 
