@@ -13,9 +13,9 @@ from flax import nnx
 from av_mae import benchmark, models
 from av_mae.benchmark.roofline import PEAK_FLOPS
 from av_mae.config import TrainConfig
+from av_mae.models.encoder import patchify, random_mask, take
 from av_mae.models.kinds import flat_values
 from av_mae.models.layers import sin_cos_2d
-from av_mae.models.encoder import patchify, random_mask, take
 from av_mae.models.masked_autoencoder import targets
 from av_mae.train.optimizer import Length
 from av_mae.train.sharding import make_mesh
