@@ -27,7 +27,7 @@ Step = Callable[[Layer, Carry, Given], tuple[Carry, Out]]
 
 
 def normalize_image(image: Shaped[Array | np.ndarray, "*B 3"]) -> Float[Array, "*B 3"]:
-    """Images in 0…255 (uint8, or mixtures of them) → float32 with ImageNet's mean and deviation, as models take them."""
+    """Images in 0…255 (uint8 or mixed) → float32 with ImageNet's mean and deviation, as models take them."""
     return (jnp.asarray(image).astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_DEVIATION
 
 
