@@ -1,20 +1,21 @@
-"""Shows what a prepared set holds: counts, sizes, classes and histograms in the terminal, clips on a contact sheet."""
+"""Shows what a prepared set holds (counts, sizes, classes and histograms in the terminal, clips on a contact sheet),
+and which clips any command skipped and why: of a prepared set, a work directory or an export."""
 
 import argparse
 import collections
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from av_mae.config import SoundConfig
 from av_mae.console import Progress
-from av_mae.data import audio, frames
+from av_mae.data import audio, frames, records
 from av_mae.data.loading import ClipSource
-from av_mae.data.records import Labels
-from av_mae.errors import ClipFailure, UserError, run_command, stage
+from av_mae.errors import SKIPPED, ClipFailure, UserError, read_skipped, run_command, stage
 
 SHEET, REPORT = "contact_sheet.png", "report.json"
 EXAMPLE = "example: python -m av_mae.inspect runs/toy_band --clips=8 --sheet=toy_band.png"
@@ -30,19 +31,21 @@ BAR = 40  # characters of the longest bar
 CLASSES = 12  # named with their counts: the most and the least frequent
 SOUND, LONGEST = SoundConfig(mels=96), 10.0  # of spectrograms, and their seconds at most
 SHEET_FRAMES, SHEET_SIZE = 3, (144, 192)
+CAUSES, EXAMPLES = 30, 2  # of skipped clips: causes in the table, and clips named for each
+OUTPUTS = (SKIPPED, "config.json", "metrics.jsonl", "results.json", "*.parquet", "index.json")  # of other commands
 
 
 def facts(record: Mapping[str, Any]) -> dict[str, float]:
     """What the histograms are of, for one record. Raises ClipFailure where its frames are none."""
     with stage("frame"):
         sides = [min(frames.frame_size(frame)) for frame in record["frames"][:1]]
-    pictures = sum(map(len, (*record["frames"], *record["masks"])))
+    images = sum(map(len, (*record["frames"], *record["masks"])))
     return {
         "seconds": float(record["duration"]),
         "frames": len(record["frames"]),
         "labels": len(record["labels"]),
         "shorter side (pixels)": sides[0] if sides else 0,
-        "kB": (pictures + len(record["sound"]) + sum(map(len, record["sources"]))) / 1000,
+        "kB": (images + len(record["sound"]) + sum(map(len, record["sources"]))) / 1000,
     }
 
 
@@ -66,7 +69,7 @@ def histogram(values: Iterable[float], edges: Sequence[float]) -> list[str]:
     return bars(names, counts[bins.start : bins.stop].tolist())
 
 
-def class_lines(classes: Sequence[str], labels: Labels) -> list[str]:
+def class_lines(classes: Sequence[str], labels: records.Labels) -> list[str]:
     """How often the classes occur."""
     counts = np.bincount(labels.values, minlength=len(classes))
     order = np.argsort(-counts, kind="stable")
@@ -80,8 +83,6 @@ def class_lines(classes: Sequence[str], labels: Labels) -> list[str]:
 
 def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
     """What one split holds; histograms are of a random sample of `clips` of its clips."""
-    from av_mae.data import records
-
     known = records.describe(path)
     size = known.splits[split]
     shards = f"{size.shards:,} shard{'s' * (size.shards != 1)}"
@@ -90,7 +91,8 @@ def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
         return lines
     source = ClipSource(path, records.open_source(path, split))
     numbers = sample(len(source), clips, seed)
-    found, failures = collections.defaultdict(list), []
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    failures: list[ClipFailure] = []
     with Progress(len(numbers), f"reading {split}") as progress:
         for number in numbers:
             _add_facts(source[number], found, failures)
@@ -102,19 +104,19 @@ def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
     if failures:
         lines += [
             f"  {len(failures)} of {len(numbers)} clips cannot be read:",
-            *(f"    {text}" for text in failures[:5]),
+            *(f"    {printable(str(failure))}" for failure in failures[:5]),
         ]
     return lines
 
 
-def _add_facts(record: Mapping[str, Any], found: dict[str, list[float]], failures: list[str]) -> None:
+def _add_facts(record: Mapping[str, Any], found: dict[str, list[float]], failures: list[ClipFailure]) -> None:
     try:
         if "failure" in record:
             raise record["failure"]
         for name, value in facts(record).items():
             found[name].append(value)
     except ClipFailure as failure:
-        failures.append(str(failure.named(record["id"])))
+        failures.append(failure.named(record["id"]))
 
 
 def sample(count: int, most: int, seed: int) -> list[int]:
@@ -138,13 +140,55 @@ def report_lines(folder: pathlib.Path) -> list[str]:
     ]
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: control characters are written as escapes, so that no name can move the cursor."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+class Skipped(NamedTuple):
+    """Clips that were skipped for one cause: what was done with them, the cause without numbers and names, and all."""
+
+    stage: str
+    cause: str
+    failures: list[ClipFailure]
+
+
+def skipped_causes(failures: Iterable[ClipFailure]) -> list[Skipped]:
+    """Skipped clips by stage and cause, the most frequent first. Causes that differ in numbers or in what is quoted, or
+    in the clip's name, are one."""
+    groups: dict[tuple[str, str], list[ClipFailure]] = collections.defaultdict(list)
+    for failure in failures:
+        own = rf"(?<!\w){re.escape(failure.clip)}(?!\w)|" if failure.clip else ""
+        groups[failure.stage, re.sub(rf"{own}'[^']*'|\b\d+(\.\d+)?\b", "…", failure.cause)].append(failure)
+    made = [Skipped(where, cause, own) for (where, cause), own in groups.items()]
+    return sorted(made, key=lambda group: (-len(group.failures), group.stage, group.cause))
+
+
+def skipped_lines(folder: pathlib.Path) -> list[str]:
+    """A table of what `skipped.jsonl` in a folder holds: clips, stage and cause, with examples below."""
+    failures = read_skipped(folder)
+    groups = skipped_causes(failures)
+    lines = ["", f"skipped clips ({folder / SKIPPED} has them all): {len(failures)}"]
+    if groups:
+        width = max(5, *(len(group.stage) for group in groups))
+        lines.append(f"    {'clips':>7}  {'stage':<{width}}  cause")
+    for group in groups[:CAUSES]:
+        lines.append(f"    {len(group.failures):>7,}  {printable(group.stage):<{width}}  {printable(group.cause)}")
+        lines += [
+            f"    {'':>7}  {'':<{width}}    {printable(f'{one.clip}: {one.cause}')}"
+            for one in group.failures[:EXAMPLES]
+        ]
+    if len(groups) > CAUSES:
+        lines.append(f"    … {len(groups) - CAUSES} more causes …")
+    return lines
+
+
 def contact_sheet(path: str, split: str, clips: int, seed: int) -> np.ndarray:
-    """Random clips, a row each: frames over the clip, and the spectrogram of its sound: uint8 [height, width, 3].
+    """Random clips, a row each: frames over the clip, and the spectrogram of its audio: uint8 [height, width, 3].
 
     Raises UserError where none of the clips drawn can be shown.
     """
     from av_mae import plots
-    from av_mae.data import records
 
     source = ClipSource(path, records.open_source(path, split))
     classes, rows, titles, failure = records.class_names(path), [], [], None
@@ -160,11 +204,11 @@ def contact_sheet(path: str, split: str, clips: int, seed: int) -> np.ndarray:
             failure = error.named(record["id"])
     if not rows:
         raise UserError(f"none of {clips} clips of {path} (split {split!r}) can be shown; the last: {failure}")
-    return plots.gallery(rows, ("first frame", "middle", "last frame", "sound"), titles)
+    return plots.gallery(rows, ("first frame", "middle", "last frame", "audio"), titles)
 
 
 def _panels(record: Mapping[str, Any]) -> list[np.ndarray]:
-    """Frames [H, W, 3] at the beginning, middle and end, and the log-mel [mels, frames]; black where there is none."""
+    """Frames [H, W, 3] at the beginning, middle and end, and the log-mel [mels, frames]; black where a stream lacks."""
     shown = [np.zeros((*SHEET_SIZE, 3), np.uint8)] * SHEET_FRAMES
     with stage("frame"):
         if len(record["frames"]):
@@ -188,12 +232,23 @@ def _small(encoded: bytes) -> np.ndarray:
 
 
 def inspect(path: str, splits: Sequence[str], clips: int, sampled: int, seed: int, sheet: pathlib.Path) -> str:
-    """Writes the contact sheet of the first of `splits` (none: all) to `sheet`; returns what there is to tell.
+    """Looks at a prepared set.
 
-    Raises UserError where the set cannot be opened, has no such split, or the sheet cannot be written.
+    Args:
+        path: folder of the set.
+        splits: which ones; empty: all.
+        clips: how many are on the contact sheet, from the first of the splits that has any.
+        sampled: how many clips of a split are read for the histograms.
+        seed: of the clips drawn.
+        sheet: takes the contact sheet.
+
+    Returns:
+        What there is to tell.
+
+    Raises:
+        UserError: where the set cannot be opened, has no such split, or the sheet cannot be written.
     """
     from av_mae import plots
-    from av_mae.data import records
 
     known = records.describe(path)
     unknown = [split for split in splits if split not in known.splits]
@@ -204,6 +259,8 @@ def inspect(path: str, splits: Sequence[str], clips: int, sampled: int, seed: in
     for split in splits:
         lines += split_lines(path, split, sampled, seed)
     lines += report_lines(pathlib.Path(path))
+    if pathlib.Path(path, SKIPPED).is_file():
+        lines += skipped_lines(pathlib.Path(path))
     shown = next((split for split in splits if known.splits[split].clips), None)
     if shown is None:
         raise UserError(f"{path} holds no clips")
@@ -215,30 +272,28 @@ def inspect(path: str, splits: Sequence[str], clips: int, sampled: int, seed: in
 
 
 def main(argv: list[str]) -> None:
+    """Prints what the folder holds."""
     parser = argparse.ArgumentParser("python -m av_mae.inspect", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("data", metavar="DIR", help="a prepared set")
+    parser.add_argument("data", metavar="DIR", help="a prepared set, a work directory, or an export")
     parser.add_argument("--splits", default="", help="only these, separated by commas (default: all)")
     parser.add_argument("--clips", type=int, default=12, help="clips on the contact sheet (%(default)s)")
     parser.add_argument("--sample", type=int, default=2000, help="clips read for the histograms (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the clips drawn (%(default)s)")
-    parser.add_argument("--sheet", type=pathlib.Path, help=f"the picture (default: {SHEET} in DIR)")
+    parser.add_argument("--sheet", type=pathlib.Path, help=f"the contact sheet (default: {SHEET} in DIR)")
     options = parser.parse_args(argv)
     for option in ("clips", "sample"):
         if getattr(options, option) < 1:
             raise UserError(f"--{option}={getattr(options, option)} must be at least 1")
     if options.seed < 0:
         raise UserError(f"--seed={options.seed} must be 0 or more")
+    folder = pathlib.Path(options.data)
+    is_set = any((folder / name).is_file() for name in ("dataset_info.json", "prepare.json"))
+    if not is_set and any(found for name in OUTPUTS for found in folder.glob(name)):
+        print("\n".join([f"{folder}: no prepared set, but the output of another command", *skipped_lines(folder)]))
+        return
     splits = [split.strip() for split in options.splits.split(",") if split.strip()]
-    print(
-        inspect(
-            options.data,
-            splits,
-            options.clips,
-            options.sample,
-            options.seed,
-            options.sheet or pathlib.Path(options.data, SHEET),
-        )
-    )
+    sheet = options.sheet or folder / SHEET
+    print(inspect(options.data, splits, options.clips, options.sample, options.seed, sheet))
 
 
 if __name__ == "__main__":

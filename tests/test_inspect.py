@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from av_mae import inspect
+from av_mae import errors, inspect
 from av_mae.data import records
 from av_mae.data.records import Labels
 from av_mae.errors import UserError
@@ -138,3 +138,40 @@ def test_histogram_against_numpy():
 def test_bad_options_are_named(folder, arguments, message):
     with pytest.raises(UserError, match=message):
         inspect.main([word.format(set=folder) for word in arguments])
+
+
+SKIPPED = [
+    ("a", "sound", "the file is cut off: 3.20 of 4.00 s are there"),
+    ("b", "sound", "the file is cut off: 1.00 of 9.50 s are there"),
+    ("c", "frame", "no frame can be decoded"),
+    ("a", "files", "no file a.mp4"),
+    ("d\x1b[2J", "files", "no file d\x1b[2J.mp4"),
+]
+
+
+@pytest.mark.parametrize("kind", ["set", "config.json", "results.json", "part-00000.parquet"])
+def test_what_was_skipped_is_shown_of_every_output(kind, folder, tmp_path, capsys):
+    """Of a prepared set, the work directories of training and evaluation, and an export."""
+    output = folder if kind == "set" else tmp_path
+    if kind != "set":
+        (output / kind).write_text("{}")
+    errors.write_skipped(output, [errors.ClipFailure(*fields) for fields in SKIPPED])
+    inspect.main([str(output), f"--sheet={tmp_path / 'sheet.png'}"])
+    (output / "skipped.jsonl").unlink()
+    text = capsys.readouterr().out
+    table = text[text.index("skipped clips") :].splitlines()
+    assert table[0].endswith("skipped.jsonl has them all): 5") and "\x1b" not in text
+    rows = [line.split() for line in table[2:] if line[4:11].strip()]
+    assert [(row[0], row[1], " ".join(row[2:])) for row in rows] == [
+        ("2", "files", "no file ….mp4"),
+        ("2", "sound", "the file is cut off: … of … s are there"),
+        ("1", "frame", "no frame can be decoded"),
+    ]
+    assert any("b: the file is cut off: 1.00 of 9.50 s are there" in line for line in table)
+    assert any(r"d\x1b[2J: no file" in line for line in table)
+
+
+def test_an_output_without_skipped_clips_says_so(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    inspect.main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1].endswith(": 0")
