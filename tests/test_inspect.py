@@ -159,7 +159,7 @@ def test_what_was_skipped_is_shown_of_every_output(kind, folder, tmp_path, capsy
     inspect.main([str(output), f"--sheet={tmp_path / 'sheet.png'}"])
     (output / "skipped.jsonl").unlink()
     text = capsys.readouterr().out
-    table = text[text.index("skipped clips") :].splitlines()
+    table = text[text.index("skipped clips") :].split("\n\n")[0].splitlines()
     assert table[0].endswith("skipped.jsonl has them all): 5") and "\x1b" not in text
     rows = [line.split() for line in table[2:] if line[4:11].strip()]
     assert [(row[0], row[1], " ".join(row[2:])) for row in rows] == [
