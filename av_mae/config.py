@@ -278,43 +278,6 @@ class TrainConfig(RunConfig):
         return {stream: path for stream, path in paths.items() if path}
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationDataConfig:
-    """Prepared sets, separated by commas, each measured by itself; `clips` of each at most (0: all)."""
-
-    path: str = ""
-    split: str = "test"
-    clips: int = 0
-    workers: int = 0
-
-    def __post_init__(self):
-        require(bool(self.split), "data.split must name a split of the prepared sets, e.g. test")
-        require(self.clips >= 0, f"data.clips={self.clips} must be 0 (all) or more")
-        require(self.workers >= 0, f"data.workers={self.workers} must be 0 (in this process) or more")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """One evaluation of the checkpoint `init`: a run's workdir (its last checkpoint) or one `checkpoints/<step>`.
-
-    `bootstrap` resamplings of the clips give the 95 % intervals; `pictures` clips of each set are drawn.
-    """
-
-    task: str = "reconstruction"
-    init: str = ""
-    seed: int = 0
-    batch_size: int = 64
-    bootstrap: int = 2000
-    pictures: int = 6
-    data: EvaluationDataConfig = EvaluationDataConfig()
-
-    def __post_init__(self):
-        require(self.seed >= 0, f"seed={self.seed} must be 0 or more")
-        require(self.batch_size > 0, f"batch_size={self.batch_size} must be at least 1")
-        require(self.bootstrap >= 100, f"bootstrap={self.bootstrap} must be at least 100 for 95 % intervals")
-        require(self.pictures >= 0, f"pictures={self.pictures} must be 0 (none) or more")
-
-
 SIZES = {
     "tiny": {"width": 128, "depth": 4, "heads": 4},
     "small": {"width": 384, "depth": 12, "heads": 6},

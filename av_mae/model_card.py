@@ -55,14 +55,14 @@ def add_evaluation(checkpoint: str, workdir: pathlib.Path, task: str, data: str,
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     card = read_card(run)
     if card is not None:
-        figures = {name: figure.to_json() for name, figure in report.figures.items()}
+        metrics = {name: metric.to_json() for name, metric in report.metrics.items()}
         card["evaluations"][os.fspath(workdir)] = {
             "task": task,
             "data": data,
             "checkpoint": folder.name,
             "clips": report.clips,
             "skipped": report.skipped,
-            "figures": figures,
+            "figures": metrics,
         }
         _save(run, card)
 

@@ -34,7 +34,7 @@ import dataclasses
 
 from av_mae import recipes
 from av_mae.config import DataConfig, OptimizerConfig
-from av_mae.evaluate.config import ClassificationConfig
+from av_mae.evaluate.classification import ClassificationConfig
 from av_mae.models.config import ClassificationSettings, ClassifierConfig
 
 VARIANTS = (

@@ -23,7 +23,7 @@ Hardware: 2 CPU cores. A cell of the demo takes 2 to 3 minutes of one, so the ta
 """
 
 from av_mae import recipes
-from av_mae.evaluate.config import CompareConfig, ComparedRow, ComparedTask
+from av_mae.evaluate.compare import CompareConfig, ComparedRow, ComparedTask
 
 VARIANTS = ("demo", "tasks")
 PRETRAIN = "python -m av_mae.train --config=configs/demo.py --workdir=runs/demo_{0} --config.model.fusion.kind={1}"

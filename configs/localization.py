@@ -20,7 +20,7 @@ Variants of the demo: `demo`, a head trained on Toy Band scenes (python -m av_ma
 
 from av_mae import recipes
 from av_mae.config import DataConfig, OptimizerConfig
-from av_mae.evaluate.config import LocalizationConfig
+from av_mae.evaluate.localization import LocalizationConfig
 from av_mae.models.config import LocalizerConfig
 
 VARIANTS = ("vggss", "flickr", "demo", "occlusion", "attention")

@@ -15,7 +15,7 @@ The search goes block by block, so that 200,000 clips fit in memory (docs/benchm
 
 from av_mae import recipes
 from av_mae.config import DataConfig
-from av_mae.evaluate.config import NeighboursConfig
+from av_mae.evaluate.neighbours import NeighboursConfig
 
 VARIANTS = ("demo",)
 

@@ -9,13 +9,13 @@ a minute on 2 CPU cores. Figures: see README.md, "The demo".
 """
 
 from av_mae import recipes
-from av_mae.config import EvaluationConfig
+from av_mae.evaluate.reconstruction import ReconstructionConfig
 
 VARIANTS = ("demo",)
 
 
 def get_config(variant=""):
-    config = recipes.as_recipe(EvaluationConfig(task="reconstruction"))
+    config = recipes.as_recipe(ReconstructionConfig())
     if variant == "demo":
         config.init = "runs/demo"
         config.data.path = "runs/demo/data/toy_band,runs/demo/data/spoken_digits"

@@ -23,7 +23,7 @@ Variant `demo`: Toy Band scenes (python -m av_mae.prepare --dataset=toy_band --v
 
 from av_mae import recipes
 from av_mae.config import DataConfig, OptimizerConfig
-from av_mae.evaluate.config import SegmentationConfig
+from av_mae.evaluate.segmentation import SegmentationConfig
 from av_mae.models.config import SegmenterConfig
 
 CLASSES = {"s4": 1, "ms3": 1, "avss": 71}

@@ -28,7 +28,7 @@ dB (ideal mask: 17.8 dB), 10.6 dB less SDR with a swapped image; random weights 
 
 from av_mae import recipes
 from av_mae.config import DataConfig, OptimizerConfig
-from av_mae.evaluate.config import SeparationConfig
+from av_mae.evaluate.separation import SeparationConfig
 from av_mae.models.config import SeparatorConfig
 
 VARIANTS = ("vggsound_music", "music", "demo")

@@ -12,8 +12,8 @@ import typing
 
 from av_mae import config as sizes
 from av_mae import recipes
-from av_mae.config import EvaluationConfig, TrainConfig
-from av_mae.evaluate import config as task_config
+from av_mae.config import TrainConfig
+from av_mae.evaluate.task import TASKS, TaskConfig, task_class
 from av_mae.models import flops
 from av_mae.models.config import FUSION_KINDS
 from av_mae.prepare.readers import READERS
@@ -58,11 +58,13 @@ def training_keys() -> str:
 def task_keys() -> str:
     """What evaluations have beside the keys of training."""
     known = frozenset(recipes.keys(TrainConfig))
-    parts = [f"## All tasks with a head\n\n{key_tables(task_config.TaskConfig, known=known)}"]
-    known |= frozenset(recipes.keys(task_config.TaskConfig)) - {"task"}
-    for name, kind in task_config.CONFIGS.items():
-        parts.append(f"## {name.capitalize()}\n\n{key_tables(kind, known=known)}")
-    return "\n".join([*parts, f"## Reconstruction\n\n{key_tables(EvaluationConfig)}"])
+    parts = [f"## All tasks with a head\n\n{key_tables(TaskConfig, known=known)}"]
+    known |= frozenset(recipes.keys(TaskConfig)) - {"task"}
+    for name in TASKS:
+        kind = task_class(name).config_class
+        own = known if issubclass(kind, TaskConfig) else frozenset()
+        parts.append(f"## {name.capitalize()}\n\n{key_tables(kind, known=own)}")
+    return "\n".join(parts)
 
 
 def _gflop(value: int) -> str:

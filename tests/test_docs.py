@@ -14,8 +14,8 @@ import typed_commands
 
 from av_mae import config as sizes
 from av_mae import recipes
-from av_mae.config import EvaluationConfig, TrainConfig
-from av_mae.evaluate import config as task_config
+from av_mae.config import TrainConfig
+from av_mae.evaluate.task import TASKS, task_class
 from av_mae.models import flops
 from av_mae.train import run
 from av_mae.train import sharding as mesh
@@ -78,7 +78,7 @@ def test_configuration_page_has_every_key_with_its_default():
             r"^\| `([\w.]+)` \| [^|]+ \| `(.*)` \|$", (ROOT / "docs/reference/config.md").read_text(), re.MULTILINE
         )
     )
-    for kind in (TrainConfig, EvaluationConfig, *task_config.CONFIGS.values()):
+    for kind in (TrainConfig, *(task_class(name).config_class for name in TASKS)):
         assert set(recipes.keys(kind)) <= rows.keys()
     config = TrainConfig(steps=1)
     assert (rows["optimizer.base_lr"], rows["dtype"], rows["model.fusion.tokens"]) == tuple(

@@ -13,7 +13,7 @@ from tiny_training import recipe
 import av_mae
 from av_mae import model_card, registry
 from av_mae.errors import UserError
-from av_mae.evaluate.bootstrap import Figure, Report
+from av_mae.evaluate.bootstrap import Metric, Report
 from av_mae.models.kinds import flat_values
 
 ENTRY = '[{name}]\npath = "{path}"\nsha256 = "{sha256}"\nlicence = "CC-BY-4.0"\nfigures = {{"accuracy/joint" = 0.5}}\n'
@@ -100,8 +100,8 @@ def test_card_of_a_run_and_its_evaluations(tmp_path, home):
     assert card["training"] == {"loss": 0.5} and card["config"]["model"]["fusion"]["tokens"] == [2, 1, 1]
     assert card["sha256"] == registry.checksum(workdir) and card["checkpoint"] == "checkpoints/0"
     (workdir / "card.json").write_text(json.dumps(card | {"licence": "MIT"}))
-    undefined = Figure(math.nan, math.nan, math.nan)
-    report = Report({"iou": Figure(0.5, 0.25, 0.75), "auc": undefined}, 30, 2, "")
+    undefined = Metric(math.nan, math.nan, math.nan)
+    report = Report({"iou": Metric(0.5, 0.25, 0.75), "auc": undefined}, 30, 2, "")
     model_card.add_evaluation(str(workdir / "checkpoints"), tmp_path / "seg", "segmentation", "data/scene", report)
     model_card.write_card(workdir, recipe(), 12_345_678)
     text = (workdir / "README.md").read_text()
@@ -125,7 +125,7 @@ def test_card_of_a_run_and_its_evaluations(tmp_path, home):
 
 def test_no_card_no_figures(run, tmp_path, capsys):
     """A run without a card is left alone; one that cannot be written is told."""
-    report = Report({"iou": Figure(0.5, 0.25, 0.75)}, 1, 0, "")
+    report = Report({"iou": Metric(0.5, 0.25, 0.75)}, 1, 0, "")
     model_card.add_evaluation(str(run), tmp_path, "segmentation", "data", report)
     assert not (run / "card.json").exists()
     (run / "card.json").mkdir()

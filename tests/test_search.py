@@ -10,7 +10,7 @@ from tiny_export import export, write_checkpoint, write_media, write_set
 from av_mae import search
 from av_mae.errors import UserError
 from av_mae.export import embeddings as embedder
-from av_mae.export import index, tables
+from av_mae.export import tables
 
 NAMES = [f"{letter}.mp4" for letter in "abcdefg"]
 
@@ -31,7 +31,7 @@ def exported(tmp_path_factory):
     return folder / "index", checkpoint, media
 
 
-def made_index(folder, vectors: np.ndarray, shard_clips: int, dtype: str = "float32") -> index.Index:
+def made_index(folder, vectors: np.ndarray, shard_clips: int, dtype: str = "float32") -> search.Index:
     """An index of given vectors."""
     settings = {"clips": len(vectors), "shard_clips": shard_clips, "classes": [], "model": "m"}
     layout = tables.Layout(settings, None, False, {"audio": (vectors.shape[1],)}, dtype)
@@ -44,7 +44,7 @@ def made_index(folder, vectors: np.ndarray, shard_clips: int, dtype: str = "floa
         rows[:] = [tables.Row(place, f"clip{place}", "", 0.0, None) for place in places]
         writer.add(rows, {"audio": vectors[list(places)]})
         writer.close()
-    return index.Index(folder)
+    return search.Index(folder)
 
 
 @pytest.mark.parametrize("shard_clips,block,dtype", [(11, 4, "float32"), (100, 1000, "float32"), (7, 3, "float16")])
@@ -55,7 +55,7 @@ def test_search_is_exact(tmp_path, monkeypatch, shard_clips, block, dtype):
     vectors[30] = 2 * vectors[4]  # just as close to everything
     vectors[12] = 0
     queries = np.concatenate([random.standard_normal((6, 5)), vectors[[4]]]).astype(np.float32)
-    monkeypatch.setattr(index, "BLOCK", block)
+    monkeypatch.setattr(search, "BLOCK", block)
     found = made_index(tmp_path / "index", vectors, shard_clips)
     exact = vectors.astype(float) / np.maximum(np.linalg.norm(vectors.astype(float), axis=1, keepdims=True), 1e-12)
     cosines = (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ exact.T

@@ -1,1 +1,1 @@
-"""Evaluations of a checkpoint. Each task is a function `run(config, workdir) -> Report`, listed in av_mae/evaluate.py."""
+"""Evaluations of a checkpoint: a module per task, all entered in `task.TASKS`; `compare` is a table of several."""

@@ -1,34 +1,25 @@
 """`python -m av_mae.evaluate`: one evaluation of a checkpoint; prints its table and writes results.json."""
 
 import argparse
-import importlib
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from av_mae import recipes
-from av_mae.config import EvaluationConfig
 from av_mae.console import quiet_libraries
 from av_mae.errors import SkippedFile, UserError, run_command
-from av_mae.evaluate.config import CONFIGS, CompareConfig
+from av_mae.evaluate import compare, run
+from av_mae.evaluate.task import TASKS, task_class
 from av_mae.model_card import add_evaluation
 from av_mae.train.hosts import add_process_arguments, check_processes, joined
 
-# Each module has run(config, workdir) -> Report; it is imported when asked for.
-TASKS = {
-    "reconstruction": "av_mae.evaluate.reconstruction",
-    "compare": "av_mae.evaluate.compare",
-    **{task: "av_mae.evaluate.task" for task in CONFIGS},
-}
-KINDS = {"reconstruction": EvaluationConfig, "compare": CompareConfig, **CONFIGS}
 
-
-def kind_of(values: dict) -> type:
+def kind_of(values: Mapping[str, Any]) -> type:
     """The dataclass of a recipe, by its task. Raises UserError for an unknown task."""
     task = values.get("task")
-    if task not in KINDS:
-        raise UserError(f"task={task!r} must be one of {', '.join(KINDS)}")
-    return KINDS[task]
+    return compare.CompareConfig if task == "compare" else task_class(task).config_class
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +30,7 @@ def main(argv: list[str]) -> None:
         epilog="example: python -m av_mae.evaluate --config=configs/reconstruction.py:demo --workdir=runs/evaluation "
         "--config.init=runs/demo",
     )
-    recipes.add_config_argument(parser, *KINDS.values())
+    recipes.add_config_argument(parser, *(task_class(name).config_class for name in TASKS), compare.CompareConfig)
     parser.add_argument(
         "--workdir",
         required=True,
@@ -58,11 +49,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"cannot write to --workdir={arguments.workdir}: {error.strerror}") from error
     with joined(arguments):
         check_processes(config, workdir.absolute())
-        report = importlib.import_module(TASKS[config.task]).run(config, workdir)
+        compared = isinstance(config, compare.CompareConfig)
+        report = (compare if compared else run).run(config, workdir)
         if jax.process_index() == 0:
             report.save(workdir / "results.json")
             SkippedFile(workdir).add(report.failures)
-            if not isinstance(config, CompareConfig):  # a comparison is of several runs
+            if not compared:  # a comparison is of several runs
                 add_evaluation(config.init, workdir, config.task, config.data.path, report)
             print(report.table)
 

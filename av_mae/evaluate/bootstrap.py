@@ -1,7 +1,7 @@
-"""What every evaluation hands back: figures with 95 % intervals from resampled clips.
+"""What every evaluation hands back: metrics with 95 % intervals from resampled clips.
 
 A metric gives one value per clip: a number, or a text that says why this clip has none. What has no number is left
-out of the figure and counted by reason beside it, so that no figure is undefined without saying why.
+out of the metric and counted by reason beside it, so that no metric is undefined without saying why.
 """
 
 import collections
@@ -44,10 +44,10 @@ Values = np.ndarray | Sequence[Value]
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class Metric:
     """A measured value and its 95 % interval; all three are NaN where nothing is left to measure.
 
-    left_out: reason → how many clips (or classes) the figure does not count.
+    left_out: reason → how many clips (or classes) the metric does not count.
     """
 
     value: float
@@ -69,13 +69,13 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One evaluation: figures by name, clips measured, clips skipped because they failed, and a table to print.
+    """One evaluation: metrics by name, clips measured, clips skipped because they failed, and a table to print.
 
     details: further entries of `results.json`, e.g. causes of skipping and the configuration. failures: clips that
     could not be read, for `skipped.jsonl`.
     """
 
-    figures: dict[str, Figure]
+    metrics: dict[str, Metric]
     clips: int
     skipped: int
     table: str
@@ -83,8 +83,8 @@ class Report:
     failures: Sequence[ClipFailure] = ()
 
     def to_json(self) -> dict:
-        """Each figure as {"value", "low", "high"}, `clips` and `skipped`, and the details."""
-        results = {name: figure.to_json() for name, figure in self.figures.items()}
+        """Each metric as {"value", "low", "high"}, `clips` and `skipped`, and the details."""
+        results = {name: metric.to_json() for name, metric in self.metrics.items()}
         return results | {"clips": self.clips, "skipped": self.skipped} | dict(self.details)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -96,7 +96,7 @@ class Report:
 
 
 class Bootstrap:
-    """Resamples clips with replacement; all figures of one Bootstrap see the same resamplings, so they are paired.
+    """Resamples clips with replacement; all metrics of one Bootstrap see the same resamplings, so they are paired.
 
     clips: how many clips were measured; seed and draws: which resamplings, and how many.
     """
@@ -115,32 +115,32 @@ class Bootstrap:
     def grouped(self, clip_of: np.ndarray) -> "Bootstrap":
         """The same resamplings of clips for several values per clip, e.g. its frames.
 
-        clip_of: int [n], the clip of each value. The figures of what comes back take n values.
+        clip_of: int [n], the clip of each value. The metrics of what comes back take n values.
         """
         other = copy.copy(self)
         other._clip_of = np.asarray(clip_of)
         return other
 
-    def mean(self, values: Values) -> Figure:
+    def mean(self, values: Values) -> Metric:
         """Mean of values [clips]."""
         numbers, left_out = _numbers(values)
         used = np.isfinite(numbers)
         if not used.any():
-            return _figure(math.nan, numbers, left_out)
+            return _metric(math.nan, numbers, left_out)
         numbers = numbers[used]
         mean = self.statistics(lambda weights: {"": divide(weights[:, used] @ numbers, weights[:, used].sum(1))})[""]
         return dataclasses.replace(mean, value=float(numbers.mean()), left_out=left_out)
 
-    def difference(self, values: Values, others: Values) -> Figure:
+    def difference(self, values: Values, others: Values) -> Metric:
         """mean(values) - mean(others), both [clips], paired: over the clips that have both."""
         return self.mean([_difference(*pair) for pair in zip(values, others, strict=True)])
 
-    def ratio(self, values: np.ndarray, others: np.ndarray) -> Figure:
+    def ratio(self, values: np.ndarray, others: np.ndarray) -> Metric:
         """mean(values) / mean(others), both [clips], paired."""
         values, others = np.asarray(values, np.float64), np.asarray(others, np.float64)
         return self.statistics(lambda weights: {"": (weights @ values) / (weights @ others)})[""]
 
-    def median(self, values: Values) -> Figure:
+    def median(self, values: Values) -> Metric:
         """Median of values [clips]."""
         numbers, left_out = _numbers(values)
         used = np.flatnonzero(np.isfinite(numbers))
@@ -149,22 +149,22 @@ class Bootstrap:
 
     def statistics(
         self, function: Callable[..., dict[str, np.ndarray]], left_out: Mapping[str, int] | None = None
-    ) -> dict[str, Figure]:
-        """Any figures that can be computed from how often each clip counts.
+    ) -> dict[str, Metric]:
+        """Any metrics that can be computed from how often each clip counts.
 
         Args:
-          function: takes weights float64 [draws, clips], whole numbers, and gives name → [draws], one figure for each
-            row. A row where the figure is undefined (as a class accuracy without a clip of the class) holds NaN.
-          left_out: reason → count, noted with each figure.
+          function: takes weights float64 [draws, clips], whole numbers, and gives name → [draws], one metric for each
+            row. A row where the metric is undefined (as a class accuracy without a clip of the class) holds NaN.
+          left_out: reason → count, noted with each metric.
 
         Returns:
-          Name → figure: the value counts every clip once, the interval is that of the resamplings where the figure
+          Name → metric: the value counts every clip once, the interval is that of the resamplings where the metric
           is defined.
         """
         values = {name: float(row[0]) for name, row in function(np.ones((1, len(self._clip_of)))).items()}
         parts = [function(weights) for weights in self._weights()]
         resampled = {name: np.concatenate([part[name] for part in parts]) for name in values}
-        return {name: _figure(value, resampled[name], left_out or {}) for name, value in values.items()}
+        return {name: _metric(value, resampled[name], left_out or {}) for name, value in values.items()}
 
     def _weights(self) -> Iterator[np.ndarray]:
         """The resamplings in blocks: float64 [draws of the block, values]."""
@@ -173,8 +173,8 @@ class Bootstrap:
             yield self._counts[start : start + rows, self._clip_of].astype(np.float64)
 
 
-def figures_of(rows: Sequence[Mapping[str, Value]], bootstrap: Bootstrap) -> dict[str, Figure]:
-    """The mean of every value over clips: [{name: value}], one per clip, → {name: figure}."""
+def metrics_of(rows: Sequence[Mapping[str, Value]], bootstrap: Bootstrap) -> dict[str, Metric]:
+    """The mean of every value over clips: [{name: value}], one per clip, → {name: metric}."""
     return {name: bootstrap.mean([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -224,9 +224,9 @@ def _median(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.where(total > 0, (values[middle[0]] + values[middle[1]]) / 2, math.nan)
 
 
-def _figure(value: float, resampled: np.ndarray, left_out: Mapping[str, int]) -> Figure:
+def _metric(value: float, resampled: np.ndarray, left_out: Mapping[str, int]) -> Metric:
     resampled = resampled[np.isfinite(resampled)]
     if not math.isfinite(value) or not len(resampled):
-        return Figure(math.nan, math.nan, math.nan, left_out or {"undefined for these clips": 1})
+        return Metric(math.nan, math.nan, math.nan, left_out or {"undefined for these clips": 1})
     low, high = np.percentile(resampled, (LOW, HIGH))
-    return Figure(value, float(low), float(high), left_out)
+    return Metric(value, float(low), float(high), left_out)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,16 @@ import scipy.sparse
 import scipy.special
 from flax import nnx
 
-from av_mae import models
-from av_mae import plots as pictures
+from av_mae import models, plots
 from av_mae.checkpoint import Checkpoint
+from av_mae.data import records
 from av_mae.data.plans import each_clip
+from av_mae.data.records import Labels
 from av_mae.errors import UserError
-from av_mae.evaluate.bootstrap import Bootstrap, Figure, Value, divide, mean_defined, require_finite, require_labels
-from av_mae.evaluate.clips import class_frequencies, common_classes
-from av_mae.evaluate.config import ClassificationConfig
-from av_mae.evaluate.task import Clip, Measured, Task
+from av_mae.evaluate.bootstrap import Bootstrap, Metric, Value, divide, mean_defined, require_finite, require_labels
+from av_mae.evaluate.task import Clip, Measured, Task, TaskConfig, common_classes
 from av_mae.models import losses as objectives
-from av_mae.models.config import ClassificationSettings, require
+from av_mae.models.config import ClassificationSettings, ClassifierConfig, require
 from av_mae.models.encoder import stochastic_depth
 from av_mae.models.flops import encoder_flops
 from av_mae.models.heads import JOINT
@@ -64,7 +64,7 @@ def mean_class_accuracy(weights: np.ndarray, hits: np.ndarray, labels: np.ndarra
     return mean_defined(divide(right, counts))
 
 
-def single_label_figures(scores: np.ndarray, labels: np.ndarray, bootstrap: Bootstrap) -> dict[str, Figure]:
+def single_label_metrics(scores: np.ndarray, labels: np.ndarray, bootstrap: Bootstrap) -> dict[str, Metric]:
     """`accuracy`, `top5` and `class_accuracy` of scores [n, classes] for labels int [n].
 
     Classes without clips are left out of `class_accuracy` and counted; `top5` is undefined for 5 classes or fewer.
@@ -95,7 +95,7 @@ def ranking(weights: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> tup
     """
     counts = np.ascontiguousarray(weights.T, np.float32 if len(scores) < 2**24 else np.float64)  # exact in both
     curves = [_rank_class(counts, scores[:, number], targets[:, number]) for number in range(scores.shape[1])]
-    return tuple(np.stack(figures, axis=1) for figures in zip(*curves, strict=True))
+    return tuple(np.stack(metrics, axis=1) for metrics in zip(*curves, strict=True))
 
 
 def _rank_class(counts: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,12 +105,12 @@ def _rank_class(counts: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> 
     first, end = (np.searchsorted(falling, falling[positive], side) for side in ("left", "right"))  # of its equals
     own = counts[order[positive]].astype(np.float64)
     positives = _counts_before(own)
-    places = np.unique(np.concatenate([[0], first, end, [len(order)]]))  # the only ones where counts are needed
-    between = scipy.sparse.csr_array((np.ones(len(order), counts.dtype), order, places), (len(places) - 1, len(order)))
+    bounds = np.unique(np.concatenate([[0], first, end, [len(order)]]))  # the only ones where counts are needed
+    between = scipy.sparse.csr_array((np.ones(len(order), counts.dtype), order, bounds), (len(bounds) - 1, len(order)))
     clips = _counts_before((between @ counts).astype(np.float64))
-    clips_until, positives_until = clips[np.searchsorted(places, end)], positives[np.searchsorted(positive, end)]
+    clips_until, positives_until = clips[np.searchsorted(bounds, end)], positives[np.searchsorted(positive, end)]
     negatives_until = clips_until - positives_until
-    negatives_before = clips[np.searchsorted(places, first)] - positives[np.searchsorted(positive, first)]
+    negatives_before = clips[np.searchsorted(bounds, first)] - positives[np.searchsorted(positive, first)]
     total, negatives = positives[-1], clips[-1] - positives[-1]
     precision = divide(positives_until, clips_until, empty=0)
     below = negatives - (negatives_until + negatives_before) / 2  # a tie counts half
@@ -118,7 +118,7 @@ def _rank_class(counts: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> 
 
 
 def _counts_before(counts: np.ndarray) -> np.ndarray:
-    """[n, draws] → [n + 1, draws]: the sums of the rows before each place."""
+    """[n, draws] → [n + 1, draws]: the sums of the rows before each index."""
     sums = np.zeros((len(counts) + 1, counts.shape[1]), counts.dtype)
     np.cumsum(counts, axis=0, out=sums[1:])
     return sums
@@ -129,7 +129,7 @@ def d_prime(auc: np.ndarray) -> np.ndarray:
     return math.sqrt(2) * scipy.special.ndtri(auc)
 
 
-def multi_label_figures(scores: np.ndarray, targets: np.ndarray, bootstrap: Bootstrap) -> dict[str, Figure]:
+def multi_label_metrics(scores: np.ndarray, targets: np.ndarray, bootstrap: Bootstrap) -> dict[str, Metric]:
     """`mean_ap`, `auc` and `d_prime` of scores [n, classes] for targets [n, classes], above 0 where the class applies.
 
     Means over classes; d' is that of the mean area (as published for AudioSet). Classes without positives (for the
@@ -186,7 +186,7 @@ class ClassificationObjective(Objective):
     """Cross-entropy of `models.Classifier`'s joint score, softmax or binary.
 
     Batches carry `label`: int [B], or with `multi_label` [B, classes] of 0 and 1. Mixup takes each clip together with
-    the one at its place in the reversed batch, one share for the whole step; a clip whose partner is not valid stays as
+    the one at its index in the reversed batch, one share for the whole step; a clip whose partner is not valid stays as
     it is. Images are degraded before.
 
     Args:
@@ -300,9 +300,38 @@ class ClassificationObjective(Objective):
         return encoder_multipliers(params, self.encoder_rate, self.layer_decay, self.encoder_config.layers)
 
 
-class Classification(Task):
+@dataclasses.dataclass(frozen=True)
+class ClassificationConfig(TaskConfig):
+    """The class of a clip: linear probe (`encoder_rate` 0, `head.input_norm`, LARS) or fine-tuning.
+
+    `windows` of each test clip's audio are measured and their scores averaged.
+    """
+
+    task: str = "classification"
+    head: ClassifierConfig = ClassifierConfig()
+    settings: ClassificationSettings = ClassificationSettings()
+    windows: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.windows > 0, f"windows={self.windows} must be at least 1")
+
+
+def class_frequencies(paths: Sequence[str], split: str, classes: int, multi_label: bool) -> np.ndarray:
+    """Share of a split's labelled clips that have each class (not `multi_label`: as their first one): [classes]."""
+    labels = Labels.joined([records.read_labels(path, split) for path in paths])
+    first = np.cumsum(labels.counts)[labels.counts > 0] - labels.counts[labels.counts > 0]
+    if not multi_label:
+        return np.bincount(labels.values[first], minlength=classes) / max(1, len(first))
+    clips = np.repeat(np.arange(len(labels.counts)), labels.counts)
+    each_once = np.unique(np.stack([clips, labels.values]), axis=1)[1]
+    return np.bincount(each_once, minlength=classes) / max(1, len(first))
+
+
+class Classification(Task[ClassificationConfig]):
     """One linear layer per stream and their joint score; the image is what is swapped and blanked."""
 
+    config_class = ClassificationConfig
     kind = "classifier"
     other = "image"
 
@@ -346,15 +375,15 @@ class Classification(Task):
             for name in scores[0]
         }
 
-    def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
-        measure = multi_label_figures if self.config.settings.multi_label else single_label_figures
+    def metrics(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Metric]:
+        measure = multi_label_metrics if self.config.settings.multi_label else single_label_metrics
         found = {}
         for prefix, clips in scores.items():
             labels = np.stack([clip["label"] for clip in clips])
             for stream in [name for name in clips[0] if name != "label"]:
                 logits = np.stack([clip[stream] for clip in clips])
                 found |= {
-                    f"{prefix}{name}/{stream}": figure for name, figure in measure(logits, labels, bootstrap).items()
+                    f"{prefix}{name}/{stream}": metric for name, metric in measure(logits, labels, bootstrap).items()
                 }
         return found
 
@@ -363,4 +392,4 @@ class Classification(Task):
             return
         scores, labels = (np.stack([clip[name] for clip in measured.scores.values()]) for name in (JOINT, "label"))
         counts = confusion_matrix(scores, labels)
-        pictures.save_png(folder / "confusion.png", pictures.confusion(counts, self.names))
+        plots.save_png(folder / "confusion.png", plots.confusion(counts, self.names))

@@ -1,5 +1,6 @@
 """A table of pretrainings by tasks and seeds: every cell is one evaluation in a folder of its own."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -9,16 +10,65 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from av_mae import plots as pictures
-from av_mae import recipes
+from av_mae import plots, recipes
 from av_mae.checkpoint import find_checkpoint, first_difference
 from av_mae.console import first_line, note
 from av_mae.errors import UserError
-from av_mae.evaluate import task as tasks
-from av_mae.evaluate.bootstrap import Figure, Report
-from av_mae.evaluate.config import CONFIGS, CompareConfig, ComparedRow, ComparedTask, TaskConfig
+from av_mae.evaluate import run as task_run
+from av_mae.evaluate.bootstrap import Metric, Report
+from av_mae.evaluate.task import TaskConfig, task_class
+from av_mae.models.config import require
 
 RESULTS = "results.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedRow:
+    """A pretraining to compare: `checkpoint` in the folder of runs, or the sizes of it with `random_weights`.
+
+    `command` makes the checkpoint. `tasks` names those that it is measured on (none: all), `overrides` (KEY=VALUE)
+    change their recipes.
+    """
+
+    name: str
+    checkpoint: str
+    command: str = ""
+    random_weights: bool = False
+    tasks: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedTask:
+    """A task to compare by: its `recipe` (FILE:VARIANT), the set in the folder of runs, changes of the recipe
+    (KEY=VALUE), and which of its `figures` are shown."""
+
+    name: str
+    recipe: str
+    data: str
+    figures: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """A table of pretrainings (rows) by tasks, each measured with every seed. `runs` is the folder that the rows'
+    checkpoints and the tasks' sets lie in."""
+
+    task: str = "compare"
+    runs: str = "runs"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rows: tuple[ComparedRow, ...] = ()
+    tasks: tuple[ComparedTask, ...] = ()
+
+    def __post_init__(self):
+        require(len(self.seeds) > 0, "seeds=() must hold at least one seed")
+        for what in ("seeds", "rows", "tasks"):
+            names = [getattr(entry, "name", entry) for entry in getattr(self, what)]
+            require(len(set(names)) == len(names), f"{what} must have different names, got {names}")
+        known = {task.name for task in self.tasks}
+        for row in self.rows:
+            require(set(row.tasks) <= known, f"row {row.name!r} has tasks={row.tasks}; the table has {sorted(known)}")
 
 
 class Cell(NamedTuple):
@@ -43,12 +93,14 @@ class Cell(NamedTuple):
             f"random_weights={self.row.random_weights}",
         )
         return recipes.load_recipe(
-            self.task.recipe, [f"{recipes.PREFIX}{value}" for value in values], lambda recipe: CONFIGS[recipe["task"]]
+            self.task.recipe,
+            [f"{recipes.PREFIX}{value}" for value in values],
+            lambda recipe: task_class(recipe["task"]).config_class,
         )
 
 
 class Entry(NamedTuple):
-    """A figure of a row over the seeds that gave it: mean, standard deviation (NaN for one seed), each seed's value,
+    """A metric of a row over the seeds that gave it: mean, standard deviation (NaN for one seed), each seed's value,
     and the lowest and highest ends of the seeds' intervals."""
 
     mean: float
@@ -62,7 +114,7 @@ class Entry(NamedTuple):
 
 
 Results = dict[Cell, dict]  # the contents of each cell's results.json
-Table = dict[tuple[str, str, str], Entry]  # by row, task and figure
+Table = dict[tuple[str, str, str], Entry]  # by row, task and metric
 
 
 def run(config: CompareConfig, workdir: pathlib.Path) -> Report:
@@ -88,7 +140,7 @@ def run(config: CompareConfig, workdir: pathlib.Path) -> Report:
         report = make_report(config, table, results, failed)
         if jax.process_index() == 0:
             (workdir / "comparison.md").write_text(report.table + "\n")
-            pictures.save_png(workdir / "comparison.png", draw(config, table))
+            plots.save_png(workdir / "comparison.png", draw(config, table))
     return report
 
 
@@ -124,7 +176,7 @@ def measured(cell: Cell, config: TaskConfig, folder: pathlib.Path) -> dict:
     if path.is_file():
         return checked(json.loads(path.read_text()), config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    report = tasks.run(config, folder)
+    report = task_run.run(config, folder)
     if jax.process_index() == 0:
         recipes.save(config, folder / "config.json")
         report.save(path)
@@ -134,7 +186,7 @@ def measured(cell: Cell, config: TaskConfig, folder: pathlib.Path) -> dict:
 def checked(results: dict, config: TaskConfig, folder: pathlib.Path) -> dict:
     """The results, unless they are of another recipe or checkpoint (UserError). Keys that recipes did not have when
     they were measured count as their defaults."""
-    now = {"config": recipes.to_dict(config), "checkpoint": tasks.identity(find_checkpoint(config.init))}
+    now = {"config": recipes.to_dict(config), "checkpoint": task_run.identity(find_checkpoint(config.init))}
     measured_config = recipes.to_dict(recipes.from_dict(results["config"], type(config)))
     difference = first_difference(now, {"config": measured_config, "checkpoint": results["checkpoint"]})
     if difference is not None:
@@ -147,33 +199,33 @@ def checked(results: dict, config: TaskConfig, folder: pathlib.Path) -> dict:
 
 
 def gather(config: CompareConfig, results: Results) -> Table:
-    """Every row's figures over the seeds that gave a number."""
+    """Every row's metrics over the seeds that gave a number."""
     table = {}
     for row, (task, name) in itertools.product(config.rows, columns(config)):
         found = [
-            figures[name]
-            for cell, figures in results.items()
-            if (cell.row.name, cell.task.name) == (row.name, task) and name in figures
+            metrics[name]
+            for cell, metrics in results.items()
+            if (cell.row.name, cell.task.name) == (row.name, task) and name in metrics
         ]
-        found = [figure for figure in found if figure["value"] is not None]
+        found = [metric for metric in found if metric["value"] is not None]
         if found:
-            values, lows, highs = ([figure[part] for figure in found] for part in ("value", "low", "high"))
+            values, lows, highs = ([metric[part] for metric in found] for part in ("value", "low", "high"))
             deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
             table[row.name, task, name] = Entry(statistics.fmean(values), deviation, values, min(lows), max(highs))
     return table
 
 
 def columns(config: CompareConfig) -> list[tuple[str, str]]:
-    """(task, figure) of each column."""
+    """(task, metric) of each column."""
     return [(task.name, name) for task in config.tasks for name in task.figures]
 
 
 def make_report(config: CompareConfig, table: Table, results: Results, failed: dict[str, str]) -> Report:
-    """Figures ROW/TASK/FIGURE: means over the seeds, with the lowest and highest ends of the seeds' intervals."""
-    figures = {"/".join(place): Figure(entry.mean, entry.low, entry.high) for place, entry in table.items()}
+    """Metrics ROW/TASK/FIGURE: means over the seeds, with the lowest and highest ends of the seeds' intervals."""
+    metrics = {"/".join(key): Metric(entry.mean, entry.low, entry.high) for key, entry in table.items()}
     seeds = {
-        "/".join(place): {"deviation": None if len(entry.values) < 2 else entry.deviation, "values": entry.values}
-        for place, entry in table.items()
+        "/".join(key): {"deviation": None if len(entry.values) < 2 else entry.deviation, "values": entry.values}
+        for key, entry in table.items()
     }
     details = {
         "config": recipes.to_dict(config),
@@ -182,7 +234,7 @@ def make_report(config: CompareConfig, table: Table, results: Results, failed: d
         "checkpoints": {cell.row.name: found["checkpoint"] for cell, found in results.items()},
     }
     clips, skipped = (sum(found[name] for found in results.values()) for name in ("clips", "skipped"))
-    return Report(figures, clips, skipped, markdown(config, table, details), details)
+    return Report(metrics, clips, skipped, markdown(config, table, details), details)
 
 
 def shown(entry: Entry | None, seeds: int) -> str:
@@ -221,13 +273,13 @@ def markdown(config: CompareConfig, table: Table, details: dict) -> str:
 
 
 def draw(config: CompareConfig, table: Table) -> np.ndarray:
-    """Bars for every figure, a panel for each task."""
+    """Bars for every metric, a panel for each task."""
     names = [row.name for row in config.rows]
     panels = {
         task.name: {name: [table.get((row, task.name, name)) for row in names] for name in task.figures}
         for task in config.tasks
     }
-    return pictures.bars(
+    return plots.bars(
         {
             task: {
                 name: [(entry.mean, entry.deviation) if entry else None for entry in row] for name, row in panel.items()

@@ -3,65 +3,102 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
-from av_mae import models
-from av_mae import plots as pictures
+from av_mae import models, plots
 from av_mae.checkpoint import Checkpoint
 from av_mae.errors import UserError
-from av_mae.evaluate.bootstrap import Bootstrap, Figure, Value, divide, figures_of, require_finite
+from av_mae.evaluate.bootstrap import Bootstrap, Metric, Value, divide, metrics_of, require_finite
 from av_mae.evaluate.classification import row_keys
-from av_mae.evaluate.clips import objects_in
-from av_mae.evaluate.config import LocalizationConfig
-from av_mae.evaluate.task import Clip, Measured, Task
+from av_mae.evaluate.task import Clip, Measured, Task, TaskConfig, Untrained
+from av_mae.models import kinds
+from av_mae.models.config import LocalizerConfig, require
 from av_mae.models.flops import encoder_flops, linear
 from av_mae.models.localizer import attention_map, finer, occlusion_map, occlusion_noise
 from av_mae.models.losses import contrastive_loss, contrastive_top1
 from av_mae.train.optimizer import Length, Multipliers
-from av_mae.train.step import PASSES, Batch, Objective, Pretraining, Rows
+from av_mae.train.step import PASSES, Batch, Objective, Rows
 
 THRESHOLDS = 0.05 * np.arange(21)  # of cIoU, for the area under the curve
 SUCCESS = 0.5
+ROUNDING = 1e-3  # pixels by which float32 boxes may miss a whole number
+MEASURES = ("ciou", "auc", "mean_ciou", "pointing")
+DETECTION = ("precision", "recall", "detection_ap", "detection_f1")
+NOT_ANNOTATED = "no boxes are annotated"
+METHODS = ("contrastive", "attention", "occlusion")
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """How a heat map becomes a mask: figures of cIoU depend on it, so they are reported together with it.
+class LocalizationConfig(TaskConfig):
+    """Where it sounds, as a heat map.
 
-    kind: 'top', the share `at` of pixels with the highest values (0.5 is published for VGG-SS and Flickr-SoundNet);
-    'range', the pixels at least the share `at` of the way from the map's lowest to its highest value;
-    'value', the pixels of at least the value `at`.
+    `method` is 'contrastive' (a head trained without boxes), or of the pretrained model as it is 'attention' (of the
+    fusion tokens) or 'occlusion' (how much worse a hidden image patch makes the rebuilt audio, over `masks` masks).
+    The map's highest share `top` is what cIoU compares with the annotations: the 'box' or 'mask' of what sounds. Of
+    boxes, a pixel counts in full where `agreeing` annotators (or all, where there are fewer) mark it. A map whose
+    highest value reaches `detected` says that something sounds. Contrastive maps are the mean over `shifts` × `shifts`
+    positions of the image within a patch, for detail finer than the patch grid.
     """
 
-    kind: str = "top"
-    at: float = 0.1
+    task: str = "localization"
+    head: LocalizerConfig = LocalizerConfig()
+    method: str = "contrastive"
+    masks: int = 4
+    top: float = 0.1
+    against: str = "mask"
+    agreeing: int = 1
+    detected: float = 0.5
+    shifts: int = 1
 
     def __post_init__(self):
-        if self.kind not in ("top", "range", "value"):
-            raise UserError(f"cut={self.kind!r} must be one of top, range, value")
-        if self.kind != "value" and not 0 < self.at <= 1:
-            raise UserError(f"a cut at the {self.kind} {self.at} must be a share above 0, at most 1")
+        super().__post_init__()
+        require(self.shifts > 0, f"shifts={self.shifts} must be at least 1 (the image as it is)")
+        require(self.method in METHODS, f"method={self.method!r} must be one of {', '.join(METHODS)}")
+        require(self.masks > 0, f"masks={self.masks} must be at least 1")
+        require(self.agreeing > 0, f"agreeing={self.agreeing} must be at least 1 annotator")
+        require(0 < self.top <= 1, f"top={self.top} must be a share above 0, at most 1")
+        require(self.against in ("box", "mask"), f"against={self.against!r} must be box or mask")
 
-    def __str__(self):
-        return {
-            "top": f"top {self.at:.0%} of the map",
-            "range": f"{self.at:.0%} of the map's range",
-            "value": f"values of {self.at:g}",
-        }[self.kind]
 
-    def mask(self, heat: np.ndarray) -> np.ndarray:
-        """bool [H, W] of a heat map [H, W]; what equals the value at the cut is in (a flat map is in whole)."""
-        if self.kind == "value":
-            return heat >= self.at
-        if self.kind == "range":
-            return heat >= heat.min() + self.at * (heat.max() - heat.min())
-        count = max(1, int(np.ceil(self.at * heat.size - 1e-9)))
-        return heat >= np.partition(heat, heat.size - count, axis=None)[heat.size - count]
+def top_mask(heat: np.ndarray, share: float) -> np.ndarray:
+    """The mask of a heat map's highest values, as cIoU compares it with the annotations.
+
+    Args:
+      heat: [H, W].
+      share: of the pixels, above 0 and at most 1 (0.5 is published for VGG-SS and Flickr-SoundNet).
+
+    Returns:
+      bool [H, W]. What equals the lowest value of the mask is in it: a flat map is in it as a whole.
+    """
+    count = max(1, int(np.ceil(share * heat.size - 1e-9)))
+    return heat >= np.partition(heat, heat.size - count, axis=None)[heat.size - count]
+
+
+def box_masks(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Boxes as masks, their edges rounded down to whole pixels (as published).
+
+    Args:
+      boxes: [k, 4] as (ymin, xmin, ymax, xmax), shares of the frame's sides.
+      size: (height, width) of the masks.
+
+    Returns:
+      bool [k, height, width].
+    """
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4) * np.tile(size, 2)
+    top, left, bottom, right = np.floor(np.clip(boxes + ROUNDING, 0, np.tile(size, 2))).T[..., None]
+    rows, columns = np.arange(size[0]), np.arange(size[1])
+    inside_rows, inside_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return inside_rows[:, :, None] & inside_columns[:, None, :]
+
+
+def objects_in(clip: dict[str, np.ndarray], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes of a clip (the annotation 'objects') as masks bool [k, *size], and which of them sound, bool [k]."""
+    count = int(np.sum(clip["sounding"] >= 0))
+    return box_masks(clip["boxes"][:count], size), clip["sounding"][:count] > 0
 
 
 def consensus(masks: np.ndarray, needed: int = 1) -> np.ndarray:
@@ -73,12 +110,12 @@ def consensus(masks: np.ndarray, needed: int = 1) -> np.ndarray:
     return np.minimum(1, masks.sum(0) / needed)
 
 
-def ciou(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Consensus intersection over union (Senocak et al., CVPR 2018): marked truth / (truth + marked where none is).
+def ciou(mask: np.ndarray, target: np.ndarray) -> float:
+    """Consensus intersection over union (Senocak et al., CVPR 2018): marked target / (target + marked where none is).
 
-    mask: bool [H, W]; truth: [H, W] in 0…1, not all 0.
+    mask: bool [H, W]; target: [H, W] in 0…1, not all 0.
     """
-    return float(truth[mask].sum() / (truth.sum() + np.sum(mask & (truth == 0))))
+    return float(target[mask].sum() / (target.sum() + np.sum(mask & (target == 0))))
 
 
 def peak_share(heat: np.ndarray, inside: np.ndarray) -> float:
@@ -89,14 +126,16 @@ def peak_share(heat: np.ndarray, inside: np.ndarray) -> float:
     return float(inside[heat == heat.max()].mean())
 
 
-def right_object(
-    heat: np.ndarray, objects: np.ndarray, sounding: np.ndarray, strength: Callable[[np.ndarray], float] = np.mean
-) -> Value:
-    """1 where an object that sounds is marked most, 0 where a silent one is; of several marked alike, the share that
-    sounds.
+def right_object(heat: np.ndarray, objects: np.ndarray, sounding: np.ndarray) -> Value:
+    """Whether the object that the map marks most, by its mean inside the object, is one that sounds.
 
-    heat: [H, W]; objects: bool [k, H, W]; sounding: bool [k]; strength: of the map's values inside an object (np.mean
-    or np.max). Returns the reason where there is nothing to choose from.
+    Args:
+      heat: [H, W].
+      objects: bool [k, H, W].
+      sounding: bool [k], which objects sound.
+
+    Returns:
+      1 or 0; of several objects marked alike, the share that sounds; the reason where there is nothing to choose from.
     """
     if not sounding.any():
         return "no object sounds"
@@ -106,37 +145,42 @@ def right_object(
         return "the sounding object covers no pixel"
     if not seen[~sounding].any():
         return "only one object" if seen.sum() == 1 else "all objects sound"
-    strengths = np.array([strength(heat[mask]) if mask.any() else -np.inf for mask in objects])
+    strengths = np.array([heat[mask].mean() if mask.any() else -np.inf for mask in objects])
     best = strengths == strengths.max()
     return float(best[sounding].sum() / best.sum())
 
 
-def score_map(heat: np.ndarray, truth: np.ndarray, cut: Cut) -> dict[str, Value]:
-    """The values of one map against what sounds; over clips, their means are the figures.
+def score_map(heat: np.ndarray, target: np.ndarray, top: float) -> dict[str, Value]:
+    """The values of one map against what sounds; over clips, their means are the metrics.
 
-    heat: [H, W]; truth: [H, W] in 0…1, a mask or the consensus of annotators. Returns `ciou` (1 where the cIoU of the
-    cut map is at least 0.5), `auc` (area under the share of clips over cIoU thresholds 0, 0.05 … 1), `mean_ciou`, and
-    `pointing` (the hit: the map's maximum lies in the truth).
+    Args:
+      heat: [H, W].
+      target: [H, W] in 0…1, a mask or the consensus of annotators.
+      top: the share of pixels that `top_mask` compares with the target.
+
+    Returns:
+      `ciou` (1 where the cIoU of the map's mask is at least 0.5), `auc` (area under the share of clips over cIoU
+      thresholds 0, 0.05 … 1), `mean_ciou`, and `pointing` (the hit: the map's maximum lies in the target).
     """
     heat = np.asarray(heat, np.float64)
     require_finite(heat, "values of a heat map")
-    if heat.shape != truth.shape:
-        raise ValueError(f"a heat map of {heat.shape} does not fit a truth of {truth.shape}")
-    if not truth.any():
-        return dict.fromkeys(("ciou", "auc", "mean_ciou", "pointing"), "nothing is annotated")
-    value = ciou(cut.mask(heat), truth)
+    if heat.shape != target.shape:
+        raise ValueError(f"a heat map of {heat.shape} does not fit a target of {target.shape}")
+    if not target.any():
+        return dict.fromkeys(MEASURES, "nothing is annotated")
+    value = ciou(top_mask(heat, top), target)
     area = np.trapezoid((value >= THRESHOLDS).astype(np.float64), THRESHOLDS)
     return {
         "ciou": float(value >= SUCCESS),
         "auc": float(area),
         "mean_ciou": value,
-        "pointing": peak_share(heat, truth > 0),
+        "pointing": peak_share(heat, target > 0),
     }
 
 
-def detection_figures(
+def detection_metrics(
     confidence: np.ndarray, right: np.ndarray, sounding: np.ndarray, threshold: float, bootstrap: Bootstrap
-) -> dict[str, Figure]:
+) -> dict[str, Metric]:
     """How well maps tell frames where nothing sounds (after Mo & Morgado, "A Closer Look at Weakly-Supervised
     Audio-Visual Source Localization", NeurIPS 2022).
 
@@ -161,7 +205,7 @@ def detection_figures(
     ends = np.flatnonzero(np.append(confidence[1:] != confidence[:-1], True))  # equal confidences share one threshold
     detected = confidence >= threshold
 
-    def figures(weights: np.ndarray) -> dict[str, np.ndarray]:
+    def metrics(weights: np.ndarray) -> dict[str, np.ndarray]:
         weights = weights[:, order]
         sounds = weights @ sounding
         detections, hits = (np.cumsum(values, axis=1)[:, ends] for values in (weights, weights * true))
@@ -176,11 +220,11 @@ def detection_figures(
             "detection_f1": np.where(sounds > 0, best, np.nan),
         }
 
-    found = bootstrap.statistics(figures)
+    found = bootstrap.statistics(metrics)
     reasons = dict.fromkeys(found, "nothing sounds in any frame") | {"precision": "no map reaches the threshold"}
     return {
-        name: dataclasses.replace(figure, left_out={reasons[name]: len(true)}) if np.isnan(figure.value) else figure
-        for name, figure in found.items()
+        name: dataclasses.replace(metric, left_out={reasons[name]: len(true)}) if np.isnan(metric.value) else metric
+        for name, metric in found.items()
     }
 
 
@@ -190,10 +234,10 @@ def reads_other_stream(name: str) -> bool:
 
 
 class LocalizationObjective(Objective):
-    """Symmetric contrastive loss over all pairs of images and sounds of the batch (of each part of it, where gradients
+    """Symmetric contrastive loss over all pairs of images and audio of the batch (of each part of it, where gradients
     are accumulated). The encoder learns at `encoder_rate` times the learning rate of the head; at 0 it is frozen.
 
-    Figure: `contrastive_top1`, how often the own sound, or image, scores highest in the batch.
+    Further metric: `contrastive_top1`, how often the own audio, or image, scores highest in the batch.
 
     Raises:
       UserError: encoder_rate is negative.
@@ -227,11 +271,6 @@ class LocalizationObjective(Objective):
         return {name: self.encoder_rate for name in params if name.startswith("encoder.")}
 
 
-MEASURES = ("ciou", "auc", "mean_ciou", "pointing")
-DETECTION = ("precision", "recall", "detection_ap", "detection_f1")
-NOT_ANNOTATED = "no boxes are annotated"
-
-
 class Scored(NamedTuple):
     """What one frame gives: the values of its map; the map's maximum; whether anything sounds (None: unknown)."""
 
@@ -240,20 +279,24 @@ class Scored(NamedTuple):
     sounding: bool | None
 
 
-class Localization(Task):
-    """Heat maps of the localizer, or of the pretrained model as it is; the sound is what is swapped and blanked."""
+class Localization(Task[LocalizationConfig]):
+    """Heat maps of the localizer, or of the pretrained model as it is; the audio is what is swapped and blanked."""
 
+    config_class = LocalizationConfig
     kind = "localizer"
 
     def __init__(self, config: LocalizationConfig, checkpoint: Checkpoint):
         super().__init__(config, checkpoint)
-        self.trains, self.cut = config.method == "contrastive", Cut("top", config.top)
+        self.trains = config.method == "contrastive"
         self.annotations = ("objects",) if config.against == "box" else ("mask", "objects")
-        self.details = {"cut": str(self.cut), "detected": f"maximum of the map at least {config.detected:g}"}
+        self.details = {
+            "cut": f"top {config.top:.0%} of the map",
+            "detected": f"maximum of the map at least {config.detected:g}",
+        }
         self.objective = (
             LocalizationObjective(checkpoint.config.model, config.head, config.encoder_rate)
             if self.trains
-            else Pretraining(checkpoint.config.model)
+            else Untrained(kinds.PRETRAINING, checkpoint.config.model)
         )
 
     def forward(self, model: models.Localizer | models.AVMAE, batch: Batch) -> dict[str, jax.Array]:
@@ -269,16 +312,16 @@ class Localization(Task):
         }
 
     def score(self, clip: Clip) -> Scored:
-        heat, truth = clip["heat"].astype(np.float64), self.where(clip)
-        if truth is None:
+        heat, target = clip["heat"].astype(np.float64), self.target(clip)
+        if target is None:
             return Scored(dict.fromkeys((*MEASURES, "right_object"), NOT_ANNOTATED), float(heat.max()), None)
-        sounding = bool(truth.any() if self.config.against == "mask" else np.any(clip["sounding"] == 1))
-        values = score_map(heat, truth, self.cut) if sounding else dict.fromkeys(MEASURES, "nothing sounds")
+        sounding = bool(target.any() if self.config.against == "mask" else np.any(clip["sounding"] == 1))
+        values = score_map(heat, target, self.config.top) if sounding else dict.fromkeys(MEASURES, "nothing sounds")
         right = right_object(heat, *objects_in(clip, heat.shape)) if clip["annotators"] else NOT_ANNOTATED
         return Scored(values | {"right_object": right}, float(heat.max()), sounding)
 
-    def where(self, clip: Clip) -> np.ndarray | None:
-        """What the map should show, [H, W] in 0…1, all 0 where nothing sounds; None where it is not annotated."""
+    def target(self, clip: Clip) -> np.ndarray | None:
+        """What the map should show, [H, W] in 0…1, all 0 where nothing sounds; `None` where nothing is annotated."""
         if self.config.against == "mask":
             return clip["mask"] > 0
         annotators = int(clip["annotators"])
@@ -289,38 +332,36 @@ class Localization(Task):
         marked = np.stack([objects[sounding & (by == annotator)].any(0) for annotator in range(annotators)])
         return consensus(marked, min(self.config.agreeing, annotators))
 
-    def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
+    def metrics(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Metric]:
         found = {
-            prefix + name: figure
+            prefix + name: metric
             for prefix, clips in scores.items()
-            for name, figure in figures_of([clip.values for clip in clips], bootstrap).items()
+            for name, metric in metrics_of([clip.values for clip in clips], bootstrap).items()
         }
         found |= self.detections(scores[""], bootstrap)
         silenced = [clip._replace(sounding=False) for clip in scores["blank/"]]
         return found | {
-            f"blank/{name}": figure for name, figure in self.detections(scores[""] + silenced, bootstrap).items()
+            f"blank/{name}": metric for name, metric in self.detections(scores[""] + silenced, bootstrap).items()
         }
 
-    def detections(self, clips: list[Scored], bootstrap: Bootstrap) -> dict[str, Figure]:
+    def detections(self, clips: list[Scored], bootstrap: Bootstrap) -> dict[str, Metric]:
         """`precision`, `recall` … of saying where something sounds; the clips may come once more, without sound."""
-        known = [place for place, clip in enumerate(clips) if clip.sounding is not None]
+        known = [index for index, clip in enumerate(clips) if clip.sounding is not None]
         if not known:
-            return dict.fromkeys(DETECTION, Figure(math.nan, math.nan, math.nan, {NOT_ANNOTATED: len(clips)}))
+            return dict.fromkeys(DETECTION, Metric(math.nan, math.nan, math.nan, {NOT_ANNOTATED: len(clips)}))
         confidence, sounding = (
-            np.array([getattr(clips[place], name) for place in known]) for name in ("confidence", "sounding")
+            np.array([getattr(clips[index], name) for index in known]) for name in ("confidence", "sounding")
         )
-        right = np.array([clips[place].values["ciou"] == 1 for place in known], bool)
+        right = np.array([clips[index].values["ciou"] == 1 for index in known], bool)
         several = bootstrap.grouped(np.array(known, int) % bootstrap.clips)
-        return detection_figures(confidence, right, sounding, self.config.detected, several)
+        return detection_metrics(confidence, right, sounding, self.config.detected, several)
 
     def picture(self, measured: Measured, folder: pathlib.Path) -> None:
         rows = []
         for clip in measured.drawn:
-            truth = self.where(clip)
-            shown = np.zeros(clip["heat"].shape) if truth is None else truth
+            target = self.target(clip)
+            shown = np.zeros(clip["heat"].shape) if target is None else target
             rows.append(
-                [clip["image"], pictures.heat_map(clip["image"], clip["heat"]), pictures.overlay(clip["image"], shown)]
+                [clip["image"], plots.heat_map(clip["image"], clip["heat"]), plots.overlay(clip["image"], shown)]
             )
-        pictures.save_png(
-            folder / "localization.png", pictures.gallery(rows, ("frame", "heat", "truth"), measured.names)
-        )
+        plots.save_png(folder / "localization.png", plots.gallery(rows, ("frame", "heat", "target"), measured.names))

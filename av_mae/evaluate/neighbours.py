@@ -1,6 +1,6 @@
 """Nearest neighbours and retrieval by pooled features, as a task and every n steps of pretraining.
 
-Figures of a set of clips, by cosine:
+Metrics of a set of clips, by cosine:
 - `nearest/image|audio|fusion|all`: leave-one-out accuracy in percent by one stream, and by the sum of all streams'
   similarities (published definition).
 - `audio_to_image/recall1|5|10`, `image_to_audio/…`: a sound's own image among all images, the streams encoded without
@@ -17,53 +17,47 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from av_mae import models
-from av_mae import plots as pictures
+from av_mae import cosine, models, plots
 from av_mae.checkpoint import Checkpoint
-from av_mae.config import TrainConfig
+from av_mae.config import DataConfig, TrainConfig
 from av_mae.data.pipeline import open_evaluation_data
-from av_mae.errors import UserError
-from av_mae.evaluate import nearest as neighbours
-from av_mae.evaluate.bootstrap import Bootstrap, Figure, Values
-from av_mae.evaluate.clips import common_classes, set_names
-from av_mae.evaluate.config import NeighboursConfig
-from av_mae.evaluate.task import Clip, Measured, Task
+from av_mae.evaluate.bootstrap import Bootstrap, Metric, Values
+from av_mae.evaluate.task import Clip, Condition, Measured, Task, TaskConfig, Untrained, common_classes, set_names
 from av_mae.models import kinds
 from av_mae.train.hooks import MetricsHook
 from av_mae.train.loop import Hook, Moment, to_global
 from av_mae.train.sharding import local_rows, make_mesh, row_shards
-from av_mae.train.step import Batch, Objective, Rows, TrainStep
+from av_mae.train.step import Batch, TrainStep
 
 FEATURES, FUSED, ALONE = "features/", "fused/", "alone/"
 SHOWN = 5  # neighbours of each clip in the picture
 Features = Mapping[str, np.ndarray]
 
 
-class Encoding(Objective):
-    """An encoder that is measured, not trained."""
+@dataclasses.dataclass(frozen=True)
+class NeighboursConfig(TaskConfig):
+    """Nearest neighbours and retrieval among the held-out clips; nothing is trained."""
 
-    def __init__(self, config: models.AVMAEConfig):
-        self.config = config
-
-    def build(self, rngs: nnx.Rngs) -> kinds.EncoderModel:
-        return kinds.EncoderModel(self.config, rngs=rngs)
-
-    def losses(self, model: nnx.Module, rows: Rows) -> tuple[jax.Array, Rows]:
-        raise UserError("nearest neighbours have nothing to train")
+    task: str = "neighbours"
+    steps: int = 1
 
 
-class Neighbours(Task):
+class Neighbours(Task[NeighboursConfig]):
     """Leave-one-out accuracy and retrieval among the held-out clips."""
 
+    config_class = NeighboursConfig
     kind = kinds.ENCODER
     trains = False
-    conditions = ("",)
 
     def __init__(self, config: NeighboursConfig, checkpoint: Checkpoint):
         super().__init__(config, checkpoint)
-        self.names = common_classes(config.data.paths)
+        self.names = common_classes(DataConfig(path=config.sets[""]).paths)
         self.mesh = make_mesh(config.mesh)
-        self.objective = Encoding(checkpoint.config.model)
+        self.objective = Untrained(self.kind, checkpoint.config.model)
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        return (Condition(),)
 
     def forward(self, model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:
         return features(model, batch)
@@ -72,7 +66,7 @@ class Neighbours(Task):
         """The clip's features [D] by stream, its label and its index in the set."""
         return {name: x for name, x in clip.items() if name.startswith(FEATURES) or name in ("label", "index")}
 
-    def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
+    def metrics(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Metric]:
         values = clip_values(*stacked(scores[""]), self.mesh)
         return {name: bootstrap.mean(value) for name, value in values.items()}
 
@@ -83,7 +77,7 @@ class Neighbours(Task):
         found = nearest_of(stacked(clips)[0], queries, SHOWN)
         model, data = (
             self.checkpoint.config.model,
-            dataclasses.replace(self.config.data, sound=self.sound, workers=0, split=self.config.test_split),
+            DataConfig(path=self.config.sets[""], sound=self.sound, split=self.config.test_split),
         )
         with open_evaluation_data(data, model.image.size, model.audio.size, 1, np.arange(1)) as source:
             rows = [
@@ -95,7 +89,7 @@ class Neighbours(Task):
             for query, others in zip(queries, found, strict=True)
         ]
         columns = ("clip", *(f"nearest {number + 1}" for number in range(found.shape[1])))
-        pictures.save_png(folder / "neighbours.png", pictures.gallery(rows, columns, titles))
+        plots.save_png(folder / "neighbours.png", plots.gallery(rows, columns, titles))
 
     def class_name(self, clip: Clip) -> str:
         label = int(clip["label"])
@@ -123,32 +117,44 @@ def stacked(clips: list[Clip]) -> tuple[Features, np.ndarray]:
 
 
 def clip_values(found: Features, labels: np.ndarray, mesh: Mesh) -> dict[str, Values]:
-    """Every figure's value for each clip, from features [n, D] by stream and labels int [n] (-1: unknown)."""
+    """Every metric's value for each clip, from features [n, D] by stream and labels int [n] (-1: unknown)."""
     shards, clips = row_shards(mesh), len(labels)
-    block = -(-min(neighbours.BLOCK, clips) // shards) * shards
+    block = -(-min(cosine.BLOCK, clips) // shards) * shards
     together = {name: x for name, x in found.items() if not name.startswith(ALONE)}
-    nearest = neighbours.nearest(together, block, mesh)
-    values = {f"nearest/{name}": neighbours.accuracies(each, labels) for name, each in nearest.items()}
-    recalls = neighbours.retrieval(together["audio"], together["image"], block, mesh)
+    nearest = cosine.nearest(together, block, mesh)
+    values = {f"nearest/{name}": accuracies(each, labels) for name, each in nearest.items()}
+    recalls = cosine.retrieval(together["audio"], together["image"], block, mesh)
     if ALONE + "audio" not in found:
         return values | recalls
-    values |= neighbours.retrieval(found[ALONE + "audio"], found[ALONE + "image"], block, mesh)
+    values |= cosine.retrieval(found[ALONE + "audio"], found[ALONE + "image"], block, mesh)
     return values | {FUSED + name: recall for name, recall in recalls.items()}
 
 
+def accuracies(neighbours: cosine.Neighbours, labels: np.ndarray) -> Values:
+    """Leave-one-out accuracy of each clip in percent (as published): 100 where its neighbour has its label, else 0.
+
+    labels: int [n], below 0 where unknown: such a clip has no accuracy, and is a wrong neighbour to others.
+    """
+    if len(labels) < 2:
+        return ["there is no other clip"] * len(labels)
+    right = labels[neighbours.index] == labels
+    return [100.0 * hit if label >= 0 else "no label" for label, hit in zip(labels, right, strict=True)]
+
+
 def nearest_of(found: Features, queries: np.ndarray, count: int) -> np.ndarray:
-    """The `count` clips nearest to each of the clips `queries` [q], nearest first: int [q, at most n - 1]."""
-    total = 0.0
-    for name, x in found.items():
-        if not name.startswith(ALONE):
-            unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-            total = total + unit[queries] @ unit.T
-    total[np.arange(len(queries)), queries] = -np.inf
-    return np.argsort(-total, axis=1, kind="stable")[:, : min(count, total.shape[1] - 1)]
+    """The clips nearest to each of some clips by the sum of all streams' cosines: int [q, at most n - 1].
+
+    Args:
+      found: features [n, D] by stream; those of streams encoded alone do not count.
+      queries: int [q], the clips whose neighbours are looked for.
+      count: how many neighbours of each, nearest first.
+    """
+    rows = np.concatenate([cosine.unit(x) for name, x in found.items() if not name.startswith(ALONE)], axis=1)
+    return cosine.closest(rows[queries], [rows], min(count, len(rows) - 1), skip=queries).row
 
 
 class NeighboursHook(Hook):
-    """The figures of `neighbours_clips` held-out clips of each set (SET/…), every `neighbours_every` steps and at the
+    """The metrics of `neighbours_clips` held-out clips of each set (SET/…), every `neighbours_every` steps and at the
     end: in metrics.jsonl, TensorBoard and over time in `images/neighbours.png`.
 
     They depend on the weights alone. The clips are read once and stay on the devices.
@@ -170,7 +176,7 @@ class NeighboursHook(Hook):
         self.encode = step.forward(
             lambda model, batch: features(model, batch) | {name: batch[name] for name in ("label", "valid")}
         )
-        self.batches = {name: self._read(path) for name, path in set_names(config.data).items()}
+        self.batches = {name: self._read(path) for name, path in set_names(config.data.paths).items()}
 
     def _read(self, path: str) -> list[Batch]:
         config, model, shards = self.config, self.config.model, row_shards(self.mesh)
@@ -191,8 +197,8 @@ class NeighboursHook(Hook):
             clips = [clip for batch in batches for clip in rows_of(jax.device_get(self.encode(moment.state, batch)))]
             if clips:
                 line |= {
-                    f"{name}/{figure}": value
-                    for figure, value in means(clip_values(*stacked(clips), self.mesh)).items()
+                    f"{name}/{metric}": value
+                    for metric, value in means(clip_values(*stacked(clips), self.mesh)).items()
                 }
         self.metrics.write(line)
         if jax.process_index() == 0:
@@ -200,8 +206,8 @@ class NeighboursHook(Hook):
 
     def _draw(self, names: list[str]) -> None:
         try:
-            lines = pictures.read_metrics(self.workdir / "metrics.jsonl")
-            pictures.save_png(self.workdir / "images" / "neighbours.png", pictures.curves(lines, names))
+            lines = plots.read_metrics(self.workdir / "metrics.jsonl")
+            plots.save_png(self.workdir / "images" / "neighbours.png", plots.curves(lines, names))
         except OSError as error:
             self.say(f"warning: the plot of nearest neighbours cannot be written ({error.strerror}); training goes on")
 
@@ -212,6 +218,6 @@ def rows_of(arrays: dict) -> list[Clip]:
 
 
 def means(values: Mapping[str, Values]) -> dict[str, float]:
-    """Mean of each figure over the clips that have it; a figure that none has is left out."""
+    """Mean of each metric over the clips that have it; a metric that none has is left out."""
     numbers = {name: [value for value in each if not isinstance(value, str)] for name, each in values.items()}
     return {name: float(np.mean(each)) for name, each in numbers.items() if each}

@@ -1,19 +1,19 @@
 """Masked reconstruction on held-out clips: what the model rebuilds, beside baselines, and what fusion carries.
 
 Every error is the mean squared error over masked patches in the space of the model's targets (per-patch normalised
-where the model's are), per clip, then averaged over clips. Masks depend on the seed and the clip's place in its set
-alone, and are the same for everything that is compared. Figures of a set (`SET/…/image_error`, `SET/…/audio_error`):
+where the model's are), per clip, then averaged over clips. Masks depend on the seed and the clip's index in its set
+alone, and are the same for everything that is compared. Metrics of a set (`SET/…/image_error`, `SET/…/audio_error`):
 
 - no prefix: both streams masked, as in training; `untrained/`: the same with random weights; `baseline/`: the image
-  by interpolation of the visible pixels (`baselines.interpolate_image`), the sound by the mean of each mel row over
-  the set's own clips; `over_baseline/`: ratio of the model's error to the baseline's.
+  by interpolation of the visible pixels (`interpolate_image`), the audio by the mean of each mel row over the set's
+  own clips; `over_baseline/`: ratio of the model's error to the baseline's.
 - `right/`, `swapped/`, `blank/`: the other stream fully visible, and the clip's own, another clip's, or nothing
   (the mean colour; silence). `swapped_over_right/`, `blank_over_right/` (ratios), `swapped_minus_right/`.
 """
 
-import functools
+import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -22,16 +22,121 @@ import numpy as np
 from flax import nnx
 from scipy import fft
 
-from av_mae import models
-from av_mae import plots as pictures
-from av_mae.config import EvaluationConfig, SoundConfig
-from av_mae.data.plans import partners
-from av_mae.errors import ClipFailure
-from av_mae.evaluate.bootstrap import Bootstrap, Figure, Report
-from av_mae.evaluate.clips import Clips, load_clips, map_batches, set_names
-from av_mae.loading import load_run
+from av_mae import models, plots
+from av_mae.checkpoint import Checkpoint
+from av_mae.config import DataConfig, MeshConfig, TrainConfig
+from av_mae.errors import UserError
+from av_mae.evaluate.bootstrap import Bootstrap, Metric
+from av_mae.evaluate.task import Clip, Condition, Measured, Task, Untrained, blank, set_names
+from av_mae.models import kinds
+from av_mae.models.config import require
+from av_mae.models.kinds import Params
+from av_mae.train.step import Batch
 
 DISTANCE_POWER = 3.0
+STREAMS = ("image_error", "audio_error")
+ROWS = {
+    "both masked, as in training": "",
+    "  baseline": "baseline/",
+    "  untrained model": "untrained/",
+    "  model / baseline": "over_baseline/",
+    "other stream visible: right": "right/",
+    "  swapped": "swapped/",
+    "  blank": "blank/",
+    "  swapped / right": "swapped_over_right/",
+    "  blank / right": "blank_over_right/",
+    "  swapped - right": "swapped_minus_right/",
+}
+Errors = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionData:
+    """Prepared sets, separated by commas, each measured by itself; `clips` of each at most (0: all)."""
+
+    path: str = ""
+    split: str = "test"
+    clips: int = 0
+    workers: int = 0
+
+    def __post_init__(self):
+        require(bool(self.split), "data.split must name a split of the prepared sets, e.g. test")
+        require(self.clips >= 0, f"data.clips={self.clips} must be 0 (all) or more")
+        require(self.workers >= 0, f"data.workers={self.workers} must be 0 (in this process) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionConfig:
+    """Masked reconstruction by the checkpoint `init`: a run's work directory (its last checkpoint), or one checkpoint.
+
+    `bootstrap` resamplings of the clips give the 95 % intervals; `pictures` clips of each set are drawn.
+    """
+
+    task: str = "reconstruction"
+    init: str = ""
+    seed: int = 0
+    batch_size: int = 64
+    bootstrap: int = 2000
+    pictures: int = 6
+    mesh: MeshConfig = MeshConfig()
+    data: ReconstructionData = ReconstructionData()
+
+    def __post_init__(self):
+        require(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        require(self.batch_size > 0, f"batch_size={self.batch_size} must be at least 1")
+        require(self.bootstrap >= 100, f"bootstrap={self.bootstrap} must be at least 100 for 95 % intervals")
+        require(self.pictures >= 0, f"pictures={self.pictures} must be 0 (none) or more")
+
+    random_weights = False  # of the model that is measured
+
+    @property
+    def sets(self) -> Mapping[str, str]:
+        """Each set is measured by itself."""
+        return set_names(DataConfig(path=self.data.path).paths)
+
+    @property
+    def test_split(self) -> str:
+        return self.data.split
+
+    @property
+    def test_clips(self) -> int:
+        return self.data.clips
+
+    @property
+    def test_batch_size(self) -> int:
+        return self.batch_size
+
+    def run_config(self, pretrained: TrainConfig, annotations: tuple[str, ...], classes: int) -> TrainConfig:
+        """The recipe of a pretraining with the mesh and the clips that are measured, in float32."""
+        data = DataConfig(self.data.path, workers=self.data.workers, sound=pretrained.data.sound)
+        return TrainConfig(steps=1, dtype="float32", data=data, mesh=self.mesh, model=pretrained.model)
+
+
+class Noise(NamedTuple):
+    """Mask noise of both streams, float32 [n, patches]."""
+
+    image: jax.Array
+    audio: jax.Array
+
+
+class Moments(NamedTuple):
+    """Of one clip's masked audio, by mel row, float64 [mels]: weights, and values and squares times the weights.
+
+    The weights are those with which squared differences count in the clip's error; `mean` is the plain mean of the
+    whole row. From them comes the error of any guess that is constant along a row.
+    """
+
+    weights: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    mean: np.ndarray
+
+
+class Scores(NamedTuple):
+    """What one clip gives: errors by name, and where both streams are masked the moments of its audio."""
+
+    errors: dict[str, float]
+    audio: Moments | None
 
 
 def interpolate_image(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
@@ -61,179 +166,163 @@ def interpolate_image(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     return np.where(visible[..., None], image, sums[..., :-1] / sums[..., -1:])
 
 
-def row_means(audio: np.ndarray) -> np.ndarray:
-    """The mean of each mel row over all clips and frames: log-mels [n, mels, frames] → [mels]."""
-    return audio.mean((0, 2))
+def mask_noise(index: jax.Array, model: models.AVMAEConfig, seed: int) -> Noise:
+    """Noise that depends on the seed and each clip's index [n] in its set alone."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(index, jnp.uint32))
+    image, audio = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    draw = jax.vmap(lambda key, tokens: jax.random.uniform(key, (tokens,)), (0, None))
+    return Noise(draw(image, model.image.tokens), draw(audio, model.audio.tokens))
 
 
-STREAMS = ("image_error", "audio_error")
-Errors = dict[str, np.ndarray]
+def patch_weights(x: np.ndarray, mask: np.ndarray, stream: models.StreamConfig) -> np.ndarray:
+    """How much the squared difference at each value counts in a clip's error, float64 [patches].
 
-
-class Noise(NamedTuple):
-    """Mask noise of both streams, float32 [n, patches]."""
-
-    image: np.ndarray
-    audio: np.ndarray
-
-
-def run(config: EvaluationConfig, workdir: pathlib.Path) -> Report:
-    """Measures the checkpoint on each set of `config.data`.
-
-    Draws `images/reconstruction_SET.png` in workdir, and `images/curves.png` where `init` is a run's workdir.
+    Args:
+      x: the clip's input [H, W, C].
+      mask: bool [patches], which patches are masked.
+      stream: the stream's patches; where its targets are normalised, differences count by the patch's own scale.
     """
-    names = set_names(config.data)
-    recipe, model = load_run(config.init)
-    untrained = models.AVMAE(recipe.model, rngs=nnx.Rngs(config.seed))
-    figures, tables, measured = {}, [], 0
-    skipped: list[ClipFailure] = []
-    for name, path in names.items():
-        clips = load_clips(path, config.data, recipe.data.sound, recipe.model, config.batch_size)
-        noise = mask_noise(clips.index, recipe.model, config.seed)
-        errors = model_errors(model, untrained, clips, noise, recipe.data.sound, config)
-        errors |= baseline_errors(clips, noise, recipe.model)
-        found = summarize(errors, Bootstrap(len(clips.index), config.seed, config.bootstrap))
-        figures |= {f"{name}/{figure}": value for figure, value in found.items()}
-        tables.append(format_table(name, found, len(clips.index), len(clips.skipped)))
-        measured, skipped = measured + len(clips.index), skipped + clips.skipped
-        if config.pictures:
-            picture = draw(model, clips, noise, config)
-            pictures.save_png(workdir / "images" / f"reconstruction_{pathlib.Path(name).name}.png", picture)
-    metrics = pathlib.Path(config.init) / "metrics.jsonl"
-    if config.pictures and metrics.is_file():
-        pictures.save_png(workdir / "images" / "curves.png", pictures.curves(pictures.read_metrics(metrics)))
-    tables += [f"skipped {failure}" for failure in skipped[:5]]
-    return Report(figures, measured, len(skipped), "\n".join(tables), failures=skipped)
+    patches = np.asarray(models.patchify(x[None], stream.patch_size), np.float64)[0]
+    scale = patches.var(-1, ddof=1) + 1e-6 if stream.normalize_targets else 1.0
+    return mask / (mask.sum() * stream.patch_values * scale)
 
 
-def mask_noise(places: np.ndarray, model: models.AVMAEConfig, seed: int) -> Noise:
-    """Noise that depends on the seed and each clip's place [n] in its set alone."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(places, jnp.uint32))
-    keys = jax.vmap(jax.random.split)(keys)
-    draw_noise = jax.vmap(lambda key, tokens: jax.random.uniform(key, (tokens,)), (0, None))
-    return Noise(
-        *(
-            np.asarray(draw_noise(keys[:, place], stream.tokens))
-            for place, stream in enumerate((model.image, model.audio))
-        )
-    )
+def on_grid(values: np.ndarray, stream: models.StreamConfig) -> np.ndarray:
+    """Values of the patches [patches] at each of their pixels, [H, W]."""
+    patches = np.repeat(values[None, :, None], stream.patch_values, -1)
+    return np.asarray(models.unpatchify(patches, stream))[0, ..., 0]
 
 
-def masks(noise: Noise, model: models.AVMAEConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Masks [n, patches] of both streams, True where removed: the least noise is kept."""
-    return tuple(
-        np.asarray(models.random_mask(values, stream.keep).mask, bool)
-        for values, stream in zip(noise, (model.image, model.audio), strict=True)
-    )
+def interpolation_error(image: np.ndarray, mask: np.ndarray, stream: models.StreamConfig) -> float:
+    """The error of interpolating the masked patches (bool [patches]) of a normalised image [H, W, C]."""
+    filled = interpolate_image(image, on_grid(mask, stream))
+    return float((on_grid(patch_weights(image, mask, stream), stream)[..., None] * np.square(filled - image)).sum())
 
 
-def model_errors(
-    model: models.AVMAE,
-    untrained: models.AVMAE,
-    clips: Clips,
-    noise: Noise,
-    sound: SoundConfig,
-    config: EvaluationConfig,
-) -> Errors:
-    """Per-clip errors [n] of the model, and of the untrained one, by the names above."""
-
-    def measure(function: Callable, image: np.ndarray, audio: np.ndarray, prefix: str) -> Errors:
-        errors = map_batches(function, (image, audio, *noise), config.batch_size)
-        return {prefix + name: values for name, values in errors.items()}
-
-    image, audio, partner = clips.image, clips.audio, partners(len(clips.index), config.seed)
-    grey = np.broadcast_to(np.round(models.IMAGENET_MEAN * 255).astype(np.uint8), image.shape)
-    silence = np.full_like(audio, (np.log10(sound.log_floor) - sound.mean) / sound.std)
-    both, image_alone, audio_alone = (
-        functools.partial(_errors, model, masked=masked) for masked in (("image", "audio"), ("image",), ("audio",))
-    )
-    errors = measure(both, image, audio, "")
-    errors |= measure(functools.partial(_errors, untrained, masked=("image", "audio")), image, audio, "untrained/")
-    others = {"right": (image, audio), "swapped": (image[partner], audio[partner]), "blank": (grey, silence)}
-    for prefix, (other_image, other_audio) in others.items():
-        errors |= measure(image_alone, image, other_audio, f"{prefix}/")
-        errors |= measure(audio_alone, other_image, audio, f"{prefix}/")
-    return errors
+def row_moments(audio: np.ndarray, mask: np.ndarray, stream: models.StreamConfig) -> Moments:
+    """The moments of a log-mel [mels, frames] whose patches `mask` (bool [patches]) are masked."""
+    weights, values = on_grid(patch_weights(audio[..., None], mask, stream), stream), audio.astype(np.float64)
+    return Moments(weights.sum(1), (weights * values).sum(1), (weights * values**2).sum(1), values.mean(1))
 
 
-def baseline_errors(clips: Clips, noise: Noise, model: models.AVMAEConfig) -> Errors:
-    """Per-clip errors [n] of interpolated images and of mel-row means, in the space of the model's targets."""
-    image_mask, audio_mask = masks(noise, model)
-    normalized = np.asarray(models.normalize_image(clips.image))
-    hidden = models.unpatchify(np.repeat(image_mask[..., None], model.image.patch_values, -1), model.image)[..., 0]
-    filled = np.stack([interpolate_image(image, holes) for image, holes in zip(normalized, hidden, strict=True)])
-    rows = np.broadcast_to(row_means(clips.audio)[:, None], clips.audio.shape)
-    return {
-        "baseline/image_error": target_space_error(filled, normalized, image_mask, model.image),
-        "baseline/audio_error": target_space_error(rows[..., None], clips.audio[..., None], audio_mask, model.audio),
-    }
+def row_mean_errors(clips: list[Moments]) -> np.ndarray:
+    """The errors [n] of guessing, in each clip, the mean of each mel row over all clips and frames."""
+    weights, first, second, means = (np.stack(values) for values in zip(*clips, strict=True))
+    guess = means.mean(0)
+    return (second - 2 * guess * first + guess**2 * weights).sum(1)
 
 
-def target_space_error(guess: np.ndarray, truth: np.ndarray, mask: np.ndarray, stream) -> np.ndarray:
-    """Mean squared error [n] of guessed inputs [n, H, W, C] over masked patches, as the model's loss weighs it.
-
-    Where targets are normalised per patch, both are put on the scale of the true patch.
-    """
-    guess, truth = (np.asarray(models.patchify(x, stream.patch_size), np.float64) for x in (guess, truth))
-    squared = np.square(guess - truth).mean(-1)
-    if stream.normalize_targets:
-        squared /= truth.var(-1, ddof=1) + 1e-6
-    return (squared * mask).sum(1) / mask.sum(1)
-
-
-def summarize(errors: Errors, bootstrap: Bootstrap) -> dict[str, Figure]:
-    """Figures of one set from its per-clip errors."""
-    figures = {name: bootstrap.mean(values) for name, values in errors.items()}
+def summarize(errors: Errors, bootstrap: Bootstrap) -> dict[str, Metric]:
+    """Metrics of one set from its per-clip errors."""
+    metrics = {name: bootstrap.mean(values) for name, values in errors.items()}
     for stream in STREAMS:
         right = errors[f"right/{stream}"]
-        figures[f"over_baseline/{stream}"] = bootstrap.ratio(errors[stream], errors[f"baseline/{stream}"])
-        figures[f"swapped_over_right/{stream}"] = bootstrap.ratio(errors[f"swapped/{stream}"], right)
-        figures[f"blank_over_right/{stream}"] = bootstrap.ratio(errors[f"blank/{stream}"], right)
-        figures[f"swapped_minus_right/{stream}"] = bootstrap.difference(errors[f"swapped/{stream}"], right)
-    return figures
+        metrics[f"over_baseline/{stream}"] = bootstrap.ratio(errors[stream], errors[f"baseline/{stream}"])
+        metrics[f"swapped_over_right/{stream}"] = bootstrap.ratio(errors[f"swapped/{stream}"], right)
+        metrics[f"blank_over_right/{stream}"] = bootstrap.ratio(errors[f"blank/{stream}"], right)
+        metrics[f"swapped_minus_right/{stream}"] = bootstrap.difference(errors[f"swapped/{stream}"], right)
+    return metrics
 
 
-ROWS = {
-    "both masked, as in training": "",
-    "  baseline": "baseline/",
-    "  untrained model": "untrained/",
-    "  model / baseline": "over_baseline/",
-    "other stream visible: right": "right/",
-    "  swapped": "swapped/",
-    "  blank": "blank/",
-    "  swapped / right": "swapped_over_right/",
-    "  blank / right": "blank_over_right/",
-    "  swapped - right": "swapped_minus_right/",
-}
-
-
-def format_table(name: str, figures: dict[str, Figure], clips: int, skipped: int) -> str:
+def format_table(name: str, metrics: Mapping[str, Metric], clips: int, skipped: int) -> str:
     """The closing table of one set: masked errors with 95 % intervals."""
     title = f"{name}: {clips} held-out clips" + (f", {skipped} skipped" if skipped else "")
-    lines = [f"{title:<42}{'image error':<25}sound error"]
+    lines = [f"{title:<42}{'image error':<25}audio error"]
     for label, prefix in ROWS.items():
-        lines.append(f"  {label:<40}" + "".join(f"{figures[prefix + stream]!s:<25}" for stream in STREAMS).rstrip())
+        lines.append(f"  {label:<40}" + "".join(f"{metrics[prefix + stream]!s:<25}" for stream in STREAMS).rstrip())
     return "\n".join(lines) + "\n"
 
 
-def draw(model: models.AVMAE, clips: Clips, noise: Noise, config: EvaluationConfig) -> np.ndarray:
-    """Reconstructions of clips spread over the set."""
-    chosen = np.unique(np.linspace(0, len(clips.index) - 1, config.pictures).round().astype(int))
-    image, audio = clips.image[chosen], clips.audio[chosen]
-    out = _forward(model, image, audio, noise.image[chosen], noise.audio[chosen])
-    return pictures.reconstructions(image, audio, out, model.config, [str(clip) for clip in clips.id[chosen]])
+class Reconstruction(Task[ReconstructionConfig]):
+    """The pretrained model as it is; both streams are swapped and blanked."""
 
+    config_class = ReconstructionConfig
+    kind = kinds.PRETRAINING
+    trains = False
 
-@nnx.jit
-def _forward(model, image, audio, image_noise, audio_noise):
-    return model(models.normalize_image(image), audio, image_noise, audio_noise)
+    def __init__(self, config: ReconstructionConfig, checkpoint: Checkpoint):
+        super().__init__(config, checkpoint)
+        if checkpoint.kind != self.kind:
+            raise UserError(
+                f"init={config.init} must be a pretraining checkpoint, with decoders; it holds: {checkpoint.kind}"
+            )
+        self.model, self.objective = checkpoint.config.model, Untrained(self.kind, checkpoint.config.model)
 
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        return (
+            Condition(),
+            Condition("untrained/", untrained=True),
+            Condition("swapped/audio/", swap="audio"),
+            Condition("swapped/image/", swap="image"),
+        )
 
-@functools.partial(nnx.jit, static_argnames="masked")
-def _errors(model, image, audio, image_noise, audio_noise, masked):
-    """Errors of the `masked` streams; one that is not masked is fully visible."""
-    image_mask, audio_mask = model.masks(len(image), image_noise, audio_noise)
-    image_mask, audio_mask = image_mask if "image" in masked else None, audio_mask if "audio" in masked else None
-    image = models.normalize_image(image)
-    errors = model.reconstruct(image, audio, image_mask=image_mask, audio_mask=audio_mask).errors
-    return {f"{stream}_error": error for stream, error in errors.items()}
+    def untrained_weights(self) -> Params:
+        return kinds.flat_values(models.AVMAE(self.model, rngs=nnx.Rngs(self.config.seed)))
+
+    def forward(self, model: models.AVMAE, batch: Batch) -> dict[str, jax.Array]:
+        """Errors [B] with both streams masked, and the masks [B, patches]."""
+        masks = model.masks(len(batch["image"]), *mask_noise(batch["index"], self.model, self.config.seed))
+        return self.errors(model, batch) | {"image_mask": masks[0].mask, "audio_mask": masks[1].mask}
+
+    def forward_under(self, condition: Condition, model: models.AVMAE, batch: Batch) -> dict[str, jax.Array]:
+        """Errors [B], the names with their prefixes."""
+        if condition.swap:
+            return self.errors(model, batch, "image" if condition.swap == "audio" else "audio", "swapped/")
+        if condition.untrained:
+            return self.errors(model, batch, prefix=condition.name)
+        found = self.forward(model, batch)
+        for stream, other in (("image", "audio"), ("audio", "image")):
+            found |= self.errors(model, batch, stream, "right/")
+            found |= self.errors(model, blank(batch, other, self.sound), stream, "blank/")
+        return found
+
+    def errors(self, model: models.AVMAE, batch: Batch, only: str = "", prefix: str = "") -> dict[str, jax.Array]:
+        """Errors [B] of both masked streams, or of `only` one of them with the other one fully visible."""
+        masks = model.masks(len(batch["image"]), *mask_noise(batch["index"], self.model, self.config.seed))
+        image_mask, audio_mask = (
+            mask if only in ("", stream) else None for mask, stream in zip(masks, ("image", "audio"), strict=True)
+        )
+        image = models.normalize_image(batch["image"])
+        found = model.reconstruct(image, batch["audio"], image_mask=image_mask, audio_mask=audio_mask).errors
+        return {f"{prefix}{stream}_error": error for stream, error in found.items()}
+
+    def forward_drawn(self, model: models.AVMAE, batch: Batch) -> dict[str, jax.Array]:
+        noise = mask_noise(batch["index"], self.model, self.config.seed)
+        out = model(models.normalize_image(batch["image"]), batch["audio"], *noise)
+        return {"image_prediction": out.image_prediction, "audio_prediction": out.audio_prediction}
+
+    def score(self, clip: Clip) -> Scores:
+        errors = {name: float(x) for name, x in clip.items() if name.endswith("_error")}
+        if "image_mask" not in clip:
+            return Scores(errors, None)
+        image = np.asarray(models.normalize_image(clip["image"]))
+        errors["baseline/image_error"] = interpolation_error(image, clip["image_mask"] > 0, self.model.image)
+        return Scores(errors, row_moments(clip["audio"], clip["audio_mask"] > 0, self.model.audio))
+
+    def metrics(self, scores: dict[str, list[Scores]], bootstrap: Bootstrap) -> dict[str, Metric]:
+        errors = {
+            name: np.array([clip.errors[name] for clip in clips])
+            for clips in scores.values()
+            for name in clips[0].errors
+        }
+        moments = [clip.audio for clip in scores[""] if clip.audio is not None]
+        return summarize(errors | {"baseline/audio_error": row_mean_errors(moments)}, bootstrap)
+
+    def table(self, name: str, metrics: Mapping[str, Metric], clips: int, skipped: int) -> str:
+        return format_table(name, metrics, clips, skipped)
+
+    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
+        """Reconstructions of clips spread over the set, and the curves of the run where `init` is one."""
+        arrays = {name: np.stack([clip[name] for clip in measured.drawn]) for name in measured.drawn[0]}
+        nothing = np.zeros(())
+        out = models.Output(
+            nothing,
+            nothing,
+            *(arrays[f"{stream}_{what}"] for what in ("prediction", "mask") for stream in ("image", "audio")),
+        )
+        picture = plots.reconstructions(arrays["image"], arrays["audio"], out, self.model, measured.names)
+        plots.save_png(folder / f"reconstruction_{pathlib.Path(measured.name).name}.png", picture)
+        lines = pathlib.Path(self.config.init) / "metrics.jsonl"
+        if lines.is_file():
+            plots.save_png(folder / "curves.png", plots.curves(plots.read_metrics(lines)))

@@ -1,6 +1,7 @@
 """Segmentation of what sounds: a mask over the frame (published protocol: AVSBench S4, MS3 and AVSS)."""
 
 import collections
+import dataclasses
 import itertools
 import math
 import pathlib
@@ -10,14 +11,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from av_mae import models
-from av_mae import plots as pictures
+from av_mae import models, plots
 from av_mae.checkpoint import Checkpoint
-from av_mae.evaluate.bootstrap import Bootstrap, Figure, Value, divide, mean_defined, require_finite, require_labels
-from av_mae.evaluate.clips import common_classes, objects_in
-from av_mae.evaluate.config import SegmentationConfig
-from av_mae.evaluate.localization import right_object
-from av_mae.evaluate.task import Clip, Finetuning, Measured, Task
+from av_mae.evaluate.bootstrap import Bootstrap, Metric, Value, divide, mean_defined, require_finite, require_labels
+from av_mae.evaluate.localization import objects_in, right_object
+from av_mae.evaluate.task import Clip, Finetuning, Measured, Task, TaskConfig, common_classes
+from av_mae.models.config import SegmenterConfig
 from av_mae.models.losses import segmentation_loss
 from av_mae.train.step import Batch, Rows
 
@@ -111,8 +110,8 @@ def averages(weights: np.ndarray, scores: Sequence[ClipScores]) -> dict[str, np.
     return found
 
 
-def segmentation_figures(scores: Sequence[ClipScores | str], bootstrap: Bootstrap) -> dict[str, Figure]:
-    """Figures of scored clips: those of `averages`, and the object's IoU by its size.
+def segmentation_metrics(scores: Sequence[ClipScores | str], bootstrap: Bootstrap) -> dict[str, Metric]:
+    """Metrics of scored clips: those of `averages`, and the object's IoU by its size.
 
     `miou`, `precision`, `recall`, `f_score` with background, `…_without_background`, `iou` (that is
     `miou_without_background`: the object's, where the mask is binary), and `iou/small|medium|large` over the clips
@@ -122,9 +121,9 @@ def segmentation_figures(scores: Sequence[ClipScores | str], bootstrap: Bootstra
     used = np.flatnonzero([not isinstance(score, str) for score in scores])
     if not len(used):
         names = [name + end for name in MEASURES for end in ("", WITHOUT)]
-        found = {name: Figure(math.nan, math.nan, math.nan, left_out) for name in names}
+        found = {name: Metric(math.nan, math.nan, math.nan, left_out) for name in names}
     else:
-        chosen = [scores[place] for place in used]
+        chosen = [scores[index] for index in used]
         found = bootstrap.statistics(lambda weights: averages(weights[:, used], chosen), left_out)
     found["iou"] = found["miou" + WITHOUT]
     for size in SIZES:
@@ -140,9 +139,18 @@ def _iou_of_size(score: ClipScores | str, size: str) -> Value:
     return score.object_iou if own == size else f"the object is {own}"
 
 
-class Segmentation(Task):
-    """The segmenter, fine-tuned with its encoder; the sound is what is swapped and blanked."""
+@dataclasses.dataclass(frozen=True)
+class SegmentationConfig(TaskConfig):
+    """A mask of what sounds, in every annotated frame; `head.classes` 1: binary, more: as many as the sets have."""
 
+    task: str = "segmentation"
+    head: SegmenterConfig = SegmenterConfig()
+
+
+class Segmentation(Task[SegmentationConfig]):
+    """The segmenter, fine-tuned with its encoder; the audio is what is swapped and blanked."""
+
+    config_class = SegmentationConfig
     kind = "segmenter"
     annotations = ("mask", "objects")
 
@@ -176,12 +184,12 @@ class Segmentation(Task):
         """The scores of all annotated frames of a clip, each of which counts as one (as published)."""
         return scores
 
-    def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
+    def metrics(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Metric]:
         found = {}
         for prefix, clips in scores.items():
             frames = bootstrap.grouped(np.repeat(np.arange(len(clips)), [len(clip) for clip in clips]))
             masks, objects = zip(*itertools.chain.from_iterable(clips), strict=True)
-            found |= {prefix + name: figure for name, figure in segmentation_figures(masks, frames).items()}
+            found |= {prefix + name: metric for name, metric in segmentation_metrics(masks, frames).items()}
             found[f"{prefix}right_object"] = frames.mean(objects)
         return found
 
@@ -189,14 +197,12 @@ class Segmentation(Task):
         rows = [
             [
                 clip["image"],
-                pictures.overlay(clip["image"], probability(clip)),
-                pictures.overlay(clip["image"], clip["mask"] > 0),
+                plots.overlay(clip["image"], probability(clip)),
+                plots.overlay(clip["image"], clip["mask"] > 0),
             ]
             for clip in measured.drawn
         ]
-        pictures.save_png(
-            folder / "segmentation.png", pictures.gallery(rows, ("frame", "mask", "truth"), measured.names)
-        )
+        plots.save_png(folder / "segmentation.png", plots.gallery(rows, ("frame", "mask", "target"), measured.names))
 
 
 def probability(clip: Clip) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""Separation: the sound of what the image shows, from a mixture of sounds (published protocol: VGGSound-Music, MUSIC)."""
+"""Sound separation: the audio of what the image shows, from a mixture (published protocol: VGGSound-Music, MUSIC)."""
 
+import dataclasses
 import functools
 import pathlib
 import warnings
@@ -9,20 +10,19 @@ import jax
 import numpy as np
 import soundfile
 
-from av_mae import models
-from av_mae import plots as pictures
+from av_mae import models, plots
 from av_mae.checkpoint import Checkpoint
 from av_mae.data.audio import apply_mask, ideal_masks, log_mel
 from av_mae.data.plans import Clips, Plan, listed_mixtures, read_lists
-from av_mae.evaluate.bootstrap import Bootstrap, Figure, Value, figures_of, require_finite
-from av_mae.evaluate.config import SeparationConfig
-from av_mae.evaluate.task import Clip, Finetuning, Measured, Task
+from av_mae.evaluate.bootstrap import Bootstrap, Metric, Value, metrics_of, require_finite
+from av_mae.evaluate.task import Clip, Finetuning, Measured, Task, TaskConfig
+from av_mae.models.config import SeparatorConfig, require
 from av_mae.models.losses import separation_loss
 from av_mae.train.step import Batch, Rows
 
 RATIOS = ("sdr", "sir", "sar", "si_sdr")
 IMPROVED = ("sdr", "si_sdr")
-SILENCE = 1e-5  # the sum of squares below which the published system takes a sound for empty
+SILENCE = 1e-5  # the sum of squares below which the published system takes a signal for empty
 Ratios = dict[str, np.ndarray]
 
 
@@ -57,8 +57,8 @@ def ratios(sources: np.ndarray, estimates: np.ndarray) -> Ratios | str:
     sources, estimates = np.asarray(sources, np.float64), np.asarray(estimates, np.float64)
     require_finite(sources, "samples of sources")
     require_finite(estimates, "samples of estimates")
-    for sounds, name in ((sources, "source"), (estimates, "estimate")):
-        if np.square(sounds).sum(1).min() < SILENCE:
+    for signals, name in ((sources, "source"), (estimates, "estimate")):
+        if np.square(signals).sum(1).min() < SILENCE:
             return f"empty {name}"
     bss = _bss_eval(sources, estimates)
     if isinstance(bss, str):
@@ -102,18 +102,38 @@ def score_clip(sources: np.ndarray, estimates: np.ndarray, unprocessed: Ratios |
     return {name: mean if np.isfinite(mean) else f"{name} is infinite" for name, mean in means.items()}
 
 
-def separation_figures(rows: Sequence[dict[str, Value]], bootstrap: Bootstrap) -> dict[str, Figure]:
+def separation_metrics(rows: Sequence[dict[str, Value]], bootstrap: Bootstrap) -> dict[str, Metric]:
     """Means and medians (`…_median`) over clips of what `score_clip` gave; skewed as they are, look at both."""
     medians = {f"{name}_median": bootstrap.median([row[name] for row in rows]) for name in rows[0]}
-    return figures_of(rows, bootstrap) | medians
+    return metrics_of(rows, bootstrap) | medians
 
 
 PAIRED = ("sdr", "sdr_improvement", "si_sdr_improvement")
 
 
-class Separation(Task):
+@dataclasses.dataclass(frozen=True)
+class SeparationConfig(TaskConfig):
+    """The audio of what the image shows, from a mixture: that of the prepared clips, or of `data.mix` of them.
+
+    `pairs` is a CSV list of the test's mixtures, the ids of `data.mix` clips in each row; without it they are drawn.
+    """
+
+    task: str = "separation"
+    head: SeparatorConfig = SeparatorConfig()
+    pairs: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            not self.pairs or self.data.mix > 1,
+            f"pairs={self.pairs} lists clips to be mixed: set data.mix to how many are in a row, not {self.data.mix}",
+        )
+
+
+class Separation(Task[SeparationConfig]):
     """The separator, fine-tuned with its encoder; the image is what is swapped and blanked."""
 
+    config_class = SeparationConfig
     kind = "separator"
     annotations = ("sources", "waveforms")
     other = "image"
@@ -168,11 +188,11 @@ class Separation(Task):
             self._references[index] = unprocessed, {f"ideal/{name}": value for name, value in scores.items()}
         return self._references[index]
 
-    def figures(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Figure]:
+    def metrics(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Metric]:
         found = {
-            f"{prefix}{name}": figure
+            f"{prefix}{name}": metric
             for prefix, clips in scores.items()
-            for name, figure in separation_figures(clips, bootstrap).items()
+            for name, metric in separation_metrics(clips, bootstrap).items()
             if not (prefix and name.startswith(("ideal/", "source")))
         }
         right, swapped = scores[""], scores["swapped/"]
@@ -184,17 +204,17 @@ class Separation(Task):
         }
 
     def picture(self, measured: Measured, folder: pathlib.Path) -> None:
-        """Spectrograms of mixture, estimate and truth beside the frame, and the three sounds as wav files."""
+        """Spectrograms of mixture, estimate and target source beside the frame, and all three as wav files."""
         rows, folder = [], folder / "separation"
         folder.mkdir(parents=True, exist_ok=True)
         for clip, name in zip(measured.drawn, measured.names, strict=True):
             estimate = apply_mask(clip["mixture"], clip["mask"].astype(np.float32), self.sound)
-            sounds = {"mixture": clip["mixture"], "estimate": estimate, "truth": clip["sources"][0]}
-            rows.append([clip["image"], *(log_mel(sound, self.sound) for sound in sounds.values())])
-            for kind, sound in sounds.items():
-                soundfile.write(folder / f"{pathlib.PurePath(name).name}_{kind}.wav", sound, self.sound.rate)
-        picture = pictures.gallery(rows, ("frame", "mixture", "estimate", "truth"), measured.names)
-        pictures.save_png(folder.parent / "separation.png", picture)
+            audio = {"mixture": clip["mixture"], "estimate": estimate, "source": clip["sources"][0]}
+            rows.append([clip["image"], *(log_mel(x, self.sound) for x in audio.values())])
+            for kind, x in audio.items():
+                soundfile.write(folder / f"{pathlib.PurePath(name).name}_{kind}.wav", x, self.sound.rate)
+        picture = plots.gallery(rows, ("frame", "mixture", "estimate", "source"), measured.names)
+        plots.save_png(folder.parent / "separation.png", picture)
 
 
 def mean_of(values: list[Value]) -> Value:
@@ -204,6 +224,6 @@ def mean_of(values: list[Value]) -> Value:
 
 
 def heard(sources: np.ndarray) -> np.ndarray:
-    """The sources [m, samples] of a prepared mixture without the empty places behind them; a silent one keeps its
-    place."""
+    """The sources [m, samples] of a prepared mixture without the empty rows behind them; a silent source keeps its
+    row."""
     return sources[: max(2, 1 + int(np.flatnonzero(sources.any(1)).max(initial=0)))]

@@ -25,7 +25,7 @@ from av_mae.config import MeshConfig
 from av_mae.console import Progress, note
 from av_mae.data.pipeline import read_ahead
 from av_mae.errors import UserError
-from av_mae.evaluate.task import Rates
+from av_mae.evaluate.run import Rates
 from av_mae.export import tables
 from av_mae.export.inputs import Input, Shape, open_input
 from av_mae.loading import forward
@@ -312,7 +312,7 @@ def write_shards(
             background.run(writer.close)
         background.wait()
         seconds = time.perf_counter() - began
-        measured = rates.figures(size, embedder, batch["image"], batch["audio"])
+        measured = rates.metrics(size, embedder, batch["image"], batch["audio"])
     return measured | {"clips_per_second": windows / seconds} if measured else {}
 
 

@@ -1,6 +1,6 @@
 """How tasks take annotations: several boxes and annotators, silent frames, masks of several frames, mixtures, classes.
 
-Figures are computed again by plain loops; nothing is trained.
+Metrics are computed again by plain loops; nothing is trained.
 """
 
 import json
@@ -15,9 +15,12 @@ import tiny_tasks
 from av_mae.checkpoint import Checkpoint
 from av_mae.config import DataConfig, TrainConfig
 from av_mae.errors import UserError
-from av_mae.evaluate import clips as annotations
+from av_mae.evaluate import classification
+from av_mae.evaluate import run as evaluation
 from av_mae.evaluate.bootstrap import Bootstrap
-from av_mae.evaluate.config import LocalizationConfig, SegmentationConfig, SeparationConfig
+from av_mae.evaluate.localization import LocalizationConfig
+from av_mae.evaluate.segmentation import SegmentationConfig
+from av_mae.evaluate.separation import SeparationConfig
 from av_mae.evaluate.task import make_task
 from av_mae.models.config import SegmenterConfig
 from av_mae.prepare.shards import write_set
@@ -93,14 +96,14 @@ def test_frames_that_are_not_annotated_or_silent():
     clips[3]["heat"] = np.float32(0.2) * clips[3]["heat"]
     scores = [localization.score(clip) for clip in clips]
     assert scores[0].values == {"ciou": 1, "auc": 1, "mean_ciou": 1, "pointing": 1, "right_object": 1}
-    found = localization.figures(
+    found = localization.metrics(
         {"": scores, "blank/": [clip._replace(confidence=0.65) for clip in scores]}, Bootstrap(4, 0, 100)
     )
     assert found["ciou"].left_out == {"no boxes are annotated": 1, "nothing sounds": 2} and found["ciou"].value == 1
     assert (found["precision"].value, found["recall"].value) == (0.5, 1)  # one of two sure maps; the only sound
     assert found["detection_ap"].value == 0.5  # of the two maps surer than it, none or one is before it
     assert found["blank/precision"].value == pytest.approx(1 / 6)  # without sound all four are sure, and wrong
-    unknown = localization.figures({"": scores[1:2], "blank/": scores[1:2]}, Bootstrap(1, 0, 100))
+    unknown = localization.metrics({"": scores[1:2], "blank/": scores[1:2]}, Bootstrap(1, 0, 100))
     assert math.isnan(unknown["precision"].value) and unknown["recall"].left_out == {"no boxes are annotated": 1}
 
 
@@ -122,7 +125,7 @@ def test_every_annotated_frame_counts_and_resampling_keeps_a_clip_together():
             plain.append((number, share, np.sum(marked & (target > 0)) / np.sum(marked | (target > 0))))
         clips.append(segmentation.combine([segmentation.score(one) for one in frames]))
     bootstrap = Bootstrap(3, 0, 200)
-    found = segmentation.figures({"": clips}, bootstrap)
+    found = segmentation.metrics({"": clips}, bootstrap)
     counted = [iou for _, share, iou in plain if share]
     assert found["iou"].value == pytest.approx(np.mean(counted)) and len(counted) == 5
     assert found["iou"].left_out == {"the target is all background": 1}
@@ -165,7 +168,7 @@ def test_frequencies_of_classes(tmp_path, multi_label, expected):
         write(tmp_path / str(number), [record(i, labels=labels[i]) for i in part], ["a", "b", "c"])
         for number, part in enumerate(([0, 1], [2, 3, 4]))
     ]
-    found = annotations.class_frequencies(paths, "test", 3, multi_label)
+    found = classification.class_frequencies(paths, "test", 3, multi_label)
     np.testing.assert_allclose(found, expected)
 
 
@@ -177,13 +180,13 @@ def test_missing_clips_are_those_of_the_report(tmp_path):
     findings.append({"cause": "silence", "clip": "d", "stage": "sound", "message": "quiet", "split": "test"})
     (tmp_path / "report.json").write_text(json.dumps({"findings": findings}))
     path = str(tmp_path)
-    assert list(annotations.missing_clips([path, str(tmp_path / "demo")], "test")) == [
+    assert list(evaluation.missing_clips([path, str(tmp_path / "demo")], "test")) == [
         f"{path}: clip a: a.mp4",
         f"{path}: clip c: c.mp4",
     ]
     (tmp_path / "report.json").write_text('{"findings": [{}]}')
     with pytest.raises(UserError, match="report.json is damaged .*: prepare the set again"):
-        list(annotations.missing_clips([path], "test"))
+        list(evaluation.missing_clips([path], "test"))
 
 
 def test_every_source_of_a_mixture_has_its_figure():
@@ -209,7 +212,7 @@ def test_every_source_of_a_mixture_has_its_figure():
     assert silent["sdr"] == silent["source1/sdr"] == "empty source"
     part = separation.combine(scores[:2])
     assert part.keys() == whole.keys() and set(part.values()) == {"a clip of the mixture cannot be read"}
-    found = separation.figures(
+    found = separation.metrics(
         {prefix: [whole, silent, part] for prefix in ("", "swapped/", "blank/")}, Bootstrap(3, 0, 100)
     )
     assert found["sdr"].value == pytest.approx(whole["sdr"]) and "swapped/source1/sdr" not in found

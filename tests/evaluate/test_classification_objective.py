@@ -209,8 +209,8 @@ def test_same_on_one_and_eight_devices(request, name):
     one = request.getfixturevalue(name)
     eight = Run(one.config, one.made, one.host, 8, one.first)
     for ours, theirs in zip(eight.history, one.history, strict=True):
-        for figure, value in theirs.items():
-            np.testing.assert_allclose(ours[figure], value, rtol=1e-5, atol=1e-7, err_msg=figure)
+        for metric, value in theirs.items():
+            np.testing.assert_allclose(ours[metric], value, rtol=1e-5, atol=1e-7, err_msg=metric)
     for parameter, value in one.state.model.items():
         if not parameter.endswith("key.bias"):  # which softmax makes irrelevant: AdamW follows its rounding errors
             np.testing.assert_allclose(eight.state.model[parameter], value, rtol=1e-3, atol=2e-5, err_msg=parameter)

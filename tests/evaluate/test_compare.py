@@ -9,13 +9,12 @@ import pytest
 from PIL import Image
 from tiny_tasks import prepared, pretrained
 
-from av_mae import plots as pictures
-from av_mae import recipes
+from av_mae import plots, recipes
 from av_mae.errors import UserError
 from av_mae.evaluate import __main__ as evaluate
 from av_mae.evaluate import compare
-from av_mae.evaluate.bootstrap import Figure, Report
-from av_mae.evaluate.config import CompareConfig, ComparedRow, ComparedTask
+from av_mae.evaluate.bootstrap import Metric, Report
+from av_mae.evaluate.compare import CompareConfig, ComparedRow, ComparedTask
 from av_mae.train import run
 from av_mae.train import sharding as mesh
 
@@ -48,7 +47,7 @@ def config(runs, **changes) -> CompareConfig:
 
 @pytest.fixture
 def measured(monkeypatch) -> list[str]:
-    """Evaluations give figures that depend on recipe and seed, and are listed here."""
+    """Evaluations give metrics that depend on recipe and seed, and are listed here."""
     calls = []
 
     def run(config, workdir):
@@ -56,14 +55,14 @@ def measured(monkeypatch) -> list[str]:
         if config.task == "segmentation":
             raise UserError("no such set")
         value = config.seed / 10 + config.random_weights
-        figures = {"accuracy/joint": Figure(value, value - 0.2, value + 0.1), "other": Figure(9, 9, 9)}
+        metrics = {"accuracy/joint": Metric(value, value - 0.2, value + 0.1), "other": Metric(9, 9, 9)}
         if not config.head.concatenate:
             undefined = float("nan")
-            figures["accuracy/image"] = Figure(undefined, undefined, undefined, {"no label": 1})
-        identity = compare.tasks.identity(compare.find_checkpoint(config.init))
-        return Report(figures, 21, 1, "", {"config": recipes.to_dict(config), "checkpoint": identity})
+            metrics["accuracy/image"] = Metric(undefined, undefined, undefined, {"no label": 1})
+        identity = compare.task_run.identity(compare.find_checkpoint(config.init))
+        return Report(metrics, 21, 1, "", {"config": recipes.to_dict(config), "checkpoint": identity})
 
-    monkeypatch.setattr(compare.tasks, "run", run)
+    monkeypatch.setattr(compare.task_run, "run", run)
     return calls
 
 
@@ -86,7 +85,7 @@ def test_cells_become_rows(runs, measured, tmp_path):
     assert lines[3] == "| early fusion | – | – | 0.400 ± 0.141 | – |"
     assert "Mean ± standard deviation over seeds 3, 5." in lines
     assert "- failed: early_fusion/segmentation/5: no such set" in lines
-    joint = report.figures["random/classification/accuracy/joint"]
+    joint = report.metrics["random/classification/accuracy/joint"]
     np.testing.assert_allclose([joint.value, joint.low, joint.high], [1.4, 1.1, 1.6])
     results = report.to_json()
     assert results["clips"] == 6 * 21 and results["skipped"] == 6 and len(results["failed"]) == 4
@@ -146,11 +145,11 @@ def test_the_shipped_recipe_has_recipes_for_every_cell(variant, rows, cells):
 
 def test_bars():
     panels = {"a": {"x": [(1.0, 0.1), None], "y": [(0.5, float("nan")), (2.0, 0.3)]}, "b": {"z": [None, None]}}
-    picture = pictures.bars(panels, ["one", "two"])
+    picture = plots.bars(panels, ["one", "two"])
     assert picture.dtype == np.uint8 and picture.ndim == 3
     colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
     assert {(31, 119, 180), (255, 127, 14)} <= colours
-    other = pictures.bars(panels | {"b": {"z": [None, (1.0, 0.0)]}}, ["one", "two"])
+    other = plots.bars(panels | {"b": {"z": [None, (1.0, 0.0)]}}, ["one", "two"])
     assert (picture != other).any()
 
 
@@ -163,5 +162,5 @@ def test_real_cells(runs, tmp_path, monkeypatch):
     for name in ("early_fusion", "late_fusion"):
         results = json.loads((tmp_path / name / "classification" / "3" / "results.json").read_text())
         label = name.replace("_", " ")
-        assert report.figures[f"{label}/classification/accuracy/joint"].value == results["accuracy/joint"]["value"]
+        assert report.metrics[f"{label}/classification/accuracy/joint"].value == results["accuracy/joint"]["value"]
         assert ("accuracy/fusion" in results) == (name == "early_fusion")

@@ -1,4 +1,4 @@
-"""From mp4 to figure by the commands, tiny: tasks do better with the right other stream than with a wrong one.
+"""From mp4 to metric by the commands, tiny: tasks do better with the right other stream than with a wrong one.
 
 A small encoder is pretrained once; each task then trains for about a minute of one core. Direction is asserted, not
 size.
@@ -79,7 +79,7 @@ def measured(root, folder, task: str, *changes: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "task, figure, other, changes",
+    "task, metric, other, changes",
     [
         ("classification", "accuracy/joint", "blank", ("steps=200", "data.image_noise=0", "data.sound_snr=None")),
         ("localization", "right_object", "swapped", ("steps=150",)),
@@ -87,6 +87,6 @@ def measured(root, folder, task: str, *changes: str) -> dict:
         ("separation", "sdr", "swapped", ("steps=200",)),
     ],
 )
-def test_right_is_better(root, folder, task, figure, other, changes):
+def test_right_is_better(root, folder, task, metric, other, changes):
     results = measured(root, folder, task, *changes)
-    assert results[figure]["value"] > results[f"{other}/{figure}"]["value"]
+    assert results[metric]["value"] > results[f"{other}/{metric}"]["value"]

@@ -53,7 +53,7 @@ def test_confusion_and_class_accuracy(clips, classes):
         classification.confusion_matrix(scores, labels),
         sklearn.confusion_matrix(labels, prediction, labels=np.arange(classes)),
     )
-    found = classification.single_label_figures(scores, labels, Bootstrap(clips, SEED, DRAWS))
+    found = classification.single_label_metrics(scores, labels, Bootstrap(clips, SEED, DRAWS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of predicted classes that have no clip
         balanced = [
@@ -70,7 +70,7 @@ def test_confusion_and_class_accuracy(clips, classes):
 
 def test_one_class_only():
     scores = np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [5.0, 4.0, 3.0]])
-    found = classification.single_label_figures(scores, np.zeros(3, int), Bootstrap(3, SEED, DRAWS))
+    found = classification.single_label_metrics(scores, np.zeros(3, int), Bootstrap(3, SEED, DRAWS))
     assert found["class_accuracy"].value == found["accuracy"].value == pytest.approx(2 / 3)
     assert found["class_accuracy"].left_out == {"classes without clips": 2}
     assert math.isnan(found["top5"].value) and found["top5"].left_out == {"5 of 3 classes are always right": 3}
@@ -98,12 +98,12 @@ def test_ranking_agrees_with_scikit_learn_for_any_resampling(clips, classes, dig
                 assert np.isnan(area[row, number])
 
 
-def test_multi_label_figures_leave_out_and_count_classes():
+def test_multi_label_metrics_leave_out_and_count_classes():
     generator = np.random.default_rng(5)
     targets = generator.random((60, 6)) < 0.4
     targets[:, 2], targets[:, 4] = False, True
     scores = generator.normal(size=targets.shape) + targets
-    found = classification.multi_label_figures(scores, targets.astype(np.int32), Bootstrap(60, SEED, DRAWS))
+    found = classification.multi_label_metrics(scores, targets.astype(np.int32), Bootstrap(60, SEED, DRAWS))
     ranked = [number for number in range(6) if number not in (2, 4)]
     precisions = [sklearn.average_precision_score(targets[:, number], scores[:, number]) for number in (*ranked, 4)]
     area = sklearn.roc_auc_score(targets[:, ranked], scores[:, ranked], average="macro")
@@ -112,14 +112,14 @@ def test_multi_label_figures_leave_out_and_count_classes():
     assert found["d_prime"].value == pytest.approx(math.sqrt(2) * scipy.stats.norm.ppf(area))
     assert found["mean_ap"].left_out == {"classes without positives": 1}
     assert found["auc"].left_out == {"classes without positives": 1, "classes without negatives": 1}
-    assert all(figure.low < figure.value < figure.high for figure in found.values())
+    assert all(metric.low < metric.value < metric.high for metric in found.values())
 
 
-def test_intervals_of_multi_label_figures():
+def test_intervals_of_multi_label_metrics():
     generator = np.random.default_rng(6)
     targets = generator.random((40, 3)) < 0.5
     scores = (generator.normal(size=targets.shape) + targets).round(1)
-    found = classification.multi_label_figures(scores, targets, Bootstrap(40, SEED, DRAWS))
+    found = classification.multi_label_metrics(scores, targets, Bootstrap(40, SEED, DRAWS))
     chosen = [np.repeat(np.arange(40), row) for row in draws(40)]
     expected = {
         "mean_ap": [sklearn.average_precision_score(targets[rows], scores[rows]) for rows in chosen],
@@ -131,12 +131,12 @@ def test_intervals_of_multi_label_figures():
 
 def test_perfect_and_missing_labels_are_explained():
     targets = np.array([[1, 0], [0, 1], [1, 0]])
-    perfect = classification.multi_label_figures(targets * 1.0, targets, Bootstrap(3, SEED, DRAWS))
+    perfect = classification.multi_label_metrics(targets * 1.0, targets, Bootstrap(3, SEED, DRAWS))
     assert perfect["mean_ap"].value == perfect["auc"].value == 1
     assert math.isnan(perfect["d_prime"].value) and perfect["d_prime"].left_out == {"the area is 1.0": 1}
-    empty = classification.multi_label_figures(np.ones((3, 2)), np.zeros((3, 2)), Bootstrap(3, SEED, DRAWS))
-    for figure in empty.values():
-        assert math.isnan(figure.value) and figure.left_out == {"classes without positives": 2}
+    empty = classification.multi_label_metrics(np.ones((3, 2)), np.zeros((3, 2)), Bootstrap(3, SEED, DRAWS))
+    for metric in empty.values():
+        assert math.isnan(metric.value) and metric.left_out == {"classes without positives": 2}
 
 
 def test_bad_input():
@@ -145,4 +145,4 @@ def test_bad_input():
     with pytest.raises(UserError, match="1 of 6 class scores are not finite"):
         classification.top_hits(np.array([[0, 1, 2], [np.nan, 0, 1]]), np.array([0, 1]), 1)
     with pytest.raises(UserError, match="scores of 3 classes do not fit labels of 2 classes"):
-        classification.multi_label_figures(np.zeros((4, 3)), np.zeros((4, 2)), Bootstrap(4, 0, 100))
+        classification.multi_label_metrics(np.zeros((4, 3)), np.zeros((4, 2)), Bootstrap(4, 0, 100))

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
+from av_mae import cosine
 from av_mae.benchmark import __main__ as benchmark
 from av_mae.config import MeshConfig
 from av_mae.errors import UserError
-from av_mae.evaluate import nearest as neighbours
+from av_mae.evaluate.neighbours import accuracies
 from av_mae.train.sharding import make_mesh
 
 
@@ -27,17 +28,17 @@ def cosines(left, right):
 def test_agrees_with_the_published_system(shared):
     golden = np.load(shared / "golden" / "metrics.npz")
     streams = {name: golden[f"knn/{name}_features"] for name in ("image", "audio", "fusion")}
-    found = neighbours.nearest(streams, block=64)
+    found = cosine.nearest(streams, block=64)
     assert set(found) == {"image", "audio", "fusion", "all"}
     for name, neighbour in found.items():
-        accuracy = np.mean(neighbours.accuracies(neighbour, golden["knn/labels"]))
+        accuracy = np.mean(accuracies(neighbour, golden["knn/labels"]))
         assert accuracy == pytest.approx(golden[f"knn/{name}_accuracy"], abs=1e-4)
 
 
 @pytest.mark.parametrize("clips, block", [(50, 16), (48, 16), (17, 16), (16, 16), (5, 16), (2, 16)])
 def test_agrees_with_scikit_learn(clips, block):
     streams = {"image": embeddings(clips, seed=1), "audio": embeddings(clips, 7, seed=2)}
-    found = neighbours.nearest(streams, block)
+    found = cosine.nearest(streams, block)
     for name, values in streams.items():
         distance, index = NearestNeighbors(n_neighbors=1, metric="cosine", algorithm="brute").fit(values).kneighbors()
         np.testing.assert_array_equal(found[name].index, index[:, 0])
@@ -50,29 +51,27 @@ def test_agrees_with_scikit_learn(clips, block):
 
 def test_of_equal_neighbours_the_first_wins_and_never_the_clip_itself():
     values = np.eye(3, dtype=np.float32)[[0, 1, 0, 1, 0, 2]]
-    found = neighbours.nearest({"image": values}, block=2)
+    found = cosine.nearest({"image": values}, block=2)
     assert set(found) == {"image"}
     np.testing.assert_array_equal(found["image"].index, [2, 3, 0, 1, 0, 0])
-    zeros = neighbours.nearest({"image": np.zeros((3, 4))}, block=2)["image"]
+    zeros = cosine.nearest({"image": np.zeros((3, 4))}, block=2)["image"]
     np.testing.assert_array_equal(zeros.index, [1, 0, 0])
     np.testing.assert_array_equal(zeros.similarity, 0)
 
 
 def test_one_clip_has_no_neighbour():
-    found = neighbours.nearest({"image": embeddings(1)}, block=4)["image"]
+    found = cosine.nearest({"image": embeddings(1)}, block=4)["image"]
     assert found.index == -1
-    assert neighbours.accuracies(found, np.array([0])) == ["there is no other clip"]
-    assert neighbours.retrieval(embeddings(1), embeddings(1), 4)["audio_to_image/recall1"] == [
+    assert accuracies(found, np.array([0])) == ["there is no other clip"]
+    assert cosine.retrieval(embeddings(1), embeddings(1), 4)["audio_to_image/recall1"] == [
         "1 of 1 clips always hold the own one"
     ]
 
 
-def test_accuracy_in_percent_and_scores_of_several_labels():
-    found = neighbours.Neighbours(np.array([1, 0, 1]), np.array([0.5, 0.5, 0.25], np.float32))
-    assert neighbours.accuracies(found, np.array([3, 3, 4])) == [100, 100, 0]
-    assert neighbours.accuracies(found, np.array([-1, -1, 4])) == ["no label", "no label", 0]
-    targets = np.array([[1, 0], [1, 1], [0, 1]])
-    np.testing.assert_array_equal(neighbours.neighbour_scores(found, targets), [[0.5, 0.5], [0.5, 0], [0.25, 0.25]])
+def test_accuracy_in_percent():
+    found = cosine.Neighbours(np.array([1, 0, 1]), np.array([0.5, 0.5, 0.25], np.float32))
+    assert accuracies(found, np.array([3, 3, 4])) == [100, 100, 0]
+    assert accuracies(found, np.array([-1, -1, 4])) == ["no label", "no label", 0]
 
 
 def plain_recall(similarity, k):
@@ -89,7 +88,7 @@ def plain_recall(similarity, k):
 def test_retrieval(clips, block):
     image = embeddings(clips, seed=3)
     audio = image + 1.5 * embeddings(clips, seed=4)
-    found = neighbours.retrieval(audio, image, block)
+    found = cosine.retrieval(audio, image, block)
     similarity = cosines(audio, image)
     for name, matrix in (("audio_to_image", similarity), ("image_to_audio", similarity.T)):
         for k in (1, 5, 10):
@@ -99,12 +98,12 @@ def test_retrieval(clips, block):
 
 def test_retrieval_with_ties_counts_orders():
     audio, image = np.eye(4, dtype=np.float32)[[0, 0, 1, 2, 3] * 3], np.eye(4, dtype=np.float32)[[0, 0, 1, 2, 0] * 3]
-    found = neighbours.retrieval(audio, image, block=4)
+    found = cosine.retrieval(audio, image, block=4)
     similarity = audio @ image.T
     for k in (1, 5, 10):
         np.testing.assert_allclose(found[f"audio_to_image/recall{k}"], plain_recall(similarity, k))
         np.testing.assert_allclose(found[f"image_to_audio/recall{k}"], plain_recall(similarity.T, k))
-    collapsed = neighbours.retrieval(np.ones((20, 3)), np.ones((20, 3)), block=8)
+    collapsed = cosine.retrieval(np.ones((20, 3)), np.ones((20, 3)), block=8)
     np.testing.assert_allclose(collapsed["audio_to_image/recall1"], 1 / 20)
     np.testing.assert_allclose(collapsed["image_to_audio/recall10"], 1 / 2)
 
@@ -112,12 +111,12 @@ def test_retrieval_with_ties_counts_orders():
 def test_on_8_devices():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     streams = {"image": embeddings(45, seed=5), "audio": embeddings(45, seed=6)}
-    alone, together = neighbours.nearest(streams, 16), neighbours.nearest(streams, 16, mesh)
+    alone, together = cosine.nearest(streams, 16), cosine.nearest(streams, 16, mesh)
     for name in alone:
         np.testing.assert_array_equal(together[name].index, alone[name].index)
         np.testing.assert_allclose(together[name].similarity, alone[name].similarity, atol=1e-6)
-    alone = neighbours.retrieval(streams["audio"], streams["image"], 16)
-    together = neighbours.retrieval(streams["audio"], streams["image"], 16, mesh)
+    alone = cosine.retrieval(streams["audio"], streams["image"], 16)
+    together = cosine.retrieval(streams["audio"], streams["image"], 16, mesh)
     for name in alone:
         np.testing.assert_array_equal(together[name], alone[name])
 
@@ -134,7 +133,7 @@ def test_benchmark_beside_scikit_learn(tmp_path, capsys):
 
 
 def test_streams_of_different_widths_cannot_be_compared():
-    found = neighbours.retrieval(embeddings(3, 5), embeddings(3, 7), block=2)
+    found = cosine.retrieval(embeddings(3, 5), embeddings(3, 7), block=2)
     assert (
         len(found) == 6
         and found["image_to_audio/recall5"] == ["sounds of width 5 and images of width 7 have no cosine"] * 3
@@ -145,4 +144,4 @@ def test_embeddings_that_are_not_finite_are_refused():
     values = embeddings(10)
     values[7, 3] = np.nan
     with pytest.raises(UserError, match="1 of 24 image embeddings from clip 6 on are not finite"):
-        neighbours.nearest({"image": values[:8]}, block=6)
+        cosine.nearest({"image": values[:8]}, block=6)

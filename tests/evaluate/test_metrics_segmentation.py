@@ -7,7 +7,7 @@ import pytest
 
 from av_mae.errors import UserError
 from av_mae.evaluate.bootstrap import Bootstrap
-from av_mae.evaluate.segmentation import best_f, score_clip, segmentation_figures
+from av_mae.evaluate.segmentation import best_f, score_clip, segmentation_metrics
 
 PUBLISHED = {"miou": "miou", "precision": "precision", "recall": "recall", "f_score": "fscore"}
 
@@ -17,7 +17,7 @@ def test_agrees_with_the_published_system(shared, classes):
     golden = np.load(shared / "golden" / "metrics.npz")
     logits, target = (golden[f"segmentation{classes}/{name}"] for name in ("logits", "target"))
     scores = [score_clip(*clip) for clip in zip(np.moveaxis(logits, 1, -1), target, strict=True)]
-    found = segmentation_figures(scores, Bootstrap(6, 0, 100))
+    found = segmentation_metrics(scores, Bootstrap(6, 0, 100))
     for ours, theirs in PUBLISHED.items():
         expected = [golden[f"segmentation{classes}/{theirs}{end}"] for end in ("", "_noBg")]
         np.testing.assert_allclose([found[ours].value, found[f"{ours}_without_background"].value], expected, rtol=1e-6)
@@ -62,7 +62,7 @@ def plain_scores(logits, target):
 @pytest.mark.parametrize("classes", [1, 2, 6])
 def test_agrees_with_loops(classes):
     clips = random_clips(8, classes)
-    found = segmentation_figures([score_clip(*clip) for clip in clips], Bootstrap(8, 0, 100))
+    found = segmentation_metrics([score_clip(*clip) for clip in clips], Bootstrap(8, 0, 100))
     plain = [plain_scores(*clip) for clip in clips if clip[1].any()]
     seen = sorted(set().union(*plain))
     for place, name in enumerate(("miou", "precision", "recall", "f_score")):
@@ -88,20 +88,20 @@ def test_best_f_of_a_binary_mask():
         best = max(best, 1.3 * precision * recall / (0.3 * precision + recall) if hits else 0)
     assert best_f(logits, target) == pytest.approx(best)
     clips = random_clips(4, 1)
-    found = segmentation_figures([score_clip(*clip) for clip in clips], Bootstrap(4, 0, 100))
+    found = segmentation_metrics([score_clip(*clip) for clip in clips], Bootstrap(4, 0, 100))
     expected = np.mean([best_f(logits[..., 0], target == 1) for logits, target in clips if target.any()])
     assert found["f_score"].value == found["f_score_without_background"].value == pytest.approx(expected)
 
 
 def test_interval_is_that_of_resampled_clips():
-    """Each draw is the figure of the drawn clips, as if they were the test set."""
+    """Each draw is the metric of the drawn clips, as if they were the test set."""
     clips = random_clips(5, 4, seed=1)
     scores = [score_clip(*clip) for clip in clips]
-    found = segmentation_figures(scores, Bootstrap(5, 7, 100))
+    found = segmentation_metrics(scores, Bootstrap(5, 7, 100))
     draws = np.random.default_rng(7).multinomial(5, np.full(5, 0.2), size=100)
     for name in ("miou", "f_score_without_background"):
         values = [
-            segmentation_figures(
+            segmentation_metrics(
                 [score for score, count in zip(scores, row) for _ in range(count)], Bootstrap(5, 0, 1)
             )[name].value
             for row in draws
@@ -118,7 +118,7 @@ def test_objects_by_size():
         logits[0, 0] = -1
         scores.append(score_clip(logits, target))
     scores.append(score_clip(logits, 0 * target))
-    found = segmentation_figures(scores, Bootstrap(6, 0, 100))
+    found = segmentation_metrics(scores, Bootstrap(6, 0, 100))
     np.testing.assert_allclose(
         [found[f"iou/{size}"].value for size in ("small", "medium", "large")],
         [3 / 4, 9 / 10, (19 / 20 + 19 / 20 + 79 / 80) / 3],
@@ -134,25 +134,25 @@ def test_several_frames_of_a_clip_are_drawn_together():
     clips = random_clips(6, 3, seed=2)
     scores = [score_clip(*clip) for clip in clips]
     bootstrap = Bootstrap(3, 1, 100).grouped(np.array([0, 0, 0, 1, 2, 2]))
-    found = segmentation_figures(scores, bootstrap)["miou"]
-    single = segmentation_figures(scores, Bootstrap(6, 1, 100))["miou"]
+    found = segmentation_metrics(scores, bootstrap)["miou"]
+    single = segmentation_metrics(scores, Bootstrap(6, 1, 100))["miou"]
     assert found.value == single.value and (found.low, found.high) != (single.low, single.high)
 
 
 @pytest.mark.parametrize("classes", [1, 4])
 def test_all_background_everywhere(classes):
     logits, target = np.zeros((3, 5, classes)), np.zeros((3, 5), int)
-    found = segmentation_figures([score_clip(logits, target)] * 2, Bootstrap(2, 0, 100))
+    found = segmentation_metrics([score_clip(logits, target)] * 2, Bootstrap(2, 0, 100))
     assert len(found) == 12
-    for figure in found.values():
-        assert math.isnan(figure.value) and figure.left_out == {"the target is all background": 2}
+    for metric in found.values():
+        assert math.isnan(metric.value) and metric.left_out == {"the target is all background": 2}
 
 
 def test_one_clip_all_object_and_nothing_marked():
     target = np.ones((3, 5), int)
-    found = segmentation_figures([score_clip(np.ones((3, 5, 1)), target)], Bootstrap(1, 0, 100))
+    found = segmentation_metrics([score_clip(np.ones((3, 5, 1)), target)], Bootstrap(1, 0, 100))
     assert all(found[name].value == 1 for name in ("miou", "iou", "f_score", "iou/large"))
-    missed = segmentation_figures([score_clip(-np.ones((3, 5, 1)), target)], Bootstrap(1, 0, 100))
+    missed = segmentation_metrics([score_clip(-np.ones((3, 5, 1)), target)], Bootstrap(1, 0, 100))
     assert (missed["miou"].value, missed["precision"].value, missed["f_score"].value) == (0, 0, 1)
 
 

@@ -124,7 +124,7 @@ def test_empty_sounds_are_skipped_and_counted():
     leaked = sources + 0.5 * sources[::-1]
     pairs = ((sources, estimates_of(sources)), (silent, sources), (sources, silent), (sources, leaked))
     rows = [separation.score_clip(*pair, unprocessed) for pair in pairs]
-    found = separation.separation_figures(rows, Bootstrap(4, 0, 100))
+    found = separation.separation_metrics(rows, Bootstrap(4, 0, 100))
     assert len(found) == 12
     for name in rows[0]:
         used = [rows[0][name], rows[3][name]]

@@ -18,6 +18,7 @@ from av_mae.data.pipeline import open_evaluation_data
 from av_mae.errors import UserError
 from av_mae.evaluate import __main__ as evaluate
 from av_mae.evaluate import neighbours
+from av_mae.evaluate import run as evaluation
 from av_mae.train import __main__ as train
 from av_mae.train import run
 from av_mae.train import sharding as mesh
@@ -39,7 +40,7 @@ def on_devices(monkeypatch):
     """Runs see the first devices alone."""
 
     def use(devices: int) -> None:
-        for module in (run, neighbours):
+        for module in (run, evaluation, neighbours):
             monkeypatch.setattr(module, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:devices]))
 
     use(1)
@@ -62,7 +63,7 @@ def measured(folder, workdir, *overrides: str, init=None) -> dict:
 
 
 def values(results: dict) -> dict[str, float]:
-    return {name: figure["value"] for name, figure in results.items() if isinstance(figure, dict) and "value" in figure}
+    return {name: metric["value"] for name, metric in results.items() if isinstance(metric, dict) and "value" in metric}
 
 
 def plain_features(folder) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -89,7 +90,7 @@ def recall(similarity: np.ndarray, k: int) -> float:
     return float(np.mean([(row > row[number]).sum() < k for number, row in enumerate(similarity)]))
 
 
-def test_figures_against_scikit_learn_and_loops_on_any_mesh(folder, on_devices, tmp_path):
+def test_metrics_against_scikit_learn_and_loops_on_any_mesh(folder, on_devices, tmp_path):
     results = measured(folder, tmp_path / "one", "test_batch_size=7")
     found, (features, labels) = values(results), plain_features(folder)
     for name in STREAMS:
@@ -156,7 +157,7 @@ def lines(workdir) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_the_hook_gives_the_figures_of_the_task(folder, on_devices, tmp_path, monkeypatch):
+def test_the_hook_gives_the_metrics_of_the_task(folder, on_devices, tmp_path, monkeypatch):
     """At every step those of the checkpoint of the step; the same after a stop; the step is compiled once."""
     steps, made = [], train.periodic
     monkeypatch.setattr(train, "periodic", lambda config, step, *rest: steps.append(step) or made(config, step, *rest))
@@ -179,7 +180,7 @@ def test_the_hook_gives_the_figures_of_the_task(folder, on_devices, tmp_path, mo
     assert {line["step"]: line for line in lines(tmp_path / "stopped") if "single/nearest/all" in line} == found
 
 
-def test_the_hook_leaves_out_clips_that_fail_and_figures_without_labels(folder, on_devices, tmp_path, monkeypatch):
+def test_the_hook_leaves_out_clips_that_fail_and_metrics_without_labels(folder, on_devices, tmp_path, monkeypatch):
     read = records.RecordSource.__getitem__
 
     def damaged(self, index):

@@ -1,21 +1,28 @@
-"""The reconstruction evaluation against plain loops, and what must not change its figures."""
+"""The reconstruction evaluation against plain loops, and what must not change its metrics."""
 
 import functools
+import hashlib
 import json
+import pathlib
+from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_tasks import prepared, pretrained
 
 from av_mae import models
-from av_mae.config import EvaluationConfig, EvaluationDataConfig, SoundConfig
-from av_mae.data import plans
+from av_mae.checkpoint import Checkpoint
+from av_mae.config import DataConfig, SoundConfig, TrainConfig
+from av_mae.data import plans, records
 from av_mae.errors import UserError
 from av_mae.evaluate import __main__ as evaluate
-from av_mae.evaluate import reconstruction
-from av_mae.evaluate.bootstrap import Bootstrap, Figure, Report
-from av_mae.evaluate.clips import Clips, map_batches, set_names
-from av_mae.evaluate.reconstruction import interpolate_image, row_means
+from av_mae.evaluate import reconstruction, run
+from av_mae.evaluate.bootstrap import Bootstrap, Metric, Report
+from av_mae.evaluate.reconstruction import Noise, ReconstructionConfig, interpolate_image
+from av_mae.evaluate.task import set_names
+from av_mae.train.sharding import make_mesh
 
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 SOUND = SoundConfig(rate=8000, n_fft=400, hop=125, mels=8, log_floor=1e-3, mean=-1.0, std=0.5)
@@ -31,16 +38,16 @@ def _config(normalize: bool) -> models.AVMAEConfig:
     )
 
 
+class Clips(NamedTuple):
+    image: np.ndarray
+    audio: np.ndarray
+    index: np.ndarray
+
+
 def _clips(count: int) -> Clips:
     generator = np.random.default_rng(3)
-    return Clips(
-        image=generator.integers(0, 256, (count, 12, 8, 3), np.uint8),
-        audio=generator.normal(size=(count, 8, 20)).astype(np.float32),
-        label=np.zeros(count, np.int32),
-        id=np.array([f"clip{number}" for number in range(count)], object),
-        index=np.arange(count) * 2,
-        skipped=[],
-    )
+    image = generator.integers(0, 256, (count, 12, 8, 3), np.uint8)
+    return Clips(image, generator.normal(size=(count, 8, 20)).astype(np.float32), np.arange(count) * 2)
 
 
 @functools.lru_cache
@@ -48,11 +55,50 @@ def _models(normalize: bool) -> tuple[models.AVMAE, models.AVMAE]:
     return tuple(models.AVMAE(_config(normalize), rngs=nnx.Rngs(seed)) for seed in (5, 6))
 
 
+def _task(config: models.AVMAEConfig, seed: int) -> reconstruction.Reconstruction:
+    recipe = TrainConfig(steps=1, model=config, data=DataConfig(sound=SOUND))
+    checkpoint = Checkpoint(pathlib.Path("none"), recipe, "pretraining", None)
+    return reconstruction.Reconstruction(ReconstructionConfig(init="none", seed=seed), checkpoint)
+
+
 def _errors(batch_size: int, normalize: bool = False, count: int = 5, seed: int = 2):
+    """Errors [count] by name under all conditions, in batches padded with zeros."""
     model, untrained = _models(normalize)
-    clips, config = _clips(count), EvaluationConfig(seed=seed, batch_size=batch_size)
+    clips, task, partner = _clips(count), _task(model.config, seed), plans.partners(count, 2)
     noise = reconstruction.mask_noise(clips.index, model.config, seed)
-    return reconstruction.model_errors(model, untrained, clips, noise, SOUND, config), model, untrained, clips, noise
+    errors = {}
+    for condition in task.conditions:
+        arrays = clips._asdict()
+        if condition.swap:
+            arrays[condition.swap] = arrays[condition.swap][partner]
+        forward = nnx.jit(functools.partial(task.forward_under, condition))
+        found = []
+        for start in range(0, count, batch_size):
+            rows = {name: x[start : start + batch_size] for name, x in arrays.items()}
+            own = len(rows["index"])
+            padded = {
+                name: np.concatenate([x, np.zeros((batch_size - own, *x.shape[1:]), x.dtype)])
+                for name, x in rows.items()
+            }
+            out = forward(untrained if condition.untrained else model, padded)
+            found.append({name: np.asarray(x)[:own] for name, x in out.items() if name.endswith("_error")})
+        errors |= {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return errors, model, untrained, clips, Noise(*map(np.asarray, noise))
+
+
+def _baselines(clips: Clips, config: models.AVMAEConfig, seed: int) -> dict[str, np.ndarray]:
+    noise = reconstruction.mask_noise(clips.index, config, seed)
+    streams = (config.image, config.audio)
+    masks = [np.asarray(models.random_mask(x, s.keep).mask) for x, s in zip(noise, streams, strict=True)]
+    task, nothing = _task(config, seed), np.zeros(())
+    scores = [
+        task.score({"image": image, "audio": audio, "image_mask": image_mask, "audio_mask": audio_mask, "id": nothing})
+        for image, audio, image_mask, audio_mask in zip(clips.image, clips.audio, *masks, strict=True)
+    ]
+    return {
+        "baseline/image_error": np.array([clip.errors["baseline/image_error"] for clip in scores]),
+        "baseline/audio_error": reconstruction.row_mean_errors([clip.audio for clip in scores]),
+    }
 
 
 def _patch(array: np.ndarray, number: int, columns: int) -> np.ndarray:
@@ -131,11 +177,14 @@ def test_masks_depend_on_seed_and_place_alone():
     config = _config(False)
     whole = reconstruction.mask_noise(np.arange(6), config, 7)
     part = reconstruction.mask_noise(np.array([4, 1]), config, 7)
-    np.testing.assert_array_equal(part.image, whole.image[[4, 1]])
-    np.testing.assert_array_equal(part.audio, whole.audio[[4, 1]])
+    np.testing.assert_array_equal(part.image, np.asarray(whole.image)[[4, 1]])
+    np.testing.assert_array_equal(part.audio, np.asarray(whole.audio)[[4, 1]])
     assert not np.array_equal(whole.image, reconstruction.mask_noise(np.arange(6), config, 8).image)
     assert len(np.unique(whole.audio)) == whole.audio.size
-    image, audio = reconstruction.masks(whole, config)
+    image, audio = (
+        np.asarray(models.random_mask(x, stream.keep).mask)
+        for x, stream in zip(whole, (config.image, config.audio), strict=True)
+    )
     assert (image.sum(1) == 3).all() and (audio.sum(1) == 9).all()
 
 
@@ -179,8 +228,8 @@ def test_a_flat_image_is_interpolated_without_error():
 @pytest.mark.parametrize("normalize", [False, True])
 def test_baseline_errors(normalize):
     clips, config = _clips(4), _config(normalize)
-    noise = reconstruction.mask_noise(clips.index, config, 0)
-    errors = reconstruction.baseline_errors(clips, noise, config)
+    noise = Noise(*map(np.asarray, reconstruction.mask_noise(clips.index, config, 0)))
+    errors = _baselines(clips, config, 0)
     rows = np.array([clips.audio[:, row].mean() for row in range(8)])
     for clip in range(4):
         total = []
@@ -210,11 +259,6 @@ def _scaled(guess: np.ndarray, truth: np.ndarray, number: int, normalize: bool) 
     return (guess - truth.mean()) / np.sqrt(truth.var(ddof=1) + 1e-6) if normalize else guess
 
 
-def test_row_means():
-    audio = np.stack([np.outer([1.0, 5.0], np.ones(3)), np.outer([3.0, 7.0], np.ones(3))])
-    np.testing.assert_array_equal(row_means(audio), [2, 6])
-
-
 def test_bootstrap_is_paired():
     generator = np.random.default_rng(1)
     values = generator.exponential(size=400)
@@ -233,24 +277,56 @@ def test_bootstrap_is_paired():
 def test_summary_and_table():
     errors = _errors(2)[0]
     clips, config = _clips(5), _config(False)
-    errors |= reconstruction.baseline_errors(clips, reconstruction.mask_noise(clips.index, config, 2), config)
-    figures = reconstruction.summarize(errors, Bootstrap(5, 0, 200))
+    errors |= _baselines(clips, config, 2)
+    metrics = reconstruction.summarize(errors, Bootstrap(5, 0, 200))
     for stream in ("image_error", "audio_error"):
-        right, swapped = (figures[f"{name}/{stream}"].value for name in ("right", "swapped"))
-        np.testing.assert_allclose(figures[f"swapped_over_right/{stream}"].value, swapped / right)
-        np.testing.assert_allclose(figures[f"swapped_minus_right/{stream}"].value, swapped - right, atol=1e-7)
+        right, swapped = (metrics[f"{name}/{stream}"].value for name in ("right", "swapped"))
+        np.testing.assert_allclose(metrics[f"swapped_over_right/{stream}"].value, swapped / right)
+        np.testing.assert_allclose(metrics[f"swapped_minus_right/{stream}"].value, swapped - right, atol=1e-7)
         np.testing.assert_allclose(
-            figures[f"over_baseline/{stream}"].value, figures[stream].value / figures[f"baseline/{stream}"].value
+            metrics[f"over_baseline/{stream}"].value, metrics[stream].value / metrics[f"baseline/{stream}"].value
         )
-    table = reconstruction.format_table("toy_band", figures, 5, 1)
+    table = reconstruction.format_table("toy_band", metrics, 5, 1)
     assert table.startswith("toy_band: 5 held-out clips, 1 skipped")
     for row in ("baseline", "untrained model", "swapped / right", "blank"):
         assert row in table
-    assert str(figures["audio_error"]) in table and max(map(len, table.splitlines())) <= 100
+    assert str(metrics["audio_error"]) in table and max(map(len, table.splitlines())) <= 100
+
+
+@pytest.mark.slow
+def test_any_mesh_and_batch_size_give_the_same_results(tmp_path, monkeypatch):
+    """One clip of two sets is broken; ids, errors and pictures of the others are there."""
+    pretrained(tmp_path / "run")
+    sets = ",".join(str(prepared(tmp_path, variant, test_clips=9)) for variant in ("single", "mixture"))
+    read = records.RecordSource.__getitem__
+
+    def damaged(self, index):
+        broken = "single" in str(self.path) and self.split == "test" and index == 5
+        return read(self, index) | ({"sound": b"none"} if broken else {})
+
+    results = []
+    monkeypatch.setattr(records.RecordSource, "__getitem__", damaged)
+    for devices, size in ((1, 4), (8, 16)):
+        monkeypatch.setattr(run, "make_mesh", lambda config, n=devices: make_mesh(config, jax.devices()[:n]))
+        workdir = tmp_path / str(devices)
+        values = [f"init={tmp_path / 'run'}", f"data.path={sets}", f"batch_size={size}", "bootstrap=100", "pictures=2"]
+        evaluate.main(
+            ["--config=configs/reconstruction.py", f"--workdir={workdir}", *(f"--config.{value}" for value in values)]
+        )
+        results.append(json.loads((workdir / "results.json").read_text()))
+        ids = (workdir / "ids.json").read_bytes()
+        assert results[-1]["ids_sha256"] == hashlib.sha256(ids).hexdigest()
+        assert {name: len(each) for name, each in json.loads(ids).items()} == {"single": 7, "mixture": 9}
+        names = {path.name for path in (workdir / "images").iterdir()}
+        assert names == {"reconstruction_single.png", "reconstruction_mixture.png"}
+    first, second = ({name: x["value"] for name, x in found.items() if name.endswith("_error")} for found in results)
+    assert len(first) == 2 * 2 * len(reconstruction.ROWS) and first.keys() == second.keys()
+    np.testing.assert_allclose([*first.values()], [*second.values()], rtol=1e-4, atol=1e-6)
+    assert results[0]["clips"] == 16 and results[0]["skipped"] == 2  # the broken clip, and the one it is swapped into
 
 
 def test_report(tmp_path):
-    report = Report({"toy_band/audio_error": Figure(0.5, 0.4, 0.6)}, clips=7, skipped=1, table="")
+    report = Report({"toy_band/audio_error": Metric(0.5, 0.4, 0.6)}, clips=7, skipped=1, table="")
     report.save(tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text()) == {
         "toy_band/audio_error": {"value": 0.5, "low": 0.4, "high": 0.6},
@@ -259,23 +335,11 @@ def test_report(tmp_path):
     }
 
 
-def test_map_batches_pads_and_cuts():
-    seen = []
-
-    def function(values):
-        seen.append(values.shape)
-        return {"double": 2 * values[:, 0]}
-
-    values = np.arange(14.0).reshape(7, 2)
-    np.testing.assert_array_equal(map_batches(function, (values,), 3)["double"], 2 * values[:, 0])
-    assert seen == [(3, 2)] * 3
-
-
 def test_set_names():
-    assert set_names(EvaluationDataConfig(path="a/toy, b/digits")) == {"toy": "a/toy", "digits": "b/digits"}
-    assert set_names(EvaluationDataConfig(path="a/toy,b/toy")) == {"a/toy": "a/toy", "b/toy": "b/toy"}
+    assert set_names(DataConfig(path="a/toy, b/digits").paths) == {"toy": "a/toy", "digits": "b/digits"}
+    assert set_names(DataConfig(path="a/toy,b/toy").paths) == {"a/toy": "a/toy", "b/toy": "b/toy"}
     with pytest.raises(UserError, match="set --config.data.path"):
-        set_names(EvaluationDataConfig())
+        set_names(())
 
 
 @pytest.mark.parametrize(

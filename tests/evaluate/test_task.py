@@ -16,6 +16,7 @@ from av_mae import recipes
 from av_mae.data import records
 from av_mae.errors import UserError, read_skipped
 from av_mae.evaluate import __main__ as evaluate
+from av_mae.evaluate import run as evaluation
 from av_mae.evaluate import separation
 from av_mae.media import encode as clip_writer
 from av_mae.prepare.shards import write_set
@@ -46,7 +47,8 @@ def one_device(monkeypatch):
     """Runs see the first device alone."""
 
     def use(devices: int) -> None:
-        monkeypatch.setattr(run, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:devices]))
+        for module in (run, evaluation):
+            monkeypatch.setattr(module, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:devices]))
 
     use(1)
     return use
@@ -57,12 +59,12 @@ def measured(folder, task: str, workdir, *overrides: str) -> dict:
     return json.loads((workdir / "results.json").read_text())
 
 
-def figures(results: dict) -> dict[str, float]:
-    return {name: figure["value"] for name, figure in results.items() if isinstance(figure, dict) and "value" in figure}
+def metrics(results: dict) -> dict[str, float]:
+    return {name: metric["value"] for name, metric in results.items() if isinstance(metric, dict) and "value" in metric}
 
 
 def assert_same(ours: dict, expected: dict) -> None:
-    ours, expected = figures(ours), figures(expected)
+    ours, expected = metrics(ours), metrics(expected)
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         if value is None:
@@ -74,12 +76,12 @@ def assert_same(ours: dict, expected: dict) -> None:
 @pytest.mark.parametrize(
     "task", [pytest.param(task, marks=[pytest.mark.slow] if task == "separation" else []) for task in VARIANTS]
 )
-def test_a_task_leaves_figures_pictures_and_a_checkpoint(folder, one_device, task, tmp_path):
+def test_a_task_leaves_metrics_pictures_and_a_checkpoint(folder, one_device, task, tmp_path):
     results = measured(folder, task, tmp_path)
     assert results["clips"] == 21 and results["skipped"] == 0 and results["skipped_clips"] == []
     assert results["checkpoint"]["step"] == 0 and results["config"]["steps"] == 3
     assert results["clips_per_second"] > 0 and results["encoder_clips_per_second"] > 0
-    found = figures(results)
+    found = metrics(results)
     names = {
         "classification": "accuracy/joint",
         "localization": "ciou",
@@ -99,7 +101,7 @@ def test_a_task_leaves_figures_pictures_and_a_checkpoint(folder, one_device, tas
 
 
 @pytest.mark.parametrize("task", ["classification", pytest.param("segmentation", marks=pytest.mark.slow)])
-def test_figures_do_not_depend_on_mesh_and_batch_size(folder, one_device, task, tmp_path):
+def test_metrics_do_not_depend_on_mesh_and_batch_size(folder, one_device, task, tmp_path):
     """The head is trained once; it is measured on one device in batches of 7 and 32, then on eight."""
     expected = measured(folder, task, tmp_path, "test_batch_size=7")
     assert_same(measured(folder, task, tmp_path, "test_batch_size=32"), expected)
@@ -113,7 +115,7 @@ def test_a_stopped_task_goes_on_and_ends_alike(folder, one_device, tmp_path):
     measured(folder, "segmentation", tmp_path / "stopped", "steps=2")  # as a run that was killed after its checkpoint
     (tmp_path / "stopped" / "results.json").unlink()
     restarted = measured(folder, "segmentation", tmp_path / "restarted")
-    assert figures(restarted) == figures(whole)
+    assert metrics(restarted) == metrics(whole)
 
 
 def test_untrained_maps_need_no_training(folder, one_device, tmp_path):
@@ -169,7 +171,7 @@ def changed(path: pathlib.Path, source: pathlib.Path, change) -> pathlib.Path:
 
 
 def test_clips_of_several_classes_and_one_of_none(folder, one_device, tmp_path):
-    """Two windows a clip; the clip without a class is left out of the figures, and its cause is there."""
+    """Two windows a clip; the clip without a class is left out of the metrics, and its cause is there."""
 
     def second_class(split, number, record):
         return {"labels": [] if (split, number) == ("test", 4) else [record["labels"][0], number % 8]}
@@ -193,7 +195,7 @@ def test_clips_of_several_classes_and_one_of_none(folder, one_device, tmp_path):
 
 @pytest.mark.slow
 def test_every_annotated_frame_is_segmented(folder, one_device, tmp_path):
-    """Clip n has masks of n % 3 + 1 frames; one clip's are empty: counted beside every figure."""
+    """Clip n has masks of n % 3 + 1 frames; one clip's are empty: counted beside every metric."""
 
     def more_masks(split, number, record):
         blank = np.asarray(Image.open(io.BytesIO(record["masks"][0]))) * 0

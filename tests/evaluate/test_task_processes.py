@@ -95,11 +95,11 @@ def test_two_processes_measure_what_one_does(folder, task, tmp_path):
     )
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert one.keys() == two.keys() and two["clips"] == 21
-    for name, figure in one.items():
-        if isinstance(figure, dict) and "value" in figure:
+    for name, metric in one.items():
+        if isinstance(metric, dict) and "value" in metric:
             ours, expected = (
                 [float("nan") if each[part] is None else each[part] for part in ("value", "low", "high")]
-                for each in (two[name], figure)
+                for each in (two[name], metric)
             )
             np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5, err_msg=name)
 

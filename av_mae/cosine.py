@@ -1,10 +1,11 @@
-"""Nearest neighbours and retrieval by cosine, block by block: the matrix of similarities is never whole in memory.
+"""Exact search by cosine, block by block: the matrix of similarities is never whole in memory.
 
-Embeddings stay where they are (an array, or a file mapped into memory); beside them live two blocks of rows, their
+`closest` finds the rows nearest to a few queries, on the host. `nearest` and `retrieval` compare all clips with all
+others on the devices: beside the embeddings (an array, or a file mapped into memory) live two blocks of rows, their
 similarities (64 MB per stream at the default block) and a few numbers per clip.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,9 +17,17 @@ from av_mae.evaluate.bootstrap import Values, require_finite
 from av_mae.train.sharding import batch_sharding, replicated
 
 BLOCK = 4096
+LEAST_LENGTH = 1e-12
 ALL = "all"  # the sum of the streams' similarities
 RECALLS = (1, 5, 10)
 DIRECTIONS = ("audio_to_image", "image_to_audio")
+
+
+class Hits(NamedTuple):
+    """The closest rows of each query, closest first: similarity float32 [queries, k] and row int64 [queries, k]."""
+
+    similarity: np.ndarray
+    row: np.ndarray
 
 
 class Neighbours(NamedTuple):
@@ -49,8 +58,8 @@ def nearest(streams: Mapping[str, np.ndarray], block: int = BLOCK, mesh: Mesh | 
     names = [*streams] + ([ALL] if len(streams) > 1 else [])
     found = {name: Neighbours(np.full(clips, -1), np.full(clips, -np.inf, np.float32)) for name in names}
     closest = _compiled(_closest, mesh)
-    cut, whole = _placements(mesh)
-    for left, left_rows in _blocks(streams, block, cut):
+    split, whole = _shardings(mesh)
+    for left, left_rows in _blocks(streams, block, split):
         for right, right_rows in _blocks(streams, block, whole, left):
             for name, (across, down) in closest(left_rows, right_rows, left, right, clips).items():
                 _improve(found[name], left, *across)
@@ -59,27 +68,40 @@ def nearest(streams: Mapping[str, np.ndarray], block: int = BLOCK, mesh: Mesh | 
     return found
 
 
-def accuracies(neighbours: Neighbours, labels: np.ndarray) -> Values:
-    """Leave-one-out accuracy of each clip in percent (as published): 100 where its neighbour has its label, else 0.
+def closest(queries: np.ndarray, blocks: Iterable[np.ndarray], top: int, skip: np.ndarray | None = None) -> Hits:
+    """The rows whose inner product with each query is highest: the cosine, where rows have length 1.
 
-    labels: int [n], below 0 where unknown: such a clip has no accuracy, and is a wrong neighbour to others.
+    Args:
+      queries: float32 [q, D].
+      blocks: the rows in order, float32 [n, D] each.
+      top: how many rows of each query.
+      skip: int [q], a row that is no hit of this query; `None`: every row may be.
+
+    Returns:
+      At most `top` rows of each query, the closest first; of equally close ones the first.
     """
-    if len(labels) < 2:
-        return ["there is no other clip"] * len(labels)
-    right = labels[neighbours.index] == labels
-    return [100.0 * hit if label >= 0 else "no label" for label, hit in zip(labels, right, strict=True)]
+    similarity, row, first = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64), 0
+    for block in blocks:
+        numbers = np.broadcast_to(np.arange(first, first + len(block)), (len(queries), len(block)))
+        found = queries @ block.T
+        if skip is not None:
+            found = np.where(numbers == skip[:, None], -np.inf, found)
+        similarity, row = np.concatenate([similarity, found], axis=1), np.concatenate([row, numbers], axis=1)
+        order = np.argsort(-similarity, axis=1, kind="stable")[:, :top]
+        similarity, row = (np.take_along_axis(values, order, 1) for values in (similarity, row))
+        first += len(block)
+    return Hits(similarity, row)
 
 
-def neighbour_scores(neighbours: Neighbours, targets: np.ndarray) -> np.ndarray:
-    """Class scores of clips with several labels (as published): the neighbour's labels × its similarity.
-
-    targets: [n, classes], 1 where the class applies; n >= 2. Returns float64 [n, classes].
-    """
-    return targets[neighbours.index] * neighbours.similarity[:, None].astype(np.float64)
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows [n, D] divided by their length, float32; rows of zeros stay."""
+    rows = np.asarray(rows, np.float32)
+    require_finite(rows, "embeddings")
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), LEAST_LENGTH)
 
 
 def retrieval(audio: np.ndarray, image: np.ndarray, block: int = BLOCK, mesh: Mesh | None = None) -> dict[str, Values]:
-    """Recall of each clip's own image among all images by cosine with its sound, and the other way round.
+    """Recall of each clip's own image among all images by cosine with its audio, and the other way round.
 
     Args:
       audio, image: float [n, width], row i of both belongs to clip i.
@@ -88,22 +110,22 @@ def retrieval(audio: np.ndarray, image: np.ndarray, block: int = BLOCK, mesh: Me
     Returns:
       `audio_to_image/recall1`, `…5`, `…10` and `image_to_audio/…`: per clip 1 where fewer than k others are closer
       than its own, else 0; where others are just as close, the share of their orders that puts it among the first k.
-      Nothing but the reason where sounds and images have different widths.
+      Nothing but the reason where the streams have different widths.
 
     Raises:
       UserError: embeddings that are not finite.
     """
     clips, widths = len(audio), (audio.shape[1], image.shape[1])
     if widths[0] != widths[1]:
-        reason = f"sounds of width {widths[0]} and images of width {widths[1]} have no cosine"
+        reason = f"audio of width {widths[0]} and images of width {widths[1]} have no cosine"
         return {f"{name}/recall{k}": [reason] * clips for name in DIRECTIONS for k in RECALLS}
     own = np.zeros(-(-clips // block) * block, np.float32)
     own_similarity, count_closer = _compiled(_own_similarity, mesh), _compiled(_count_closer, mesh)
-    cut, whole = _placements(mesh)
-    for start, blocks in _blocks({"audio": audio, "image": image}, block, cut):
+    split, whole = _shardings(mesh)
+    for start, blocks in _blocks({"audio": audio, "image": image}, block, split):
         own[start : start + block] = own_similarity(blocks["audio"], blocks["image"])
     counts = np.zeros((2, 2, len(own)), np.int64)  # of audio → image and image → audio: closer, just as close
-    for left, audio_rows in _blocks({"audio": audio}, block, cut):
+    for left, audio_rows in _blocks({"audio": audio}, block, split):
         for right, image_rows in _blocks({"image": image}, block, whole):
             across, down = count_closer(
                 audio_rows["audio"],
@@ -131,7 +153,7 @@ def recalls(closer: np.ndarray, equal: np.ndarray, k: int) -> Values:
 
 
 def _blocks(
-    streams: Mapping[str, np.ndarray], block: int, placed: NamedSharding | None, first: int = 0
+    streams: Mapping[str, np.ndarray], block: int, sharding: NamedSharding | None, first: int = 0
 ) -> Iterator[tuple[int, dict[str, np.ndarray | jax.Array]]]:
     """(start, rows start … start + block of each stream) from row `first` on, zeros after the last row."""
     for start in range(first, len(next(iter(streams.values()))), block):
@@ -141,24 +163,24 @@ def _blocks(
             require_finite(part, f"{name} embeddings from clip {start} on")
             part = np.pad(part, ((0, block - len(part)), (0, 0)))
             found[name] = part
-            if placed is not None:
-                found[name] = jax.make_array_from_callback(part.shape, placed, part.__getitem__)
+            if sharding is not None:
+                found[name] = jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
         yield start, found
 
 
-def _placements(mesh: Mesh | None) -> tuple[NamedSharding | None, NamedSharding | None]:
-    """Rows cut over the devices of a mesh, and whole on each; (None, None) for the default device."""
+def _shardings(mesh: Mesh | None) -> tuple[NamedSharding | None, NamedSharding | None]:
+    """Rows split over the devices of a mesh, and whole on each; (None, None) for the default device."""
     return (None, None) if mesh is None else (batch_sharding(mesh), replicated(mesh))
 
 
 def _compiled(function: Callable, mesh: Mesh | None) -> Callable:
     """The function compiled; what it returns is whole on every device of the mesh."""
-    return jax.jit(function, out_shardings=_placements(mesh)[1])
+    return jax.jit(function, out_shardings=_shardings(mesh)[1])
 
 
 def _similarity(left: jax.Array, right: jax.Array) -> jax.Array:
     """Cosines [B, B] of rows [B, D]; 0 for rows of zeros."""
-    left, right = (x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (left, right))
+    left, right = (x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), LEAST_LENGTH) for x in (left, right))
     return jnp.einsum("ld,rd->lr", left, right, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -188,10 +210,10 @@ def _closest(
 
 
 def _first_maximum(similarity: jax.Array, axis: int, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The maxima along an axis and where they first stand, counted from `start` on."""
+    """The maxima along an axis, and their first indices, counted from `start` on."""
     maxima = similarity.max(axis, keepdims=True)
-    places = jax.lax.broadcasted_iota(jnp.int32, similarity.shape, axis)
-    first = jnp.where(similarity == maxima, places, similarity.shape[axis]).min(axis)  # argmax takes 3 times as long
+    indices = jax.lax.broadcasted_iota(jnp.int32, similarity.shape, axis)
+    first = jnp.where(similarity == maxima, indices, similarity.shape[axis]).min(axis)  # argmax takes 3 times as long
     return maxima.squeeze(axis), start + first
 
 
@@ -216,7 +238,7 @@ def _count_closer(
     right: jax.Array,
     clips: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """For each sound how many other images are (closer, just as close) as its own: int [2, B]; and vice versa."""
+    """For each row of audio how many other images are (closer, just as close) as its own: int [2, B]; and vice versa."""
     similarity, others = _similarity(audio, image), _others(left, right, len(audio), clips)
 
     def count(own: jax.Array, axis: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Intervals from resampled clips against resampling by hand, and what is left out of a figure."""
+"""Intervals from resampled clips against resampling by hand, and what is left out of a metric."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from av_mae.evaluate.bootstrap import Bootstrap, Figure, Report, figures_of
+from av_mae.evaluate.bootstrap import Bootstrap, Metric, Report, metrics_of
 
 SEED, DRAWS = 4, 300
 
@@ -17,10 +17,10 @@ def resampled(clips):
     return [np.repeat(np.arange(clips), row) for row in counts]
 
 
-def check(figure, values, value):
-    """The figure's interval is that of `values`, one for each resampling where it is defined."""
-    assert figure.value == pytest.approx(value, rel=1e-12)
-    np.testing.assert_allclose([figure.low, figure.high], np.percentile(values, (2.5, 97.5)), rtol=1e-9)
+def check(metric, values, value):
+    """The metric's interval is that of `values`, one for each resampling where it is defined."""
+    assert metric.value == pytest.approx(value, rel=1e-12)
+    np.testing.assert_allclose([metric.low, metric.high], np.percentile(values, (2.5, 97.5)), rtol=1e-9)
 
 
 @pytest.mark.parametrize("clips", [7, 40])
@@ -28,34 +28,34 @@ def check(figure, values, value):
 def test_mean_and_median(clips, name):
     values = np.random.default_rng(1).exponential(size=clips).round(1)  # rounded: some are equal
     of = getattr(np, name)
-    figure = getattr(Bootstrap(clips, SEED, DRAWS), name)(values)
-    check(figure, [of(values[chosen]) for chosen in resampled(clips)], of(values))
+    metric = getattr(Bootstrap(clips, SEED, DRAWS), name)(values)
+    check(metric, [of(values[chosen]) for chosen in resampled(clips)], of(values))
 
 
 @pytest.mark.parametrize("name", ["mean", "median"])
 def test_clips_without_a_value_are_left_out_and_counted(name):
     values = [1.0, "silent", 4.0, 2.5, "silent", "too short", math.inf]
     of, used = getattr(np, name), {0: 1.0, 2: 4.0, 3: 2.5}
-    figure = getattr(Bootstrap(7, SEED, DRAWS), name)(values)
+    metric = getattr(Bootstrap(7, SEED, DRAWS), name)(values)
     draws = [[used[clip] for clip in chosen if clip in used] for chosen in resampled(7)]
-    check(figure, [of(draw) for draw in draws if draw], of(list(used.values())))
-    assert figure.left_out == {"silent": 2, "too short": 1, "not finite": 1}
+    check(metric, [of(draw) for draw in draws if draw], of(list(used.values())))
+    assert metric.left_out == {"silent": 2, "too short": 1, "not finite": 1}
 
 
 def test_difference_is_over_the_clips_that_have_both():
-    figure = Bootstrap(4, SEED, DRAWS).difference([5.0, 7.0, "a", 1.0], [1.0, "b", "c", 2.0])
-    assert figure.value == (4 - 1) / 2 and figure.left_out == {"b": 1, "a": 1}
-    assert (figure.low, figure.high) == (-1, 4)
+    metric = Bootstrap(4, SEED, DRAWS).difference([5.0, 7.0, "a", 1.0], [1.0, "b", "c", 2.0])
+    assert metric.value == (4 - 1) / 2 and metric.left_out == {"b": 1, "a": 1}
+    assert (metric.low, metric.high) == (-1, 4)
 
 
 def test_values_of_a_clip_are_drawn_together():
     clip_of, values = np.array([0, 0, 0, 1, 2, 2, 3, 3, 3, 3]), np.random.default_rng(2).normal(size=10)
-    figure = Bootstrap(4, SEED, DRAWS).grouped(clip_of).mean(values)
+    metric = Bootstrap(4, SEED, DRAWS).grouped(clip_of).mean(values)
     draws = [np.concatenate([values[clip_of == clip] for clip in chosen]).mean() for chosen in resampled(4)]
-    check(figure, draws, values.mean())
+    check(metric, draws, values.mean())
 
 
-def test_statistics_of_several_figures_undefined_in_some_draws():
+def test_statistics_of_several_metrics_undefined_in_some_draws():
     values = np.array([3.0, 1.0, 2.0, 5.0])
 
     def function(weights):
@@ -78,19 +78,19 @@ def test_blocks_of_draws_change_nothing(monkeypatch):
 
 
 def test_one_clip():
-    figure = Bootstrap(1, SEED, DRAWS).mean(np.array([0.25]))
-    assert (figure.value, figure.low, figure.high) == (0.25, 0.25, 0.25)
+    metric = Bootstrap(1, SEED, DRAWS).mean(np.array([0.25]))
+    assert (metric.value, metric.low, metric.high) == (0.25, 0.25, 0.25)
 
 
 def test_nothing_left_is_no_number_and_says_why(tmp_path):
     bootstrap = Bootstrap(3, SEED, DRAWS)
-    found = figures_of(
+    found = metrics_of(
         [{"iou": 0.5, "sdr": "silent"}, {"iou": 0.75, "sdr": "silent"}, {"iou": 1.0, "sdr": "short"}], bootstrap
     )
     median = bootstrap.median(["silent", "silent", "short"])
-    for figure in (found["sdr"], median):
-        assert all(map(math.isnan, (figure.value, figure.low, figure.high)))
-        assert figure.left_out == {"silent": 2, "short": 1} and str(figure) == "- (silent, short)"
+    for metric in (found["sdr"], median):
+        assert all(map(math.isnan, (metric.value, metric.low, metric.high)))
+        assert metric.left_out == {"silent": 2, "short": 1} and str(metric) == "- (silent, short)"
     Report(found, 3, 0, "", {"causes": {"broken": 1}}).save(tmp_path / "results.json")
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["sdr"] == {"value": None, "low": None, "high": None, "left_out": {"silent": 2, "short": 1}}
@@ -99,8 +99,8 @@ def test_nothing_left_is_no_number_and_says_why(tmp_path):
 
 
 def test_a_statistic_that_is_undefined_says_so():
-    figure = Bootstrap(2, SEED, DRAWS).ratio(np.ones(2), np.ones(2))
-    assert (figure.value, figure.left_out) == (1, {})
-    figure = Bootstrap(2, SEED, DRAWS).statistics(lambda weights: {"": np.full(len(weights), np.nan)})[""]
-    assert math.isnan(figure.value) and figure.left_out
-    assert Figure(1.0, 0.5, 2.0) == Figure(1.0, 0.5, 2.0, {})
+    metric = Bootstrap(2, SEED, DRAWS).ratio(np.ones(2), np.ones(2))
+    assert (metric.value, metric.left_out) == (1, {})
+    metric = Bootstrap(2, SEED, DRAWS).statistics(lambda weights: {"": np.full(len(weights), np.nan)})[""]
+    assert math.isnan(metric.value) and metric.left_out
+    assert Metric(1.0, 0.5, 2.0) == Metric(1.0, 0.5, 2.0, {})
