@@ -6,7 +6,7 @@ similarities (64 MB per stream at the default block) and a few numbers per clip.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,20 +24,16 @@ DIRECTIONS = ("audio_to_image", "image_to_audio")
 
 
 class Hits(NamedTuple):
-    """The closest rows of each query, closest first: similarity float32 [queries, k] and row int64 [queries, k]."""
+    """The closest rows of each query: similarity float32 and row int64, [queries, k] with the closest first.
+
+    Of `nearest` [n] each, the nearest other clip of each clip; -1 where there is none.
+    """
 
     similarity: np.ndarray
     row: np.ndarray
 
 
-class Neighbours(NamedTuple):
-    """The nearest other clip of each: index int64 [n] (-1 where there is none), similarity float32 [n]."""
-
-    index: np.ndarray
-    similarity: np.ndarray
-
-
-def nearest(streams: Mapping[str, np.ndarray], block: int = BLOCK, mesh: Mesh | None = None) -> dict[str, Neighbours]:
+def nearest(streams: Mapping[str, np.ndarray], block: int = BLOCK, mesh: Mesh | None = None) -> dict[str, Hits]:
     """The nearest other clip of every clip by cosine, for each stream and for the sum of all similarities.
 
     Similarities are symmetric, so each pair of blocks is compared once and serves both. Of equal similarities the first
@@ -56,7 +52,7 @@ def nearest(streams: Mapping[str, np.ndarray], block: int = BLOCK, mesh: Mesh | 
     """
     clips = len(next(iter(streams.values())))
     names = [*streams] + ([ALL] if len(streams) > 1 else [])
-    found = {name: Neighbours(np.full(clips, -1), np.full(clips, -np.inf, np.float32)) for name in names}
+    found = {name: Hits(np.full(clips, -np.inf, np.float32), np.full(clips, -1)) for name in names}
     closest = _compiled(_closest, mesh)
     split, whole = _shardings(mesh)
     for left, left_rows in _blocks(streams, block, split):
@@ -80,7 +76,9 @@ def closest(queries: np.ndarray, blocks: Iterable[np.ndarray], top: int, skip: n
     Returns:
       At most `top` rows of each query, the closest first; of equally close ones the first.
     """
-    similarity, row, first = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64), 0
+    similarity: np.ndarray = np.zeros((len(queries), 0), np.float32)
+    row: np.ndarray = np.zeros((len(queries), 0), np.int64)
+    first = 0
     for block in blocks:
         numbers = np.broadcast_to(np.arange(first, first + len(block)), (len(queries), len(block)))
         found = queries @ block.T
@@ -88,7 +86,7 @@ def closest(queries: np.ndarray, blocks: Iterable[np.ndarray], top: int, skip: n
             found = np.where(numbers == skip[:, None], -np.inf, found)
         similarity, row = np.concatenate([similarity, found], axis=1), np.concatenate([row, numbers], axis=1)
         order = np.argsort(-similarity, axis=1, kind="stable")[:, :top]
-        similarity, row = (np.take_along_axis(values, order, 1) for values in (similarity, row))
+        similarity, row = np.take_along_axis(similarity, order, 1), np.take_along_axis(row, order, 1)
         first += len(block)
     return Hits(similarity, row)
 
@@ -139,7 +137,7 @@ def retrieval(audio: np.ndarray, image: np.ndarray, block: int = BLOCK, mesh: Me
             counts[0, :, left : left + block] += across
             counts[1, :, right : right + block] += down
     return {
-        f"{name}/recall{k}": recalls(*counts[number, :, :clips], k)
+        f"{name}/recall{k}": recalls(counts[number, 0, :clips], counts[number, 1, :clips], k)
         for number, name in enumerate(DIRECTIONS)
         for k in RECALLS
     }
@@ -154,10 +152,10 @@ def recalls(closer: np.ndarray, equal: np.ndarray, k: int) -> Values:
 
 def _blocks(
     streams: Mapping[str, np.ndarray], block: int, sharding: NamedSharding | None, first: int = 0
-) -> Iterator[tuple[int, dict[str, np.ndarray | jax.Array]]]:
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(start, rows start … start + block of each stream) from row `first` on, zeros after the last row."""
     for start in range(first, len(next(iter(streams.values()))), block):
-        found = {}
+        found: dict[str, Any] = {}
         for name, values in streams.items():
             part = np.asarray(values[start : start + block], np.float32)
             require_finite(part, f"{name} embeddings from clip {start} on")
@@ -200,7 +198,8 @@ def _closest(
     """For each stream ((similarity, index) of each left row's closest right row, the same of each right row)."""
     similarities = {name: _similarity(left_rows[name], right_rows[name]) for name in left_rows}
     if len(similarities) > 1:
-        similarities[ALL] = sum(similarities.values())
+        first, *rest = similarities.values()
+        similarities[ALL] = sum(rest, first)
     others = _others(left, right, len(next(iter(left_rows.values()))), clips)
     found = {}
     for name, similarity in similarities.items():
@@ -217,12 +216,12 @@ def _first_maximum(similarity: jax.Array, axis: int, start: jax.Array) -> tuple[
     return maxima.squeeze(axis), start + first
 
 
-def _improve(found: Neighbours, start: int, similarity: jax.Array, index: jax.Array) -> None:
+def _improve(found: Hits, start: int, similarity: jax.Array, index: jax.Array) -> None:
     """Takes the closest rows of a block [B] where they are closer than those known for clips start, start + 1, …"""
-    part = slice(start, min(start + len(similarity), len(found.index)))
-    similarity, index = (np.asarray(values)[: part.stop - start] for values in (similarity, index))
-    closer = similarity > found.similarity[part]
-    found.index[part][closer], found.similarity[part][closer] = index[closer], similarity[closer]
+    part = slice(start, min(start + len(similarity), len(found.row)))
+    value, row = (np.asarray(values)[: part.stop - start] for values in (similarity, index))
+    closer = value > found.similarity[part]
+    found.row[part][closer], found.similarity[part][closer] = row[closer], value[closer]
 
 
 def _own_similarity(audio: jax.Array, image: jax.Array) -> jax.Array:

@@ -36,8 +36,10 @@ def as_recipe(config: typing.Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(to_dict(config, lists=False), type_safe=False).lock()
 
 
-def load_recipe(spec: str, overrides: typing.Sequence[str] = (), kind: type = TrainConfig):
-    """Loads a recipe and applies overrides to it.
+def load_recipe(
+    spec: str, overrides: typing.Sequence[str] = (), kind: type | typing.Callable[[dict], type] = TrainConfig
+):
+    """Loads `path.py[:variant]`, applies `--config.a.b=value` overrides and returns a checked `kind`.
 
     Args:
       spec: `NAME[:VARIANT]` of a shipped recipe, e.g. `demo:band`, or `FILE.py[:VARIANT]` from the working directory;

@@ -4,6 +4,7 @@ The search is exact and goes file by file: no more than a block of rows is in me
 """
 
 import argparse
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -131,16 +132,15 @@ class Index:
         if path.suffix not in SUFFIXES:
             raise UserError(f"--faiss={path} must end in {' or '.join(SUFFIXES)}")
         blocks = self.blocks(column)
-        block = next(blocks, np.zeros((0, 0), np.float32))
+        first = next(blocks, np.zeros((0, 0), np.float32))
         unfinished = path.with_name(f".{path.name}.unfinished")
         with open(unfinished, "wb") as file:
             if path.suffix == ".npy":
-                header = {"descr": "<f4", "fortran_order": False, "shape": (len(self), block.shape[1])}
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(self), first.shape[1])}
                 np.lib.format.write_array_header_1_0(file, header)
-            while block is not None:
+            for block in itertools.chain([first], blocks):
                 length = np.full((len(block), 1), block.shape[1], "<i4").view("<f4")
                 file.write(block.tobytes() if path.suffix == ".npy" else np.hstack([length, block]).tobytes())
-                block = next(blocks, None)
         unfinished.replace(path)
         with open(f"{path}.ids.txt", "w") as file:
             for table in self._files:

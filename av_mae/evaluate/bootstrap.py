@@ -185,10 +185,11 @@ def _smallest(counts: np.ndarray) -> np.ndarray:
 
 def _numbers(values: Values) -> tuple[np.ndarray, dict[str, int]]:
     """Values as float64 [n], not finite where left out, and the reasons counted."""
+    reasons: collections.Counter[str] = collections.Counter()
     if isinstance(values, np.ndarray):
-        numbers, reasons = values.astype(np.float64), collections.Counter()
+        numbers = values.astype(np.float64)
     else:
-        reasons = collections.Counter(value for value in values if isinstance(value, str))
+        reasons.update(value for value in values if isinstance(value, str))
         numbers = np.array([math.nan if isinstance(value, str) else value for value in values], np.float64)
     unexplained = int(np.sum(~np.isfinite(numbers))) - reasons.total()
     return numbers, dict(reasons) | ({"not finite": unexplained} if unexplained else {})
@@ -196,8 +197,9 @@ def _numbers(values: Values) -> tuple[np.ndarray, dict[str, int]]:
 
 def _difference(value: Value, other: Value) -> Value:
     """value - other, or the first reason why one of them is missing."""
-    reasons = [each for each in (value, other) if isinstance(each, str)]
-    return reasons[0] if reasons else value - other
+    if isinstance(value, str):
+        return value
+    return other if isinstance(other, str) else value - other
 
 
 def divide(sums: np.ndarray, counts: np.ndarray, empty: float = math.nan) -> np.ndarray:

@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,8 @@ def ranking(weights: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> tup
     """
     counts = np.ascontiguousarray(weights.T, np.float32 if len(scores) < 2**24 else np.float64)  # exact in both
     curves = [_rank_class(counts, scores[:, number], targets[:, number]) for number in range(scores.shape[1])]
-    return tuple(np.stack(metrics, axis=1) for metrics in zip(*curves, strict=True))
+    precisions, areas = (np.stack(values, axis=1) for values in zip(*curves, strict=True))
+    return precisions, areas
 
 
 def _rank_class(counts: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -222,15 +224,16 @@ class ClassificationObjective(Objective):
             f"drop_path={settings.drop_path} drops layers of an encoder that is trained: with encoder_rate=0 it "
             "is frozen; set drop_path=0",
         )
-        frequency = self._checked(frequency)
-        self.bias = tuple(np.asarray(objectives.log_odds(frequency)).tolist()) if settings.log_odds else 0.0
-        self.class_weights = class_weights(frequency).astype(np.float32) if settings.balanced else None
+        share = self._checked(frequency)
+        self.bias = tuple(np.asarray(objectives.log_odds(share)).tolist()) if settings.log_odds else 0.0
+        self.class_weights = jnp.asarray(class_weights(share), jnp.float32) if settings.balanced else None
         widths = [config.image.width, config.audio.width]
         widths += [config.fusion_width] if config.fusion.kind != "none" else []
         heads = 2 * sum(widths) * head.classes
         self.flops = (1 if self.frozen else PASSES) * encoder_flops(config, masked=False) + PASSES * heads
 
-    def _checked(self, frequency: np.ndarray | None) -> np.ndarray | None:
+    def _checked(self, frequency: np.ndarray | None) -> Any:
+        """The shares [classes], checked; `None` where they are not needed."""
         if not (self.settings.balanced or self.settings.log_odds):
             return None
         require(frequency is not None, "balanced and log_odds need the classes' frequency in the training clips")
@@ -284,7 +287,7 @@ class ClassificationObjective(Objective):
             factors = stochastic_depth(rows["depth_noise"], self.settings.drop_path, self.encoder_config)
         return models.pool(model.encoder(image, audio, factors=factors))
 
-    def losses(self, model: models.Classifier, rows: Rows) -> tuple[jax.Array, Rows]:
+    def losses(self, model: Any, rows: Rows) -> tuple[jax.Array, Rows]:
         """Loss and `accuracy`, whether the class of the highest score holds (has most of the clip, with mixup): [B]."""
         features, targets = self.features(model, rows["image"], rows["audio"], rows), rows["target"]
         score = models.joint_score(model.classify(features, rows["valid"]))
@@ -377,7 +380,7 @@ class Classification(Task[ClassificationConfig]):
 
     def metrics(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Metric]:
         measure = multi_label_metrics if self.config.settings.multi_label else single_label_metrics
-        found = {}
+        found: dict[str, Metric] = {}
         for prefix, clips in scores.items():
             labels = np.stack([clip["label"] for clip in clips])
             for stream in [name for name in clips[0] if name != "label"]:

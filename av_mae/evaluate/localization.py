@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -140,7 +140,7 @@ def right_object(heat: np.ndarray, objects: np.ndarray, sounding: np.ndarray) ->
     if not sounding.any():
         return "no object sounds"
     require_finite(heat, "values of a heat map")
-    seen = objects.any((1, 2))
+    seen = np.asarray(objects.any((1, 2)))
     if not seen[sounding].any():
         return "the sounding object covers no pixel"
     if not seen[~sounding].any():
@@ -256,7 +256,7 @@ class LocalizationObjective(Objective):
     def build(self, rngs: nnx.Rngs) -> models.Localizer:
         return models.Localizer(self.config, self.head, rngs=rngs)
 
-    def losses(self, model: models.Localizer, rows: Rows) -> tuple[jax.Array, Rows]:
+    def losses(self, model: Any, rows: Rows) -> tuple[jax.Array, Rows]:
         scores = model.pairwise(models.normalize_image(rows["image"]), rows["audio"])
         return (
             contrastive_loss(scores, rows["valid"], self.head.temperature),
@@ -299,7 +299,7 @@ class Localization(Task[LocalizationConfig]):
             else Untrained(kinds.PRETRAINING, checkpoint.config.model)
         )
 
-    def forward(self, model: models.Localizer | models.AVMAE, batch: Batch) -> dict[str, jax.Array]:
+    def forward(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         image, audio = models.normalize_image(batch["image"]), batch["audio"]
         if self.trains:
             patch = model.config.image.patch_size
@@ -316,7 +316,9 @@ class Localization(Task[LocalizationConfig]):
         if target is None:
             return Scored(dict.fromkeys((*MEASURES, "right_object"), NOT_ANNOTATED), float(heat.max()), None)
         sounding = bool(target.any() if self.config.against == "mask" else np.any(clip["sounding"] == 1))
-        values = score_map(heat, target, self.config.top) if sounding else dict.fromkeys(MEASURES, "nothing sounds")
+        values: dict[str, Value] = dict.fromkeys(MEASURES, "nothing sounds")
+        if sounding:
+            values = score_map(heat, target, self.config.top)
         right = right_object(heat, *objects_in(clip, heat.shape)) if clip["annotators"] else NOT_ANNOTATED
         return Scored(values | {"right_object": right}, float(heat.max()), sounding)
 

@@ -11,6 +11,7 @@ Metrics of a set of clips, by cosine:
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -96,7 +97,7 @@ class Neighbours(Task[NeighboursConfig]):
         return self.names[label] if label >= 0 else "no label"
 
 
-def features(model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:
+def features(model: Any, batch: Batch) -> dict[str, jax.Array]:
     """Pooled features [B, D] 'features/image', '…audio' and '…fusion', and where there are fusion tokens
     'features/alone/image' and '…audio', of the streams without them."""
     image, audio = models.normalize_image(batch["image"]), batch["audio"]
@@ -130,14 +131,14 @@ def clip_values(found: Features, labels: np.ndarray, mesh: Mesh) -> dict[str, Va
     return values | {FUSED + name: recall for name, recall in recalls.items()}
 
 
-def accuracies(neighbours: cosine.Neighbours, labels: np.ndarray) -> Values:
+def accuracies(neighbours: cosine.Hits, labels: np.ndarray) -> Values:
     """Leave-one-out accuracy of each clip in percent (as published): 100 where its neighbour has its label, else 0.
 
     labels: int [n], below 0 where unknown: such a clip has no accuracy, and is a wrong neighbour to others.
     """
     if len(labels) < 2:
         return ["there is no other clip"] * len(labels)
-    right = labels[neighbours.index] == labels
+    right = labels[neighbours.row] == labels
     return [100.0 * hit if label >= 0 else "no label" for label, hit in zip(labels, right, strict=True)]
 
 
@@ -192,7 +193,7 @@ class NeighboursHook(Hook):
         return finished or step % every == 0
 
     def after_step(self, moment: Moment) -> None:
-        line = {"step": moment.step}
+        line: dict[str, float] = {"step": moment.step}
         for name, batches in self.batches.items():
             clips = [clip for batch in batches for clip in rows_of(jax.device_get(self.encode(moment.state, batch)))]
             if clips:

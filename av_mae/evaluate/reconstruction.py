@@ -182,7 +182,7 @@ def patch_weights(x: np.ndarray, mask: np.ndarray, stream: models.StreamConfig) 
       mask: bool [patches], which patches are masked.
       stream: the stream's patches; where its targets are normalised, differences count by the patch's own scale.
     """
-    patches = np.asarray(models.patchify(x[None], stream.patch_size), np.float64)[0]
+    patches = np.asarray(models.patchify(jnp.asarray(x)[None], stream.patch_size), np.float64)[0]
     scale = patches.var(-1, ddof=1) + 1e-6 if stream.normalize_targets else 1.0
     return mask / (mask.sum() * stream.patch_values * scale)
 
@@ -190,7 +190,7 @@ def patch_weights(x: np.ndarray, mask: np.ndarray, stream: models.StreamConfig) 
 def on_grid(values: np.ndarray, stream: models.StreamConfig) -> np.ndarray:
     """Values of the patches [patches] at each of their pixels, [H, W]."""
     patches = np.repeat(values[None, :, None], stream.patch_values, -1)
-    return np.asarray(models.unpatchify(patches, stream))[0, ..., 0]
+    return np.asarray(models.unpatchify(jnp.asarray(patches), stream))[0, ..., 0]
 
 
 def interpolation_error(image: np.ndarray, mask: np.ndarray, stream: models.StreamConfig) -> float:
@@ -296,7 +296,7 @@ class Reconstruction(Task[ReconstructionConfig]):
         errors = {name: float(x) for name, x in clip.items() if name.endswith("_error")}
         if "image_mask" not in clip:
             return Scores(errors, None)
-        image = np.asarray(models.normalize_image(clip["image"]))
+        image = np.asarray(models.normalize_image(jnp.asarray(clip["image"])))
         errors["baseline/image_error"] = interpolation_error(image, clip["image_mask"] > 0, self.model.image)
         return Scores(errors, row_moments(clip["audio"], clip["audio_mask"] > 0, self.model.audio))
 
@@ -315,12 +315,9 @@ class Reconstruction(Task[ReconstructionConfig]):
     def picture(self, measured: Measured, folder: pathlib.Path) -> None:
         """Reconstructions of clips spread over the set, and the curves of the run where `init` is one."""
         arrays = {name: np.stack([clip[name] for clip in measured.drawn]) for name in measured.drawn[0]}
-        nothing = np.zeros(())
-        out = models.Output(
-            nothing,
-            nothing,
-            *(arrays[f"{stream}_{what}"] for what in ("prediction", "mask") for stream in ("image", "audio")),
-        )
+        nothing = jnp.zeros(())
+        names = ("image_prediction", "audio_prediction", "image_mask", "audio_mask")
+        out = models.Output(nothing, nothing, *(jnp.asarray(arrays[name]) for name in names))
         picture = plots.reconstructions(arrays["image"], arrays["audio"], out, self.model, measured.names)
         plots.save_png(folder / f"reconstruction_{pathlib.Path(measured.name).name}.png", picture)
         lines = pathlib.Path(self.config.init) / "metrics.jsonl"

@@ -22,7 +22,7 @@ from av_mae.config import DataConfig, TrainConfig
 from av_mae.console import Progress, note
 from av_mae.data.pipeline import open_evaluation_data
 from av_mae.errors import UserError
-from av_mae.evaluate.bootstrap import Bootstrap, Report
+from av_mae.evaluate.bootstrap import Bootstrap, Metric, Report
 from av_mae.evaluate.task import Condition, Measurable, Measured, Task, make_task
 from av_mae.models.config import require
 from av_mae.models.kinds import Params
@@ -127,7 +127,7 @@ def first_weights(task: Task, step: TrainStep) -> Params | None:
     where the recipe says so (`None`)."""
     if task.config.random_weights:
         return None
-    abstract = step.abstract_state().model
+    abstract: Mapping[str, Any] = step.abstract_state().model
     wanted = {name: x for name, x in abstract.items() if not task.trains or name.startswith("encoder.")}
     return load_params(str(task.checkpoint.folder), wanted, partly=True)
 
@@ -185,7 +185,8 @@ def make_report(task: Task, measured: Mapping[str, Mapping[str, Measured]], work
       workdir: for pictures and lists.
     """
     config = task.config
-    metrics, tables, ids = {}, [], {}
+    metrics: dict[str, Metric] = {}
+    tables, ids = [], {}
     clips = groups = items = 0
     for name, parts in measured.items():
         common = common_groups(parts)

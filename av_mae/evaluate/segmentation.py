@@ -123,7 +123,7 @@ def segmentation_metrics(scores: Sequence[ClipScores | str], bootstrap: Bootstra
         names = [name + end for name in MEASURES for end in ("", WITHOUT)]
         found = {name: Metric(math.nan, math.nan, math.nan, left_out) for name in names}
     else:
-        chosen = [scores[index] for index in used]
+        chosen = [score for score in scores if not isinstance(score, str)]
         found = bootstrap.statistics(lambda weights: averages(weights[:, used], chosen), left_out)
     found["iou"] = found["miou" + WITHOUT]
     for size in SIZES:
@@ -175,7 +175,7 @@ class Segmentation(Task[SegmentationConfig]):
 
     def score(self, clip: Clip) -> tuple[ClipScores | str, float | str]:
         """A frame's segmentation scores, and 1 where the sounding one of its objects is the one marked most."""
-        right = "no boxes are annotated"
+        right: Value = "no boxes are annotated"
         if clip["annotators"] > 0:
             right = right_object(probability(clip), *objects_in(clip, clip["mask"].shape))
         return score_clip(clip["logits"].astype(np.float32), clip["mask"]), right
@@ -185,7 +185,7 @@ class Segmentation(Task[SegmentationConfig]):
         return scores
 
     def metrics(self, scores: dict[str, list], bootstrap: Bootstrap) -> dict[str, Metric]:
-        found = {}
+        found: dict[str, Metric] = {}
         for prefix, clips in scores.items():
             frames = bootstrap.grouped(np.repeat(np.arange(len(clips)), [len(clip) for clip in clips]))
             masks, objects = zip(*itertools.chain.from_iterable(clips), strict=True)

@@ -94,9 +94,10 @@ def score_clip(sources: np.ndarray, estimates: np.ndarray, unprocessed: Ratios |
     """
     names = RATIOS + tuple(f"{name}_improvement" for name in IMPROVED)
     found = ratios(sources, estimates)
-    for each in (found, unprocessed):
-        if isinstance(each, str):
-            return dict.fromkeys(names, each)
+    if isinstance(found, str):
+        return dict.fromkeys(names, found)
+    if isinstance(unprocessed, str):
+        return dict.fromkeys(names, unprocessed)
     found |= {f"{name}_improvement": found[name] - unprocessed[name] for name in IMPROVED}
     means = {name: float(found[name].mean()) for name in names}
     return {name: mean if np.isfinite(mean) else f"{name} is infinite" for name, mean in means.items()}
@@ -220,7 +221,7 @@ class Separation(Task[SeparationConfig]):
 def mean_of(values: list[Value]) -> Value:
     """The mean, or the first reason why a value is missing."""
     reasons = [value for value in values if isinstance(value, str)]
-    return reasons[0] if reasons else float(np.mean(values))
+    return reasons[0] if reasons else float(np.mean(np.array(values, np.float64)))
 
 
 def heard(sources: np.ndarray) -> np.ndarray:

@@ -51,11 +51,11 @@ def frame(seed: int, **fields) -> dict[str, np.ndarray]:
     return {"heat": generator.random(SIZE).astype(np.float32), "image": np.zeros((*SIZE, 3), np.uint8)} | fields
 
 
-def plain_ciou(heat, share: float, truth) -> float:
+def plain_ciou(heat, share: float, target) -> float:
     """Of a map without equal values, the highest `share` of which are marked."""
     marked = sorted(np.ndindex(SIZE), key=lambda place: -heat[place])[: math.ceil(share * heat.size)]
-    outside = sum(truth[place] == 0 for place in marked)
-    return sum(truth[place] for place in marked) / (truth.sum() + outside)
+    outside = sum(target[place] == 0 for place in marked)
+    return sum(target[place] for place in marked) / (target.sum() + outside)
 
 
 def filled(*boxes) -> np.ndarray:
@@ -74,12 +74,12 @@ def test_what_annotators_agree_on(agreeing):
     clip = frame(0, **annotated([*FLICKR, (0, 0, 20, 30)], [1, 1, 1, 1, 0], 3, [0, 1, 2, 1, 0]))
     localization = task(LocalizationConfig(steps=1, against="box", agreeing=agreeing, top=0.5))
     votes = filled(FLICKR[0]) + filled(FLICKR[1], FLICKR[3]) + filled(FLICKR[2])
-    truth = np.minimum(1, votes / min(agreeing, 3))
-    np.testing.assert_array_equal(localization.where(clip), truth)
+    target = np.minimum(1, votes / min(agreeing, 3))
+    np.testing.assert_array_equal(localization.target(clip), target)
     found = localization.score(clip).values
-    assert found["mean_ciou"] == pytest.approx(plain_ciou(clip["heat"], 0.5, truth))
+    assert found["mean_ciou"] == pytest.approx(plain_ciou(clip["heat"], 0.5, target))
     highest = np.unravel_index(clip["heat"].argmax(), SIZE)
-    assert found["pointing"] == (truth[highest] > 0)
+    assert found["pointing"] == (target[highest] > 0)
 
 
 def test_frames_that_are_not_annotated_or_silent():

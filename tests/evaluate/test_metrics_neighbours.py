@@ -41,11 +41,11 @@ def test_agrees_with_scikit_learn(clips, block):
     found = cosine.nearest(streams, block)
     for name, values in streams.items():
         distance, index = NearestNeighbors(n_neighbors=1, metric="cosine", algorithm="brute").fit(values).kneighbors()
-        np.testing.assert_array_equal(found[name].index, index[:, 0])
+        np.testing.assert_array_equal(found[name].row, index[:, 0])
         np.testing.assert_allclose(found[name].similarity, 1 - distance[:, 0], atol=1e-6)
     total = sum(cosines(values, values) for values in streams.values())
     np.fill_diagonal(total, -np.inf)
-    np.testing.assert_array_equal(found["all"].index, total.argmax(1))
+    np.testing.assert_array_equal(found["all"].row, total.argmax(1))
     np.testing.assert_allclose(found["all"].similarity, total.max(1), atol=1e-6)
 
 
@@ -53,15 +53,15 @@ def test_of_equal_neighbours_the_first_wins_and_never_the_clip_itself():
     values = np.eye(3, dtype=np.float32)[[0, 1, 0, 1, 0, 2]]
     found = cosine.nearest({"image": values}, block=2)
     assert set(found) == {"image"}
-    np.testing.assert_array_equal(found["image"].index, [2, 3, 0, 1, 0, 0])
+    np.testing.assert_array_equal(found["image"].row, [2, 3, 0, 1, 0, 0])
     zeros = cosine.nearest({"image": np.zeros((3, 4))}, block=2)["image"]
-    np.testing.assert_array_equal(zeros.index, [1, 0, 0])
+    np.testing.assert_array_equal(zeros.row, [1, 0, 0])
     np.testing.assert_array_equal(zeros.similarity, 0)
 
 
 def test_one_clip_has_no_neighbour():
     found = cosine.nearest({"image": embeddings(1)}, block=4)["image"]
-    assert found.index == -1
+    assert found.row == -1
     assert accuracies(found, np.array([0])) == ["there is no other clip"]
     assert cosine.retrieval(embeddings(1), embeddings(1), 4)["audio_to_image/recall1"] == [
         "1 of 1 clips always hold the own one"
@@ -69,7 +69,7 @@ def test_one_clip_has_no_neighbour():
 
 
 def test_accuracy_in_percent():
-    found = cosine.Neighbours(np.array([1, 0, 1]), np.array([0.5, 0.5, 0.25], np.float32))
+    found = cosine.Hits(np.array([0.5, 0.5, 0.25], np.float32), np.array([1, 0, 1]))
     assert accuracies(found, np.array([3, 3, 4])) == [100, 100, 0]
     assert accuracies(found, np.array([-1, -1, 4])) == ["no label", "no label", 0]
 
@@ -113,7 +113,7 @@ def test_on_8_devices():
     streams = {"image": embeddings(45, seed=5), "audio": embeddings(45, seed=6)}
     alone, together = cosine.nearest(streams, 16), cosine.nearest(streams, 16, mesh)
     for name in alone:
-        np.testing.assert_array_equal(together[name].index, alone[name].index)
+        np.testing.assert_array_equal(together[name].row, alone[name].row)
         np.testing.assert_allclose(together[name].similarity, alone[name].similarity, atol=1e-6)
     alone = cosine.retrieval(streams["audio"], streams["image"], 16)
     together = cosine.retrieval(streams["audio"], streams["image"], 16, mesh)
@@ -136,7 +136,7 @@ def test_streams_of_different_widths_cannot_be_compared():
     found = cosine.retrieval(embeddings(3, 5), embeddings(3, 7), block=2)
     assert (
         len(found) == 6
-        and found["image_to_audio/recall5"] == ["sounds of width 5 and images of width 7 have no cosine"] * 3
+        and found["image_to_audio/recall5"] == ["audio of width 5 and images of width 7 have no cosine"] * 3
     )
 
 
