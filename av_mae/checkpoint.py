@@ -29,6 +29,8 @@ from av_mae.models import AVMAEConfig, kinds
 from av_mae.models.kinds import ModelDefinition, Params, define_model
 
 Arrays = dict[str, Any]
+# Arrays, or their shapes, dtypes and shardings alone, by dotted name.
+Abstract = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 # Fields of the model's configuration that may change between stop and resume: they choose how the model is computed,
 # not what it is.
 FREE_FIELDS = ("fusion.pair_attention",)
@@ -115,7 +117,8 @@ class Checkpoints:
         say: Callable[[str], None] = note,
         labels: Mapping[str, Any] | None = None,
     ):
-        self.folder, self.say, self.failed, self.labels = folder.absolute(), say, None, dict(labels or {})
+        self.folder, self.say, self.labels = folder.absolute(), say, dict(labels or {})
+        self.failed: int | None = None
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
@@ -272,7 +275,7 @@ def read_layout(folder: pathlib.Path, item: str) -> dict[str, jax.ShapeDtypeStru
     return {name: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for name, x in tree.items()}
 
 
-def read_arrays(folder: pathlib.Path, item: str, abstract: Mapping[str, jax.ShapeDtypeStruct], meta: Mapping) -> Arrays:
+def read_arrays(folder: pathlib.Path, item: str, abstract: Abstract, meta: Mapping) -> Arrays:
     """The arrays of an item of a checkpoint.
 
     Args:
@@ -348,7 +351,7 @@ def check_same_labels(meta: Mapping, labels: Mapping) -> None:
         )
 
 
-def check_shapes(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], partly: bool = False) -> None:
+def check_shapes(folder: pathlib.Path, wanted: Abstract, partly: bool = False) -> None:
     """Compares the model in a checkpoint with the one that is wanted.
 
     Args:
@@ -386,7 +389,7 @@ def find_checkpoint(path: str) -> pathlib.Path:
     raise UserError(f"there is no checkpoint in {path!r}: name a work directory, its checkpoints/ or one of them")
 
 
-def load_params(path: str, abstract: Mapping[str, jax.ShapeDtypeStruct], partly: bool = False) -> Arrays:
+def load_params(path: str, abstract: Abstract, partly: bool = False) -> Arrays:
     """Parameters and statistics of a checkpoint.
 
     Args:

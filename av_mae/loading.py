@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from av_mae.checkpoint import open_checkpoint
 from av_mae.config import SoundConfig, TrainConfig
 from av_mae.errors import UserError
 from av_mae.models import kinds
+from av_mae.models.encoder import WithEncoder
 
 
 class Encoding(NamedTuple):
@@ -44,7 +45,7 @@ def load(path: str | os.PathLike) -> nnx.Module:
     if pathlib.Path(path).is_file():
         from av_mae.convert.source import load_published
 
-        model = load_published(path)
+        model: Any = load_published(path)
         model.sound = SoundConfig(mels=model.config.audio.size[0])
         return model
     checkpoint = open_checkpoint(os.fspath(path))
@@ -60,7 +61,7 @@ def load(path: str | os.PathLike) -> nnx.Module:
     return model
 
 
-def encode(model: nnx.Module, batch: Mapping[str, jax.Array]) -> Encoding:
+def encode(model: WithEncoder, batch: Mapping[str, jax.Array]) -> Encoding:
     """Tokens and pooled features of a batch, all patches visible. Compiled once per model structure and batch shape.
 
     Args:
@@ -95,4 +96,5 @@ def load_run(path: str) -> tuple[TrainConfig, models.AVMAE]:
     checkpoint = open_checkpoint(path)
     if checkpoint.kind != kinds.PRETRAINING:
         raise UserError(f"init={path} must be a pretraining checkpoint, with decoders; it holds: {checkpoint.kind}")
-    return checkpoint.config, load(path)
+    model: Any = load(path)
+    return checkpoint.config, model
