@@ -5,6 +5,8 @@ import importlib.util
 import io
 import pathlib
 import re
+import subprocess
+import sys
 
 import nbformat
 import numpy as np
@@ -66,6 +68,26 @@ def test_stored_without_output(path):
     assert "launch/colab.sh" in code[0].source and code[1].metadata.tags == ["parameters"]
     for cell in code[1:]:
         compile(re.sub(r"^!.*", "", cell.source, flags=re.MULTILINE), path.name, "exec")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "address, message",
+    [
+        ("", "set REPOSITORY above to the git address of av_mae, then run this cell again"),
+        ("nowhere/av_mae.git", "there is no av_mae at REPOSITORY='nowhere/av_mae.git'"),
+    ],
+)
+def test_stops_without_the_repository(path, address, message, tmp_path):
+    """Outside a checkout the first cell ends with one line: the cells after it are not run."""
+    cell = next(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+    script = tmp_path / "first_cell.ipy"
+    script.write_text(cell.replace('REPOSITORY = ""', f"REPOSITORY = {address!r}"))
+    command = [sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", script.name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 or "SystemExit" in done.stderr
+    assert message in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
+    assert "colab.sh: No such file" not in done.stdout + done.stderr
 
 
 def shown(notebook, kind: str) -> list:

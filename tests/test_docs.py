@@ -86,16 +86,16 @@ def test_configuration_page_has_every_key_with_its_default():
     )
 
 
-def test_figures_can_be_drawn(in_docs, tmp_path):
+def test_diagrams_can_be_drawn(in_docs, tmp_path):
     """`pairs` also asserts what it shows; files are compared by their outlines, which versions of fonts leave."""
-    figures = importlib.import_module("figures")
-    figures.draw(tmp_path)
-    for name in figures.FIGURES:
+    diagrams = importlib.import_module("diagrams")
+    diagrams.draw(tmp_path)
+    for name in diagrams.DIAGRAMS:
         new, stored = (
             re.findall(r"<g id=\"(\w+)\"", (folder / f"{name}.svg").read_text())
-            for folder in (tmp_path, ROOT / "docs" / "figures")
+            for folder in (tmp_path, ROOT / "docs" / "diagrams")
         )
-        assert new == stored and len(new) > 5, f"{name}.svg: run python docs/figures.py"
+        assert new == stored and len(new) > 5, f"{name}.svg: run python docs/diagrams.py"
 
 
 def test_cost_of_pairs_projected_one_by_one():

@@ -1,7 +1,8 @@
 """`python -m av_mae.benchmark`. Here: timing in one process, competitors in turn, beside a large matrix product."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from av_mae.console import Progress
 MATMUL_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 
 
-def timed(function: Callable, *args, clock: Callable[[], float] = time.perf_counter) -> tuple[float, object]:
+def timed(
+    function: Callable[..., Any], *args: Any, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, Any]:
     """Seconds by `clock` until everything that function(*args) returns is there, and what it returns."""
     start = clock()
     result = jax.block_until_ready(function(*args))
@@ -31,7 +34,7 @@ def in_turn(
     functions: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, np.ndarray]:
     """Seconds of each function in each of `rounds` rounds, one after the other, after one warm-up round."""
-    seconds = {name: [] for name in functions}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     with Progress(rounds + 1, "measuring", "rounds") as progress:
         for _ in range(rounds + 1):
             for name, function in functions.items():
@@ -40,13 +43,23 @@ def in_turn(
     return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 
-def memory_bytes(compiled) -> int:
+def memory_plan(compiled: jax.stages.Compiled) -> Any:
+    """The compiler's plan of a function's memory, in bytes by kind (`…_size_in_bytes`)."""
+    return compiled.memory_analysis()
+
+
+def counts(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """The compiler's counts of a function, such as `flops` and `bytes accessed`."""
+    return compiled.cost_analysis() or {}
+
+
+def memory_bytes(compiled: jax.stages.Compiled) -> int:
     """Peak device memory of a compiled function, as the compiler plans it: arguments, results, temporaries."""
-    m = compiled.memory_analysis()
+    m = memory_plan(compiled)
     return int(m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes)
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows as a Markdown table; the first is the head, numbers stand to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [

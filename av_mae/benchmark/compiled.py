@@ -99,7 +99,8 @@ def parse_instruction(line: str) -> Instruction | None:
 
 def computations(program: str) -> Iterator[tuple[str, bool, list[Instruction]]]:
     """(name, whether it is the one that runs first, instructions) of each computation of a program."""
-    name, entry, body = None, False, []
+    name: str | None = None
+    entry, body = False, list[Instruction]()
     for line in program.splitlines():
         head = re.match(r"(ENTRY )?%(\S+) .*\{$", line)
         if head:
@@ -112,7 +113,7 @@ def computations(program: str) -> Iterator[tuple[str, bool, list[Instruction]]]:
             body += [instruction] if instruction else []
 
 
-def called(instruction: Instruction, by: re.Pattern) -> list[str]:
+def called(instruction: Instruction, by: re.Pattern[str]) -> list[str]:
     """Names of the computations that an instruction runs (FLOW or CALLS)."""
     return [name for some in by.findall(instruction.rest) for name in _NAME.findall(some)]
 
@@ -126,9 +127,9 @@ def trips(loop: Instruction, known: dict[str, list[Instruction]]) -> int:
     said = _TRIPS.search(loop.rest)
     if said:
         return int(said.group(1))
-    name = re.search(r"condition=%([\w.\-]+)", loop.rest).group(1)
-    constants = {one.name: one.given for one in known[name] if one.op == "constant"}
-    compared = [one for one in known[name] if one.op == "compare" and "direction=LT" in one.rest]
+    tested = [one for name in re.findall(r"condition=%([\w.\-]+)", loop.rest) for one in known[name]]
+    constants = {one.name: one.given for one in tested if one.op == "constant"}
+    compared = [one for one in tested if one.op == "compare" and "direction=LT" in one.rest]
     limits = [constants[operand] for one in compared for operand in one.operands[1:] if operand in constants]
     return int(limits[0]) if len(limits) == 1 else 1
 
@@ -145,7 +146,7 @@ def turns(program: str) -> dict[str, int]:
     }
 
 
-def repeats(program: str, by: re.Pattern = CALLS) -> dict[str, int]:
+def repeats(program: str, by: re.Pattern[str] = CALLS) -> dict[str, int]:
     """How many times each computation that is reached runs when the program runs once; every branch is taken."""
     every, turn = list(computations(program)), turns(program)
     times = collections.Counter({name: int(entry) for name, entry, _ in every})
@@ -230,7 +231,7 @@ def most_alive(program: str, begins: Callable[[Instruction], bool]) -> int:
     A result lives until the last instruction that reads it or what only lays it out anew; beside what is alive while
     a loop runs, its body holds its own, and what it hands to its next turn all the time.
     """
-    inside = {}
+    inside: dict[str, int] = {}
     for name, entry, body in computations(program):
         inside[name] = _most_alive(body, begins, inside)
         if entry:
@@ -286,7 +287,7 @@ def product_flops(instruction: Instruction, known: dict[str, Instruction]) -> in
     batch = re.search(r"lhs_batch_dims=\{([\d,]+)\}", instruction.rest)
     window = re.search(r"window=\{size=([\dx]+).*lhs_dilate", instruction.rest)
     dims = [arrays[0][int(i)] for i in batch.group(1).split(",")] if batch else []
-    dims = map(int, window.group(1).split("x")) if window else dims
+    dims = [int(size) for size in window.group(1).split("x")] if window else dims
     return 2 * math.isqrt(sizes // math.prod(dims))
 
 
@@ -338,7 +339,7 @@ def products(jaxpr: Jaxpr) -> Iterator[tuple[int, int, int, int]]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contract, other), (batch, other_batch) = equation.params["dimension_numbers"]
-            left, right = (operand.aval.shape for operand in equation.invars)
+            left, right = (operand.aval.shape for operand in equation.invars)  # type: ignore[attr-defined]
             size = lambda shape, skip: math.prod(n for i, n in enumerate(shape) if i not in skip)
             yield (
                 math.prod(left[i] for i in batch),

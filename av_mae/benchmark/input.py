@@ -12,7 +12,7 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import grain
@@ -55,8 +55,8 @@ def _frames(generator: np.random.Generator) -> list[bytes]:
     """A camera that wanders over a scene and nears it, one JPEG frame per second."""
     height, width = SIZE
     grey, *colours = (_falling(generator, (2 * height, 2 * width), 1.5) for _ in range(4))
-    scene = np.stack([118 + 48 * grey + 16 * colour for colour in colours], axis=-1)
-    scene = Image.fromarray(np.clip(scene, 0, 255).astype(np.uint8))
+    colourful = np.stack([118 + 48 * grey + 16 * colour for colour in colours], axis=-1)
+    scene = Image.fromarray(np.clip(colourful, 0, 255).astype(np.uint8))
     corner, drift = generator.uniform(0, 20, 2), generator.uniform(0, 12, 2)
     frames = []
     for second in range(SECONDS):
@@ -155,7 +155,7 @@ class LargeSet:
 
 
 def measure(folder: str, clips: int, rounds: int, device_rate: float = 0.0, workers: int = 0) -> dict[str, Any]:
-    """The metrics of `benchmark input` (DESIGN: names in the JSON file), for the first `clips` clips of a prepared set.
+    """The metrics of `benchmark input` for the first `clips` clips of a prepared set.
 
     folder: '' makes a set. device_rate: clips/s that a host's accelerators take (0: waiting is not measured), served by
     `workers` processes. Raises UserError where the set cannot be opened or none of its clips can be read.
@@ -166,7 +166,8 @@ def measure(folder: str, clips: int, rounds: int, device_rate: float = 0.0, work
         (source,) = open_sources(data, AUDIO)
         stages = _load_stages(data, source, min(clips, len(source)))
         videos = _write_videos(stages.records[:VIDEOS], pathlib.Path(temporary))
-        training = TrainingData([LargeSet(source, stages.numbers)], data, IMAGE, AUDIO, BATCH, ROWS, seed=0)
+        large: Any = LargeSet(source, stages.numbers)  # reads as a ClipSource does
+        training = TrainingData([large], data, IMAGE, AUDIO, BATCH, ROWS, seed=0)
         batches = training.host_batches(0, -(-len(stages.clips) // BATCH) * BATCH)
         runs = _stage_runs(data, source, stages) | {
             "whole": functools.partial(_each, batches.__getitem__, range(len(batches))),
@@ -232,7 +233,7 @@ def _make_set(folder: pathlib.Path, clips: int) -> str:
 def _load_stages(data: DataConfig, source: ClipSource, count: int) -> Stages:
     """What each stage begins with, of those of the first `count` clips that can be read."""
     generator, loader = np.random.default_rng(0), ClipLoader(data, IMAGE, AUDIO, augment=True)
-    stages, errors = Stages([], [], [], [], [], [], []), []
+    stages, errors = Stages([], [], [], [], [], [], []), list[str]()
     for number in range(count):
         record = source[number]
         clip = loader.random_map(record, generator)
@@ -262,8 +263,8 @@ def _stage_runs(data: DataConfig, source: ClipSource, stages: Stages) -> dict[st
     encoded_sounds = [(record["sound"], position) for record, position in zip(stages.records, stages.positions)]
     return {
         "read": functools.partial(_each, source.__getitem__, order),
-        "jpeg": functools.partial(_each, lambda frame: frames.decode(*frame, IMAGE), stages.encoded),
-        "crop": functools.partial(_each, lambda frame: frames.resize_box(*frame, IMAGE, flip=True), stages.decoded),
+        "jpeg": functools.partial(_each, lambda it: frames.decode(it[0], it[1], IMAGE), stages.encoded),
+        "crop": functools.partial(_each, lambda it: frames.resize_box(it[0], it[1], IMAGE, flip=True), stages.decoded),
         "sound": functools.partial(
             _each, lambda it: audio.read_window(it[0], settings.rate, samples, it[1]), encoded_sounds
         ),
@@ -274,7 +275,7 @@ def _stage_runs(data: DataConfig, source: ClipSource, stages: Stages) -> dict[st
     }
 
 
-def _each(function: Callable, values) -> None:
+def _each(function: Callable[..., object], values: Iterable[Any]) -> None:
     for value in values:
         function(value)
 
@@ -297,7 +298,10 @@ def _read_video(data: DataConfig, video: tuple[str, float, np.random.Generator])
     samples = AUDIO[1] * data.sound.hop
     seconds = samples / data.sound.rate
     excerpt = media.read_excerpt(path, generator.uniform() * max(0.0, length - seconds), seconds)
-    box = frames.random_box(generator, *excerpt.frame.shape[:2], data.crop_scale)
+    if excerpt.frame is None or excerpt.waveform is None:
+        raise UserError(f"{path} has lost a stream since it was written")
+    height, width = excerpt.frame.shape[:2]
+    box = frames.random_box(generator, height, width, data.crop_scale)
     frames.resize_box(excerpt.frame, box, IMAGE, flip=True)
     waveform = audio.cut(excerpt.waveform, excerpt.rate, data.sound.rate, excerpt.first, samples)
     audio.features(audio.change_volume(waveform, 3.0), data.sound)

@@ -44,10 +44,9 @@ CASES = (
 
 def fusion_block(kind: str, pair_attention: str, size: dict[str, int]) -> tuple[models.AVMAEConfig, FusionBlock]:
     """A fusion block of one kind and implementation, and the configuration it is counted by."""
-    stream = {"width": size["width"], "heads": size["heads"]}
     config = models.AVMAEConfig(
-        image=models.StreamConfig(**stream),
-        audio=models.StreamConfig(size=(128, 192), channels=1, **stream),
+        image=models.StreamConfig(width=size["width"], heads=size["heads"]),
+        audio=models.StreamConfig(size=(128, 192), channels=1, width=size["width"], heads=size["heads"]),
         fusion=models.FusionConfig(kind=kind, heads=size["heads"], pair_attention=pair_attention),
     )
     return config, FusionBlock(size["width"], size["width"], size["width"], config.fusion, rngs=nnx.Rngs(0))
@@ -112,7 +111,7 @@ def measure_fusion(
                     "audio_tokens": audio,
                     "seconds": float(np.median(seconds[name])),
                     "flops_per_clip": case.flops,
-                    "memory_bytes": int(case.compiled.memory_analysis().temp_size_in_bytes),
+                    "memory_bytes": benchmark.memory_plan(case.compiled).temp_size_in_bytes,
                 }
             )
     return rows
@@ -236,7 +235,7 @@ class Alternating:
 def looped(step: TrainStep, state: TrainState, host: dict[str, Any], steps: int, folder: pathlib.Path) -> np.ndarray:
     """How far both clocks went in a run of so many steps in `folder`, whose last checkpoint is waited for."""
     folder.mkdir()
-    data = SimpleNamespace(batches=lambda position: itertools.repeat(host), clips=1000)
+    data: Any = SimpleNamespace(batches=lambda position: itertools.repeat(host), clips=1000)
     checkpoints = Checkpoints(folder / "checkpoints")
     began = clocks()
     train_from(
@@ -281,7 +280,7 @@ def measure_loop(config: TrainConfig, steps: int, block: int) -> dict[str, Any]:
         looped(step, step.init(), host, 3, pathlib.Path(folder) / "first")  # compiles, checkpoints too
         turns = Alternating(step.step, batch, block)
         state, step = step.init(), copy.copy(step)
-        step.step = turns
+        step.step = turns  # type: ignore[assignment]
         total = looped(step, state, host, steps, pathlib.Path(folder) / "run")
     bare, loop = turns.bare / turns.bare_calls, (total - turns.bare) / steps
     overhead = loop / bare - 1

@@ -14,7 +14,7 @@ import tempfile
 import jax
 import numpy as np
 
-from av_mae import models
+from av_mae import benchmark, models
 from av_mae.benchmark import compiled as programs
 from av_mae.benchmark import roofline
 from av_mae.benchmark.roofline import CLIPS_PER_CORE, TOPOLOGIES, Chip, Metrics
@@ -118,7 +118,7 @@ def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = list(pathlib.Path(folder).glob("*.after_codegen.txt"))
-        return compiled, texts[0].read_text() if len(texts) == 1 else compiled.as_text()
+        return compiled, texts[0].read_text() if len(texts) == 1 else compiled.as_text() or ""
 
 
 def prepare(config: TrainConfig, name: str, slices: int) -> tuple[TrainStep, Chip, tuple[int, ...]]:
@@ -146,7 +146,7 @@ def measure(config: TrainConfig, name: str, slices: int = 1) -> Metrics:
         except jax.errors.JaxRuntimeError as error:
             return does_not_fit(error, config, train_step, name)
         progress.update(stage="compiled")
-    chips, memory, cost = train_step.mesh.size, compiled.memory_analysis(), compiled.cost_analysis()
+    chips, memory, cost = train_step.mesh.size, benchmark.memory_plan(compiled), benchmark.counts(compiled)
     products = list(programs.products(traced.jaxpr.jaxpr))
     more_flops, more_bytes = programs.further_turns(program)
     bytes_accessed = cost["bytes accessed"] + more_bytes

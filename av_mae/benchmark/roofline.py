@@ -79,7 +79,9 @@ PEAK_FLOPS = {chip.kind: chip.flops for chip in CHIPS.values()} | {
 SENT = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "collective-permute": 1}
 # By dimensions of the torus: the slices that are offered, as square as possible, by their chips.
 _SLICES = {2: "2x2 2x4 4x4 4x8 8x8 8x16 16x16", 3: "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"}
-_TUPLES = {n: [tuple(map(int, name.split("x"))) for name in names.split()] for n, names in _SLICES.items()}
+_TUPLES: dict[int, list[tuple[int, ...]]] = {
+    n: [tuple(map(int, name.split("x"))) for name in names.split()] for n, names in _SLICES.items()
+}
 SHAPES = {dimensions: {math.prod(shape): shape for shape in shapes} for dimensions, shapes in _TUPLES.items()}
 # Chip and shape of each slice by name, e.g. 'v5e:4x4'.
 TOPOLOGIES = {
@@ -230,7 +232,7 @@ def plot(curves: dict[str, dict[str, list[dict[str, Any]]]], path: str | os.Path
 CLIPS, CHIPS_EACH = 32, 16  # clips per chip, and chips, where a step is assumed
 RECIPES = {"vggsound": 180_000, "audioset": 2_000_000}  # clips of an epoch
 ASSUMED = [(size, kind) for size in ("base", "large", "huge") for kind in ("factorized", "dense")]
-COMPILED_HEAD = ("compiled", "topology", "clips per chip", "GB per chip", "TFLOP per chip")
+COMPILED_HEAD: tuple[str, ...] = ("compiled", "topology", "clips per chip", "GB per chip", "TFLOP per chip")
 COMPILED_HEAD += ("beside closed form", "step ms", "MFU", "largest exchange")
 RECIPE_HEAD = ("recipe", "chip", "chips", "clips per chip", "clips/s", "hours", "host cores")
 ASSUMED_TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")
@@ -344,7 +346,7 @@ def derived_row(metrics: Metrics) -> tuple[str, ...]:
 def recipe_rows(metrics: Metrics) -> list[tuple[str, ...]]:
     """Hours of a recipe whose batch stays the same, on as many chips as divide it, and the host cores for its input."""
     chip, batch = TOPOLOGIES[metrics["topology"]][0], metrics["batch_size"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for chips in (count for count in COUNTS if batch % count == 0):
         exchanged = parallel_exchanges(chip, chips, metrics["mesh"]["fsdp"], metrics["parameters"])
         seconds = local_seconds(metrics) * metrics["chips"] / chips + sum(exchanged.values())

@@ -3,6 +3,8 @@
 import dataclasses
 import re
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +37,13 @@ def random_batch(config: TrainConfig) -> dict[str, jax.Array]:
 class Runner:
     """Calls a step that donates its state again and again on one batch; `compile_seconds` is its compilation."""
 
-    def __init__(self, step, state, batch):
+    def __init__(self, step: Any, state: Any, batch: dict[str, jax.Array]):
         start = time.perf_counter()
         self.compiled = step.lower(state, batch).compile()
         self.compile_seconds = time.perf_counter() - start
         self.state, self.batch = state, batch
 
-    def __call__(self):
+    def __call__(self) -> Any:
         self.state, metrics = self.compiled(self.state, self.batch)
         return metrics
 
@@ -80,7 +82,7 @@ def forward_flops(config: TrainConfig, train_step: TrainStep) -> float:
     """The compiler's count of the forward loss for one clip."""
     definition, b = train_step.definition, config.batch_size
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
-    forward = lambda params, *args: definition.merge(params).losses(*args)
+    forward = lambda params, *args: definition.merge(params).losses(*args)  # type: ignore[attr-defined]
     image, audio = config.model.image, config.model.audio
     lowered = jax.jit(forward).lower(
         train_step.shapes.params,
@@ -89,20 +91,28 @@ def forward_flops(config: TrainConfig, train_step: TrainStep) -> float:
         shape(b, image.tokens),
         shape(b, audio.tokens),
     )
-    return lowered.compile().cost_analysis()["flops"] / b
+    return benchmark.counts(lowered.compile())["flops"] / b
 
 
-def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict:
-    """The metrics of `benchmark step` (DESIGN: names in the JSON file).
+def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict[str, Any]:
+    """The metrics of `benchmark step`.
 
     Rates and shares are medians over rounds of ratios taken within a round, since machines drift.
+
+    Args:
+      config: the recipe.
+      rounds: timed rounds.
+      with_plain: whether the plain formulation is measured too, in turn with the step.
+
+    Returns:
+      Metrics by the names that the JSON file has.
     """
     mesh = make_mesh(fitted_mesh(config))
     train_step = TrainStep(config, mesh, Length(1000, 10, 1000))
     batch = jax.device_put(random_batch(config), train_step.rows)
     ours = Runner(train_step.step, train_step.init(), batch)
     product, product_flops = benchmark.matmul(config.dtype)
-    runs = {"matmul": product, "step": ours, "matmul again": product}
+    runs: dict[str, Callable[[], object]] = {"matmul": product, "step": ours, "matmul again": product}
     if with_plain:
         runs["plain"] = plain = plain_runner(config, train_step, batch)
     seconds = benchmark.in_turn(runs, rounds)
@@ -139,7 +149,7 @@ def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict:
     return metrics
 
 
-def encoder_forward(config: TrainConfig, pair_attention: str):
+def encoder_forward(config: TrainConfig, pair_attention: str) -> Callable[[], object]:
     """The encoder of all patches of a batch of noise as a compiled function without arguments, pairs read as named."""
     fusion = dataclasses.replace(config.model.fusion, pair_attention=pair_attention)
     model = dataclasses.replace(config.model, fusion=fusion)
@@ -151,7 +161,7 @@ def encoder_forward(config: TrainConfig, pair_attention: str):
     return lambda: run(state, image, batch["audio"])
 
 
-def plain_encoder_forward(config: TrainConfig):
+def plain_encoder_forward(config: TrainConfig) -> Callable[[], object]:
     """The same in the plain formulation: pairs [v ; a] put into memory before they are projected."""
     plain, batch = Plain(config.model), random_batch(config)
     model = models.AVMAE(config.model, rngs=nnx.Rngs(0))
@@ -162,7 +172,7 @@ def plain_encoder_forward(config: TrainConfig):
     return lambda: run(params, inputs, keep)
 
 
-def measure_encoder(config: TrainConfig, rounds: int) -> dict:
+def measure_encoder(config: TrainConfig, rounds: int) -> dict[str, float]:
     """Forward passes of the unmasked encoder, in turn: pairs separated, pairs materialized after their tokens'
     projections, and the plain formulation."""
     seconds = benchmark.in_turn(

@@ -1,6 +1,6 @@
-"""Draws the figures of the documentation into docs/figures: `python docs/figures.py`.
+"""Draws the diagrams of the documentation into docs/diagrams: `python docs/diagrams.py`.
 
-Masks, softmaxes and FLOPs are computed by the package, so that the figures say what the code does.
+Masks, softmaxes and FLOPs are computed by the package, so that the diagrams say what the code does.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ from av_mae import models
 from av_mae.models import flops
 from av_mae.models.layers import softmax
 
-FOLDER = pathlib.Path(__file__).resolve().parent / "figures"
+FOLDER = pathlib.Path(__file__).resolve().parent / "diagrams"
 IMAGE, FUSION, AUDIO, GREY = "#3b7dd8", "#8a4fbe", "#d9822b", "#9aa3af"
 KINDS = {
     "dense, all pairs in memory": ("dense", "materialized", "#c0392b", "-"),
@@ -72,12 +72,12 @@ def masking() -> Figure:
     """What the two encoders see of one clip: random patches, as the model draws them."""
     config = sizes.sized_model("base")
     figure = Figure(figsize=(7.6, 3.2), layout="constrained")
-    for place, (name, stream) in enumerate((("image", config.image), ("sound", config.audio))):
-        noise = models.mask_noise(jax.random.key(place), 1, stream.tokens)
+    for index, (name, stream) in enumerate((("image", config.image), ("sound", config.audio))):
+        noise = models.mask_noise(jax.random.key(index), 1, stream.tokens)
         kept = 1 - np.asarray(models.random_mask(noise, stream.keep).mask)[0].reshape(stream.grid)
-        axes = figure.add_subplot(1, 2, place + 1)
+        axes = figure.add_subplot(1, 2, index + 1)
         axes.pcolormesh(
-            kept, cmap="Blues" if place == 0 else "Oranges", vmin=-0.15, vmax=1.5, edgecolors="white", linewidth=1
+            kept, cmap="Blues" if index == 0 else "Oranges", vmin=-0.15, vmax=1.5, edgecolors="white", linewidth=1
         )
         axes.set(aspect="equal", xticks=[], yticks=[])
         axes.set_title(f"{name}: {stream.keep} of {stream.tokens} patches are seen", fontsize=10)
@@ -92,8 +92,8 @@ def pairs() -> Figure:
     p, r = np.asarray(softmax(s)), np.asarray(softmax(t))
     figure = Figure(figsize=(7.6, 2.9), layout="constrained")
     shown = ((together, "softmax over all pairs of s_i + t_j"), (np.outer(p, r), "softmax(s)_i · softmax(t)_j"))
-    for place, (weights, title) in enumerate(shown):
-        axes = figure.add_subplot(1, 2, place + 1)
+    for index, (weights, title) in enumerate(shown):
+        axes = figure.add_subplot(1, 2, index + 1)
         axes.imshow(weights, cmap="magma", vmin=0, vmax=together.max())
         axes.set(xlabel="sound token j", ylabel="image token i", xticks=[], yticks=[])
         axes.set_title(title, fontsize=10)
@@ -120,13 +120,13 @@ def cost() -> Figure:
     return figure
 
 
-FIGURES = {"layer": layer, "masking": masking, "pairs": pairs, "cost": cost}
+DIAGRAMS = {"layer": layer, "masking": masking, "pairs": pairs, "cost": cost}
 
 
 def draw(folder: pathlib.Path) -> None:
-    """Writes every figure as SVG; the same versions of the libraries write the same bytes."""
+    """Writes every diagram as SVG; the same versions of the libraries write the same bytes."""
     folder.mkdir(exist_ok=True)
-    for name, make in FIGURES.items():
+    for name, make in DIAGRAMS.items():
         with rc_context({"svg.hashsalt": name}):
             figure = make()
             figure.set_facecolor("white")
