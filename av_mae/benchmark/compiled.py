@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr
@@ -348,10 +349,10 @@ def products(jaxpr: Jaxpr) -> Iterator[tuple[int, int, int, int]]:
                 size(right, (*other, *other_batch)),
             )
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
+            body: Any = getattr(inner, "jaxpr", inner)
             repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-            for _ in range(repeats if hasattr(inner, "eqns") else 0):
-                yield from products(inner)
+            for _ in range(repeats if hasattr(body, "eqns") else 0):
+                yield from products(body)
 
 
 def matmul_flops(sizes: Iterable[tuple[int, int, int, int]], tile: int = 1) -> int:

@@ -244,9 +244,9 @@ def _load_stages(data: DataConfig, source: ClipSource, count: int) -> Stages:
         window, _, middle = audio.read_window(record["sound"], data.sound.rate, samples, position)
         encoded = record["frames"][int(np.argmin(np.abs(record["frame_times"] - middle)))]
         box = frames.random_box(generator, *frames.frame_size(encoded), data.crop_scale)
-        for values, value in zip(
-            stages, (number, record, (encoded, box), frames.decode(encoded, box, IMAGE), position, window, clip)
-        ):
+        decoded = frames.decode(encoded, box, IMAGE)
+        columns: tuple[list[Any], ...] = stages
+        for values, value in zip(columns, (number, record, (encoded, box), decoded, position, window, clip)):
             values.append(value)
     if not stages.clips:
         raise UserError(f"none of the first {count} clips of {data.path} can be read; the first error: {errors[0]}")
