@@ -2,7 +2,15 @@
 
 import dataclasses
 
-from av_mae.models.config import FUSION_KINDS, AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig, require
+from av_mae.models.config import (
+    FUSION_KINDS,
+    AVMAEConfig,
+    DecoderConfig,
+    FusionConfig,
+    StreamConfig,
+    require,
+    require_bounds,
+)
 
 DTYPES = ("bfloat16", "float32")
 ANNOTATIONS = ("label", "labels", "mask", "objects", "sources", "waveforms")
@@ -10,6 +18,7 @@ MOST_MIXED = 4  # clips
 REMATS = ("none", "dots", "full")
 SCANS = ("auto", "on", "off")
 OPTIMIZERS = ("adamw", "lars")
+LONGEST = 3600  # seconds of a window of audio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +33,8 @@ class SoundConfig:
     mean: float = 0.0
     std: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        require_bounds(self)
         require(
             min(self.rate, self.n_fft, self.hop, self.mels) > 0,
             f"data.sound: rate={self.rate}, n_fft={self.n_fft}, hop={self.hop} and mels={self.mels} must be positive",
@@ -37,12 +47,12 @@ class SoundConfig:
 class DataConfig:
     """Where clips come from and how they are augmented.
 
-    `path` names prepared sets, separated by commas; `weights` mixes them (None: by size). `balanced` draws clips so
-    that rare classes come as often as common ones (data/pipeline.py). `cache` is how many gigabytes of records each process
-    that reads keeps in memory. `annotations` names what batches carry of what is known about a clip (data/loading.py), of
-    `classes` labels or, in masks, of pixels (0: labels are not counted and masks are binary). `mix` clips' sounds are
-    added to one, the first clip being the source that is looked for. `image_noise` is the deviation of white noise on
-    normalised images, `sound_snr` the decibels of a sound over white noise (None: without noise).
+    `path` names prepared sets, separated by commas; `weights` mixes them (`None`: by size). `balanced` draws clips so
+    that rare classes come as often as common ones (data/pipeline.py). `cache` is how many gigabytes of records each
+    process that reads keeps in memory. `annotations` names what batches carry of what is known about a clip
+    (data/loading.py), of `classes` labels or, in masks, of pixels (0: labels are not counted and masks are binary).
+    `mix` clips' audio is added to one, the first clip being the target source. `image_noise` is the deviation of white
+    noise on normalised images, `sound_snr` the decibels of the audio over white noise (`None`: without noise).
     """
 
     path: str = ""
@@ -64,7 +74,8 @@ class DataConfig:
     image_noise: float = 0.0
     sound_snr: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        require_bounds(self)
         wrong = [name for name in self.annotations if name not in ANNOTATIONS]
         require(not wrong, f"data.annotations={self.annotations} names {wrong}; known are {', '.join(ANNOTATIONS)}")
         require(self.classes >= 0, f"data.classes={self.classes} must be 0 or more")
@@ -89,7 +100,7 @@ class DataConfig:
         )
         self._check_weights()
 
-    def _check_weights(self):
+    def _check_weights(self) -> None:
         if self.weights is None or not self.path:
             return
         sets = len(self.paths)
@@ -120,7 +131,8 @@ class MeshConfig:
     tensor: int = 1
     slices: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        require_bounds(self)
         sizes = (self.data, self.fsdp or 1, self.tensor)
         require(self.slices >= 0, f"mesh.slices={self.slices} must be 0 (as the devices tell) or more")
         require(
@@ -148,7 +160,8 @@ class OptimizerConfig:
     trust: float = 0.001
     clip_norm: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        require_bounds(self)
         require(self.kind in OPTIMIZERS, f"optimizer.kind={self.kind!r} must be one of {', '.join(OPTIMIZERS)}")
         require(self.base_lr > 0, f"optimizer.base_lr={self.base_lr} must be above 0")
         require(
@@ -173,7 +186,7 @@ class RunConfig:
     `checkpoint_local_every` steps. The run stops once `max_failed_saves` (0: any number) could not be saved in a row,
     and at an update that is not finite or whose gradient norm is above `max_grad_norm` (0: any), unless
     `max_skipped_updates` may be skipped. `scan_layers`: equal layers are compiled once, as a
-    loop ('auto': on accelerators, where mesh.fsdp or mesh.tensor cut parameters).
+    loop ('auto': on accelerators, where mesh.fsdp or mesh.tensor shard parameters).
     """
 
     seed: int = 0
@@ -202,7 +215,8 @@ class RunConfig:
     hang_factor: float = 20.0
     init: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        require_bounds(self)
         require(self.seed >= 0, f"seed={self.seed} must be 0 or more")
         require(
             (self.steps > 0) != (self.epochs > 0) and min(self.steps, self.epochs) >= 0,
@@ -254,7 +268,7 @@ class TrainConfig(RunConfig):
     neighbours_clips: int = 256
     neighbours_split: str = "test"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         require(self.neighbours_every >= 0, f"neighbours_every={self.neighbours_every} must be 0 (never) or more")
         require(self.neighbours_clips > 1, f"neighbours_clips={self.neighbours_clips} must be at least 2")
@@ -266,6 +280,12 @@ class TrainConfig(RunConfig):
         image, audio = self.model.image, self.model.audio
         require(image.channels == 3, f"model.image.channels={image.channels} must be 3: clips have colour frames")
         require(audio.channels == 1, f"model.audio.channels={audio.channels} must be 1: clips have one log-mel")
+        samples, rate = audio.size[1] * self.data.sound.hop, self.data.sound.rate
+        require(
+            samples <= LONGEST * rate,
+            f"model.audio.size={audio.size} with data.sound.hop={self.data.sound.hop} takes {samples / rate:.0f} "
+            f"seconds of audio, more than {LONGEST}",
+        )
         require(
             audio.size[0] == self.data.sound.mels,
             f"model.audio.size={audio.size} must have as many rows as data.sound.mels={self.data.sound.mels}",

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import pathlib
 import runpy
@@ -92,8 +93,10 @@ def load(path: str | os.PathLike, kind: type = TrainConfig):
     """Reads what `save` wrote. Raises UserError when the file is not there or is no such config."""
     try:
         values = json.loads(pathlib.Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"the config {path} must hold an object, it holds {type(values).__name__}")
     return from_dict(values, kind)
 
 
@@ -247,7 +250,7 @@ def _convert_member(value, member):
     if isinstance(value, bool) and member is not bool:
         return _MISMATCH
     if member is float and isinstance(value, int):
-        return float(value)
+        return float(value) if abs(value) < 10**300 else math.inf
     if member is int and isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, member) else _MISMATCH

@@ -172,6 +172,81 @@ def test_values_are_checked(override, message):
 
 
 @pytest.mark.parametrize(
+    "override,message",
+    [
+        ("batch_size=1e12", "batch_size=1000000000000 must be at most 1,048,576"),
+        ("seed=1e20", "seed=100000000000000000000 must be at most 9,223,372,036,854,775,807"),
+        ("seed=1" + 400 * "0", "seed=10000000000000000000… (401 digits) must be at most"),
+        ("steps=1e12", "steps=1000000000000 must be at most 2,147,483,647"),
+        ("epochs=1e999", "epochs=inf must be finite"),
+        ("data.workers=1e6", "workers=1000000 must be at most 4,096"),
+        ("data.prefetch=1e9", "prefetch=1000000000 must be at most"),
+        ("data.cache=1e30", "cache=1e+30 must be at most"),
+        ("data.volume_db=1e9", "volume_db=1000000000.0 must be at most 120"),
+        ("data.mix=1e9", "data.mix=1000000000 must be 1 (no mixing) to 4 clips"),
+        ("data.image_noise=1e999", "image_noise=inf must be finite"),
+        ("data.sound.n_fft=1e9", "n_fft=1000000000 must be at most 131,072"),
+        ("data.sound.hop=1e9", "hop=1000000000 must be at most"),
+        ("data.sound.rate=1e12", "rate=1000000000000 must be at most 768,000"),
+        ("data.sound.mels=1e9", "mels=1000000000 must be at most"),
+        ("data.sound.mean=1e999", "mean=inf must be finite"),
+        ("data.weights=(1e999,1)", "weights=inf must be finite"),
+        ("model.image.size=(1e9,1e9)", "size=1000000000 must be at most 16,384"),
+        ("model.image.size=(16384,16384)", "in patches of 16 is more than 262,144"),
+        ("model.audio.size=(64,16384)", "takes 3656 seconds of audio"),
+        ("model.image.patch=1000000000", "patch=1000000000 must be at most"),
+        ("model.image.width=1e9", "width=1000000000 must be at most"),
+        ("model.image.depth=1e6", "depth=1000000 must be at most 1,024"),
+        ("model.image.heads=1e9", "heads=1000000000 must be at most"),
+        ("model.image.mlp_ratio=1e9", "mlp_ratio=1000000000.0 must be at most 64"),
+        ("model.image.loss_weight=1e30", "loss_weight=1e+30 must be at most"),
+        ("model.decoder.depth=1e6", "depth=1000000 must be at most"),
+        ("model.decoder.width=1e9", "width=1000000000 must be at most"),
+        ("model.fusion.tokens=(1e9,8,8)", "tokens=1000000000 must be at most"),
+        ("model.fusion.attention_ratio=1e9", "attention_ratio=1000000000.0 must be at most"),
+        ("mesh.data=1e12", "data=1000000000000 must be at most"),
+        ("optimizer.base_lr=1e999", "base_lr=inf must be finite"),
+        ("optimizer.warmup=1e999", "warmup=inf must be finite"),
+        ("hang_seconds=1e999", "hang_seconds=inf must be finite"),
+        ("checkpoint_every=1e18", "checkpoint_every=1000000000000000000 must be at most"),
+    ],
+)
+def test_absurd_values_are_refused_before_anything_is_allocated(override, message):
+    more = ["data.sound.hop=1785"] if override.startswith("model.audio.size") else []
+    with pytest.raises(UserError) as error:
+        _load(*more, override)
+    assert message in str(error.value)
+
+
+def test_a_model_of_too_many_parameters_is_refused():
+    with pytest.raises(UserError, match="make 52,776,.* parameters, more than 1,000,000,000,000"):
+        StreamConfig(width=65536, depth=1024, heads=64)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", "must hold an object, it holds list"),
+        ("[" * 100_000, "cannot read the config"),
+        ('{"seed": 1' + 5000 * "0" + "}", "cannot read the config"),
+        ('{"optimizer": {"base_lr": 1' + 400 * "0" + "}}", "base_lr=inf must be finite"),
+        (b"\x80", "cannot read the config"),
+        ('{"__class__": "os.system"}', "unknown config key '__class__'"),
+        ('{"py/object": "os.system"}', "unknown config key 'py/object'"),
+        ("{\"seed\": \"__import__('pathlib').Path('canary').touch()\"}", "'seed' must be a whole number"),
+        ('{"model": {"image": {"size": "(exec(\'canary\'), 1)"}}}', "'model.image.size' must be"),
+        ('{"model": "av_mae.models.AVMAE"}', "'model' is a group of keys"),
+    ],
+)
+def test_a_saved_config_is_only_values(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        recipes.load(tmp_path / "config.json")
+    assert message in str(error.value) and not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
     "spec,message",
     [
         (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from av_mae.errors import UserError
 
@@ -14,6 +15,61 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+# The largest values of configuration keys, by their names. Beyond them nothing that exists could hold what would be
+# allocated; other whole numbers end at LARGEST_INTEGER.
+LARGEST_INTEGER = 2**31 - 1
+LARGEST = {
+    "attention_ratio": 64,
+    "base_lr": 1e6,
+    "batch_size": 2**20,  # clips
+    "bootstrap": 10**6,
+    "cache": 1e6,  # GB
+    "channels": 1024,
+    "classes": 10**7,
+    "data": 2**20,  # devices
+    "depth": 1024,
+    "epochs": 1e6,
+    "fsdp": 2**20,
+    "heads": 2**16,
+    "hop": 2**17,  # samples
+    "loss_weight": 1e6,
+    "mels": 1024,
+    "mlp_ratio": 64,
+    "n_fft": 2**17,  # samples
+    "neighbours_clips": 10**7,
+    "patch": 2**10,
+    "pictures": 10_000,
+    "prefetch": 2**16,
+    "rate": 768_000,  # Hz
+    "seed": 2**63 - 1,
+    "size": 2**14,
+    "slices": 2**20,
+    "tensor": 2**20,
+    "test_batch_size": 2**20,
+    "tokens": 2**14,
+    "volume_db": 120.0,
+    "width": 2**16,
+    "workers": 4096,
+}
+MOST_TOKENS, MOST_PARAMETERS = 2**18, 10**12  # of a stream
+
+
+def require_bounds(config: Any) -> None:
+    """Raises UserError where a number of a configuration is not finite, or so large that it must be a mistake.
+
+    Args:
+      config: a dataclass. Its numbers, and those in its tuples, are compared with `LARGEST` by the names of the fields.
+    """
+    for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config)):
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            text = str(number) if len(str(number)) < 30 else f"{str(number)[:20]}… ({len(str(number))} digits)"
+            require(isinstance(number, int) or math.isfinite(number), f"{name}={text} must be finite")
+            most = LARGEST.get(name, LARGEST_INTEGER if isinstance(number, int) else math.inf)
+            require(abs(number) <= most, f"{name}={text} must be at most {most:,}")
 
 
 def require_widths(width: int, heads: int, mlp_ratio: float, owner: str = "") -> None:
@@ -59,6 +115,7 @@ class StreamConfig:
     loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(
             len(self.size) == 2 and len(self.patch_size) == 2,
             f"size={self.size} must be (rows, columns), and patch={self.patch} an int or (rows, columns)",
@@ -74,6 +131,13 @@ class StreamConfig:
         )
         require_widths(self.width, self.heads, self.mlp_ratio)
         require(self.depth > 0, f"depth={self.depth} must be at least 1")
+        require(self.tokens <= MOST_TOKENS, f"size={self.size} in patches of {self.patch} is more than {MOST_TOKENS:,}")
+        parameters = int((4 + 2 * self.mlp_ratio) * self.width**2) * self.depth + self.patch_values * self.width
+        require(
+            parameters <= MOST_PARAMETERS,
+            f"width={self.width}, depth={self.depth}, mlp_ratio={self.mlp_ratio} and patch={self.patch} make "
+            f"{parameters:,} parameters, more than {MOST_PARAMETERS:,}",
+        )
         require(
             not self.normalize_targets or self.patch_values > 1,
             f"normalize_targets=True needs at least 2 values per patch, patch={self.patch} of {self.channels} "
@@ -128,6 +192,7 @@ class FusionConfig:
     width: int | None = None
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(self.kind in FUSION_KINDS, f"fusion kind={self.kind!r} must be one of {', '.join(FUSION_KINDS)}")
         require(
             self.pair_attention in PAIR_ATTENTIONS,
@@ -177,6 +242,7 @@ class DecoderConfig:
     window: tuple[int, int] = (4, 4)
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(self.kind in DECODER_KINDS, f"decoder kind={self.kind!r} must be one of {', '.join(DECODER_KINDS)}")
         require_widths(self.width, self.heads, self.mlp_ratio, "decoder ")
         require(self.depth > 0, f"decoder depth={self.depth} must be at least 1")
@@ -196,6 +262,7 @@ class AVMAEConfig:
     decoder: DecoderConfig = DecoderConfig()
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         if self.decoder.kind == "swin":
             for stream in (self.image, self.audio):
                 fit_window(stream.grid, self.decoder.window)
@@ -255,6 +322,7 @@ class ClassifierConfig:
     concatenate: bool = False
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(self.classes > 0, f"classifier classes={self.classes} must be at least 1")
 
 
@@ -275,6 +343,7 @@ class ClassificationSettings:
     multi_label: bool = False
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
         require(self.mixup >= 0, f"mixup={self.mixup} must be 0 (none) or above")
         require(0 <= self.drop_path < 1, f"drop_path={self.drop_path} must be at least 0 and below 1")
@@ -289,6 +358,7 @@ class SeparatorConfig:
     weighted: bool = True
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(self.mask in MASKS, f"separator mask={self.mask!r} must be one of {', '.join(MASKS)}")
 
 
@@ -300,6 +370,7 @@ class SegmenterConfig:
     width: int = 128
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(self.classes > 0, f"segmenter classes={self.classes} must be at least 1")
         require(self.width > 0 and self.width % 2 == 0, f"segmenter width={self.width} must be positive and even")
 
@@ -313,6 +384,7 @@ class LocalizerConfig:
     temperature: float = 0.07
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(self.width > 0, f"localizer width={self.width} must be at least 1")
         require(self.temperature > 0, f"localizer temperature={self.temperature} must be above 0")
 
