@@ -115,6 +115,7 @@ class StreamConfig:
     loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        require(0 < self.loss_weight < math.inf, f"loss_weight={self.loss_weight} must be positive and finite")
         require_bounds(self)
         require(
             len(self.size) == 2 and len(self.patch_size) == 2,
@@ -143,7 +144,6 @@ class StreamConfig:
             f"normalize_targets=True needs at least 2 values per patch, patch={self.patch} of {self.channels} "
             "channel has 1",
         )
-        require(0 < self.loss_weight < math.inf, f"loss_weight={self.loss_weight} must be positive and finite")
         require(0 < self.mask_ratio < 1, f"mask_ratio={self.mask_ratio} must be between 0 and 1, both excluded")
         require(
             0 < self.keep < self.tokens,
