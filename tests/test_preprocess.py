@@ -20,6 +20,7 @@ from av_mae.data import audio as sound
 from av_mae.data import frames, loading
 from av_mae.errors import UserError
 from av_mae.media import encode as clip_writer
+from av_mae.prepare.demo import clips as demo_clips
 from av_mae.prepare.demo import toy_band
 from av_mae.prepare.shards import complete
 
@@ -235,7 +236,7 @@ def test_a_sound_that_ends_is_mirrored_and_the_frame_is_its_middle(numbered):
 def test_a_file_gives_what_evaluation_gives_for_its_record(tmp_path):
     """A demo clip as mp4, and as the record that was prepared from it (JPEG and 16-bit FLAC in between)."""
     clip = toy_band.compose(0, "test", 3, "single")
-    mp4, record = clip_writer.encode_clip(clip)
+    mp4, record = demo_clips.encode_clip(clip)
     path = tmp_path / "clip.mp4"
     path.write_bytes(mp4)
     config = SoundConfig(rate=8000, n_fft=400, hop=125, mels=64, log_floor=1e-3)

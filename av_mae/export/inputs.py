@@ -21,7 +21,7 @@ from av_mae.config import DataConfig, SoundConfig
 from av_mae.data.loading import FIELDS, ClipLoader
 from av_mae.data.plans import MIDDLE
 from av_mae.errors import ClipFailure, UserError, stage
-from av_mae.media.files import MEDIA, ending
+from av_mae.media import MEDIA, ending
 
 COLUMNS = ("path", "start", "end", "label", "id")
 

@@ -1,4 +1,4 @@
-"""Media files by FFmpeg: frames as they are meant to be seen and mono sound, near the times that are wanted.
+"""Media files by FFmpeg: frames as they are meant to be seen and mono waveforms, near the times that are wanted.
 
 Times are seconds from the file's beginning. Files are read near the wanted times only, and decoded by one thread.
 Nothing here bounds the time that a damaged file takes: call it through bounded.Worker.
@@ -9,38 +9,57 @@ import io
 import itertools
 import math
 import os
+import struct
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
+import av.logging
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 
 from av_mae.errors import ClipFailure, stage
 
+# What FFmpeg may take a file for. Others name further files or addresses (concat, hls, sdp, image2, …) or are no media.
+DEMUXERS = (
+    "mov matroska avi flv live_flv asf mpegts mpeg mpegvideo ogg wav w64 flac mp3 aac loas aiff caf au amr ac3 eac3 "
+    "dts truehd tta wv ape mpc mpc8 mxf rm nut dv ivf gif apng h264 hevc vvc obu m4v mjpeg vc1 yuv4mpegpipe "
+    "jpeg_pipe png_pipe bmp_pipe webp_pipe"
+).split()
+# Formats whose files say how long they are: one that ends sooner is cut off. Where others have a length, FFmpeg has
+# guessed it from the bit rate.
+PROMISING = {"mov", "matroska", "flv", "avi", "asf", "wav", "w64", "flac", "aiff", "caf", "au"}
+TIMED = {"mpegts", "mpeg"}  # every packet has its time, so that the last one's is the length
+COUNTED = {"ogg", "flac", "mp3", "aac"}  # times are counted from the samples: a gap is what was lost
 SEEK_BACK = 10.0  # seconds before the wanted time at which reading begins: key frames are rarely farther apart
-PREROLL = 0.5  # seconds of sound decoded and dropped: a decoder's first samples depend on what it has heard before
+PREROLL = 0.5  # seconds of audio decoded and dropped: a decoder's first samples depend on what it has heard before
 GAP = 0.1  # seconds; timestamps that jump ahead by more leave silence, smaller steps are rounding
 SHORTFALL = 0.5  # seconds that may be missing at the end before a file counts as cut off
-MARGIN = 0.25  # seconds of sound around an excerpt, for the resampling filter
+MARGIN = 0.25  # seconds of audio around an excerpt, for the resampling filter
 LARGEST_ASPECT = 8  # of a sample
+HEADER = 1 << 20  # bytes at a file's beginning that are searched for its length
+LOUDEST = 8.0  # decoders overshoot 1 a little; 16-bit samples given as floats go far beyond
+
+File = str | os.PathLike[str] | bytes  # a path, or a file's content
+# PyAV knows no name for side data that FFmpeg 8 has added, e.g. EXIF, and fails at any frame that has some.
+SideData._missing_ = classmethod(lambda kind, value: kind.VIDEO_HINT)  # type: ignore[assignment, method-assign]
 
 
 class Track(NamedTuple):
-    """A stream of a file: its number, and when it begins and ends. `indexed`: the file's index says so."""
+    """A stream of a file: its number, and when it begins and ends. `promised`: the file says when it ends."""
 
     index: int
     begin: float
     end: float
-    indexed: bool
+    promised: bool
 
 
 class Excerpt(NamedTuple):
     """What one clip takes from a file.
 
-    frame: uint8 [H, W, 3], the one shown in the middle of the excerpt, or None. waveform: float32 [samples], mono, at
-    `rate` Hz, of which the excerpt begins at sample `first` (the rest is margin), or None. start: seconds.
+    frame: uint8 [H, W, 3], the one shown in the middle of the excerpt, or `None`. waveform: float32 [samples], mono, at
+    `rate` Hz, of which the excerpt begins at sample `first` (the rest is margin), or `None`. start: seconds.
     """
 
     frame: np.ndarray | None
@@ -51,25 +70,35 @@ class Excerpt(NamedTuple):
 
 
 class Media:
-    """One media file, a path or its bytes; its first picture and its first sound that FFmpeg has a decoder for.
+    """One media file, a path or its bytes; of its videos and of its audios the default one, or else the first.
 
-    `picture` and `sound` are Tracks or None (a cover picture is none), `duration` is in seconds. What cannot be read
-    raises ClipFailure with the stage ('open', 'frame', 'sound') and the cause.
+    `video` and `audio` are Tracks or `None` (a cover picture is no video), `duration` is in seconds. What cannot be
+    read raises ClipFailure with the stage ('open', 'frame', 'sound') and the cause.
     """
 
-    def __init__(self, source: str | os.PathLike | bytes):
+    def __init__(self, source: File):
         self._source = source
+        if av.logging.get_level() is None:  # else PyAV does not count FFmpeg's errors
+            av.logging.set_level(av.logging.PANIC)
         with _part("open"), self._open() as container:
+            self._format = container.format.name.split(",")[0]
             self._origin = (container.start_time or 0) / av.time_base
-            self.picture, self.sound = self._track(container, "video"), self._track(container, "audio")
-            if self.picture is None and self.sound is None:
+            self._chained = False
+            self.video, self.audio = self._tracks(container)
+            if self.video is None and self.audio is None:
                 raise ValueError("the file holds neither a picture nor a sound that can be decoded")
-            if self.picture:
-                self._aspect = float(container.streams[self.picture.index].sample_aspect_ratio or 1)
+            if self.video:
+                self._aspect = float(container.streams[self.video.index].sample_aspect_ratio or 1)
                 if not 1 / LARGEST_ASPECT <= self._aspect <= LARGEST_ASPECT:
                     raise ValueError(f"the sample aspect ratio {self._aspect:g} is beyond {LARGEST_ASPECT} to 1")
-            longest = max(track.end for track in (self.picture, self.sound) if track)
-            self.duration = longest if container.duration is None else container.duration / av.time_base
+            self.duration = max(track.end for track in (self.video, self.audio) if track)
+
+    @property
+    def main(self) -> Track:
+        """The audio, or the video where there is no audio."""
+        track = self.audio or self.video
+        assert track is not None
+        return track
 
     def frames(self, times: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
         """For each of the rising `times` the nearest frame: its time, and uint8 [H, W, 3].
@@ -80,7 +109,7 @@ class Media:
             decoded = before = after = None
             for time in times:
                 if after is None or time > after[0] + SEEK_BACK:
-                    decoded, before = self._decoded(self.picture, time), None
+                    decoded, before = self._decoded(self.video, time), None
                     after = next(decoded, None)
                 if after is None:
                     raise ValueError("no frame can be decoded")
@@ -90,14 +119,15 @@ class Media:
                 yield nearest[0], self._upright(nearest[1])
 
     def waveform(self, start: float, seconds: float) -> tuple[np.ndarray, int, float]:
-        """The sound from `start` (or where it begins, if later) for `seconds`, channels averaged.
+        """The audio from `start` (or where it begins, if later) for `seconds`, channels averaged.
 
         Returns (float32 [samples], its rate in Hz, the time of its first sample, up to a block before `start`); fewer
-        samples where the sound ends, none where it has ended before.
+        samples where the audio ends, none where it has ended before.
         """
-        blocks, samples, rate, first = [], 0, 0, math.nan
+        blocks: list[np.ndarray] = []
+        samples, rate, first, wanted = 0, 0, math.nan, 0
         with _part("sound"):
-            for time, frame in self._decoded(self.sound, start - PREROLL, strict_from=start):
+            for time, frame in self._decoded(self.audio, start - PREROLL, strict_from=start):
                 if not blocks and time + frame.samples / frame.sample_rate <= start:
                     continue
                 if not blocks:
@@ -107,57 +137,115 @@ class Media:
                     raise ValueError(f"the rate changes from {rate} to {frame.sample_rate} Hz at {time:.2f} s")
                 silence = round((time - first) * rate) - samples
                 if silence > GAP * rate:
+                    if self._format in COUNTED:
+                        raise ValueError(f"{silence / rate:.2f} s are lost at {time - silence / rate:.2f} s")
                     blocks.append(np.zeros(min(silence, wanted - samples), np.float32))
                     samples += len(blocks[-1])
                 blocks.append(_mono(frame))
                 samples += len(blocks[-1])
                 if samples >= wanted:
                     break
-        return np.concatenate([np.zeros(0, np.float32), *blocks]), rate, first
+            waveform = np.concatenate([np.zeros(0, np.float32), *blocks])
+            loudest = float(np.abs(waveform).max(initial=0.0))
+            if loudest > LOUDEST:
+                raise ValueError(f"samples reach {loudest:g}, but floats must lie in -1…1; divide 16-bit ones by 32768")
+        return waveform, rate, first
 
     def _open(self) -> av.container.InputContainer:
-        named = not isinstance(self._source, bytes)
-        source = f"file:{os.fspath(self._source)}" if named else io.BytesIO(self._source)
-        return av.open(source, metadata_errors="ignore")  # a title that is no UTF-8 is no reason to fail
+        if isinstance(self._source, bytes):
+            source, protocols = io.BytesIO(self._source), "none"
+        else:
+            source, protocols = f"file:{os.fspath(self._source)}", "file"
+        options = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": protocols}
+        try:
+            # A title that is no UTF-8 is no reason to fail.
+            return av.open(source, "r", options=options, metadata_errors="ignore")
+        except av.ArgumentError as error:
+            raise ValueError(
+                "the file holds neither a picture nor a sound that can be decoded; lists and scripts that name other "
+                "files are not followed"
+            ) from error
 
-    def _track(self, container: av.container.InputContainer, kind: str) -> Track | None:
-        for stream in container.streams:
-            if stream.type != kind or stream.codec_context is None or stream.disposition & Disposition.attached_pic:
+    def _tracks(self, container: av.container.InputContainer) -> tuple[Track | None, Track | None]:
+        """The video and the audio of a file, each the default one or else the first."""
+        chosen: dict[str, Any] = {}
+        usable = [stream for stream in container.streams if stream.codec_context is not None]
+        for stream in sorted(usable, key=lambda stream: not stream.disposition & Disposition.default):
+            if not stream.disposition & Disposition.attached_pic:
+                chosen.setdefault(stream.type, stream)
+        promised = self._promised(container)
+        ends: dict[int, float] = {}
+        if self._format not in ("mov", *TIMED) or any(stream.duration is None for stream in chosen.values()):
+            ends = self._last_ends(promised)
+        cut_off = promised is not None and max(ends.values(), default=promised) + SHORTFALL < promised
+        tracks = []
+        for stream in (chosen.get("video"), chosen.get("audio")):
+            if stream is None:
+                tracks.append(None)
                 continue
             begin = 0.0 if stream.start_time is None else self._seconds(stream.start_time, stream)
-            if stream.duration is None:
-                guess = 0.0 if container.duration is None else container.duration / av.time_base
-                return Track(stream.index, begin, self._last_end(stream.index, guess), indexed=False)
-            end = begin + float(stream.duration * stream.time_base)
-            return Track(stream.index, begin, end, indexed=container.format.name.startswith("mov"))
-        return None
+            if stream.index in ends:
+                end = promised if cut_off and promised else ends[stream.index]
+            else:
+                end = begin + float((stream.duration or 0) * stream.time_base)
+            tracks.append(Track(stream.index, begin, end, cut_off or self._format == "mov"))
+        return tracks[0], tracks[1]
 
-    def _last_end(self, index: int, guess: float) -> float:
-        """When the last packet of a stream ends, found near `guess` or by reading all of it; decodes nothing."""
-        container, packets = self._packets(index, guess)
-        with container:
-            return max(
-                (
-                    self._seconds(packet.pts + (packet.duration or 0), packet)
-                    for packet in packets
-                    if packet.pts is not None
-                ),
-                default=0.0,
-            )
+    def _promised(self, container: av.container.InputContainer) -> float | None:
+        """How long a file says that it is, in seconds; `None` where it does not say so."""
+        known = None if container.duration is None else container.duration / av.time_base
+        if self._format not in ("mp3", "wav"):
+            return known if self._format in PROMISING else None
+        if isinstance(self._source, bytes):
+            begin, size = self._source[:HEADER], len(self._source)
+        else:
+            with open(self._source, "rb") as file:
+                begin, size = file.read(HEADER), os.fstat(file.fileno()).st_size
+        if self._format == "mp3":  # a header that counts the frames; an ID3 tag's length is in four times seven bits
+            tag = sum((value & 127) << shift for value, shift in zip(begin[6:10], (21, 14, 7, 0)))
+            first = begin[10 + tag :][:2048] if begin.startswith(b"ID3") else begin[:2048]
+            return known if any(mark in first for mark in (b"Xing", b"Info", b"VBRI")) else None
+        position, rate = 12, 0
+        while position + 8 <= len(begin):  # FFmpeg takes the file's size for the length where data is missing
+            kind, length = struct.unpack_from("<4sI", begin, position)
+            if kind == b"fmt ":
+                (rate,) = struct.unpack_from("<I", begin, position + 16)  # bytes a second
+            if kind == b"data":
+                missing = length not in (0, 0xFFFFFFFF) and position + 8 + length > size
+                return length / rate if missing and rate else known
+            position += 8 + length + length % 2
+        return known
 
-    def _seconds(self, timestamp: int, timed: av.stream.Stream | av.Packet | av.frame.Frame) -> float:
+    def _last_ends(self, known: float | None) -> dict[int, float]:
+        """When the last packet of each stream ends, found near `known` or by reading all (`None`); decodes nothing."""
+        ends: dict[int, float] = {}
+        with self._open() as container, contextlib.suppress(av.FFmpegError):
+            if known is not None and known > SEEK_BACK:
+                container.seek(int((known - SEEK_BACK + self._origin) * av.time_base))
+            for packet in container.demux():
+                end = ends.get(packet.stream_index, 0.0)
+                begin = end if packet.pts is None else self._seconds(packet.pts, packet)
+                if packet.stream.type == "audio" and begin < end - GAP:  # streams one after the other, each from 0 on
+                    begin, self._chained = end, True
+                ends[packet.stream_index] = max(end, begin + float((packet.duration or 0) * packet.time_base))
+        return ends if ends or known is None else self._last_ends(None)
+
+    def _seconds(self, timestamp: int, timed: Any) -> float:
+        """A timestamp of a stream, packet or frame in seconds."""
         return float(timestamp * timed.time_base) - self._origin
 
-    def _decoded(
-        self, track: Track, time: float, strict_from: float = -math.inf
-    ) -> Iterator[tuple[float, av.VideoFrame | av.AudioFrame]]:
+    def _decoded(self, track: Track | None, time: float, strict_from: float = -math.inf) -> Iterator[tuple[float, Any]]:
         """Decoded frames from the one at or before `time` on, with their times, which never fall.
 
-        Raises ValueError at a damaged packet from `strict_from` on, and where the file ends before its index says.
+        Raises ValueError at a damaged packet from `strict_from` on, and where the file ends before it says.
         """
-        container, packets = self._packets(track.index, time)
-        shown = read = 0.0
+        assert track is not None
+        container, packets, whole = self._packets(track.index, time)
+        shown, following, read, message = -math.inf, 0.0, 0.0, ""
+        # FFmpeg also reports what a decoder misses that begins in the middle: that is no damage.
+        strict_log = strict_from if whole else max(strict_from, time)
         with container:
+            errors, _ = av.logging.get_last_error()
             for packet in packets:
                 begin = read if packet.pts is None else self._seconds(packet.pts, packet)
                 try:
@@ -166,43 +254,63 @@ class Media:
                     if begin < strict_from:
                         continue
                     raise ValueError(f"cannot be decoded at {begin:.2f} s: {error.strerror}") from error
+                count, last = av.logging.get_last_error()
+                if count > errors and last and begin >= strict_log:
+                    message = " ".join(last[2].split())
+                    if message.endswith(("ended prematurely", "partial file")):
+                        break
+                    raise ValueError(f"damaged at {begin:.2f} s: {message}")
+                errors = count
                 for frame in frames:
-                    shown = shown if frame.pts is None else max(shown, self._seconds(frame.pts, frame))
+                    own = following if frame.pts is None else self._seconds(frame.pts, frame)
+                    if self._chained and own < following - GAP:
+                        own = following
+                    shown = max(shown, own)
                     yield shown, frame
+                    if isinstance(frame, av.AudioFrame):
+                        following = shown + frame.samples / frame.sample_rate
+                    else:
+                        following = shown + float((frame.duration or 0) * (frame.time_base or 0))
                 read = max(read, begin + float((packet.duration or 0) * packet.time_base))
-        if track.indexed and read + SHORTFALL < track.end:
+        if message or track.promised and read + SHORTFALL < track.end:
             raise ValueError(f"the file is cut off: {read:.2f} of {track.end:.2f} s are there")
 
-    def _packets(self, index: int, time: float) -> tuple[av.container.InputContainer, Iterator[av.Packet]]:
-        """The file, open, and the packets of a stream from the last key packet at or before `time` on.
+    def _packets(self, index: int, time: float) -> tuple[av.container.InputContainer, Iterator[Any], bool]:
+        """The file, open, the packets of a stream from the last key packet at or before `time` on, and whether they
+        begin with the stream's first packet.
 
         Without such a packet from the first key packet on, or from the first packet where none is a key.
         """
-        if time > SEEK_BACK:
+        if time > SEEK_BACK and not self._chained:
             with contextlib.suppress(av.FFmpegError):  # what cannot seek is read up to there
-                container, lead, packets = self._lead(index, time, time - SEEK_BACK)
+                container, lead, packets, _ = self._lead(index, time, time - SEEK_BACK)
                 if lead[0].is_keyframe and lead[0].pts is not None and self._seconds(lead[0].pts, lead[0]) <= time:
-                    return container, itertools.chain(lead, packets)
-        container, lead, packets = self._lead(index, time, None)
-        return container, itertools.chain(lead, packets)
+                    return container, itertools.chain(lead, packets), False
+        container, lead, packets, whole = self._lead(index, time, None)
+        return container, itertools.chain(lead, packets), whole
 
-    def _lead(self, index: int, time: float, seek_to: float | None):
-        """The open file, a stream's packets from the last key packet up to `time`, and an iterator over the rest."""
+    def _lead(
+        self, index: int, time: float, seek_to: float | None
+    ) -> tuple[av.container.InputContainer, list[Any], Iterator[Any], bool]:
+        """The open file, a stream's packets from the last key packet up to `time`, an iterator over the rest, and
+        whether these packets are all of the stream."""
         container = self._open()
         stream = container.streams[index]
         stream.codec_context.thread_count = 1
         if seek_to is not None:
             container.seek(int((seek_to + self._origin) / stream.time_base), stream=stream)
-        packets, lead = container.demux(stream), []
+        packets, lead, whole = container.demux(stream), [], True
+        # Audio is decoded from its first packet on, which says how many samples an edit list cuts off.
+        keep = self._chained or stream.type == "audio" and seek_to is None
         for packet in packets:
             begin = None if packet.pts is None else self._seconds(packet.pts, packet)
             keyless = lead and not lead[0].is_keyframe
-            if packet.is_keyframe and begin is not None and (begin <= time or keyless):
-                lead = []
+            if packet.is_keyframe and begin is not None and (begin <= time or keyless) and lead and not keep:
+                lead, whole = [], False
             lead.append(packet)
             if packet.dts is not None and self._seconds(packet.dts, packet) > time and lead[0].is_keyframe:
                 break
-        return container, lead, packets
+        return container, lead, packets, whole
 
     def _upright(self, frame: av.VideoFrame) -> np.ndarray:
         """A decoded frame as it is meant to be seen: uint8 [H, W, 3]."""
@@ -218,24 +326,24 @@ class Media:
         return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def span(source: str | os.PathLike | bytes) -> tuple[float, float]:
-    """When a file's sound begins and ends, in seconds; that of its picture where there is no sound."""
+def span(source: File) -> tuple[float, float]:
+    """When a file's audio begins and ends, in seconds; that of its video where there is no audio."""
     media = Media(source)
-    track = media.sound or media.picture
+    track = media.main
     return track.begin, track.end
 
 
-def read_excerpt(source: str | os.PathLike | bytes, start: float | None, seconds: float) -> Excerpt:
-    """`seconds` of a file from `start` on (None: its middle), by the sound where there is one; less where it ends.
+def read_excerpt(source: File, start: float | None, seconds: float) -> Excerpt:
+    """`seconds` of a file from `start` on (`None`: its middle), by the audio where there is one; less where it ends.
 
     Raises ClipFailure where the file cannot be read, or has nothing there.
     """
     media = Media(source)
-    track = media.sound or media.picture
+    track = media.main
     if start is None:
         start = track.begin + max(0.0, (track.end - track.begin - seconds) / 2)
     waveform, rate, first, end = None, 0, 0, track.end
-    if media.sound:
+    if media.audio:
         waveform, rate, began = media.waveform(start - MARGIN, seconds + 2 * MARGIN)
         first = max(0, round((start - began) * rate)) if len(waveform) else 0
         if first >= len(waveform) or began >= start + seconds:
@@ -251,7 +359,7 @@ def read_excerpt(source: str | os.PathLike | bytes, start: float | None, seconds
             "", "frame", f"none at {start:.2f} s, the picture lasts from {track.begin:.2f} to {end:.2f} s"
         )
     frame = None
-    if media.picture:
+    if media.video:
         _, frame = next(media.frames([start + min(seconds, end - start) / 2]))
     return Excerpt(frame, waveform, rate, first, start)
 
@@ -261,10 +369,10 @@ def _mono(frame: av.AudioFrame) -> np.ndarray:
     samples = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T
-    mean = samples.mean(axis=0, dtype=np.float32)
+    mean: np.ndarray = samples.mean(axis=0, dtype=np.float32)
     if samples.dtype == np.uint8:  # silence is 128
-        return mean / 128 - 1
-    return mean / -float(np.iinfo(samples.dtype).min) if samples.dtype.kind == "i" else mean
+        return np.asarray(mean / 128 - 1)
+    return np.asarray(mean / 2.0 ** (8 * samples.dtype.itemsize - 1) if samples.dtype.kind == "i" else mean)
 
 
 @contextlib.contextmanager

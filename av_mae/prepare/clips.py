@@ -149,7 +149,7 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
     if clip.images:
         frames = list(_images(clip, files, duration))
     else:
-        frames = list(_frames(media, clip.start, duration, options)) if media.picture else []
+        frames = list(_frames(media, clip.start, duration, options)) if media.video else []
     small = [_shrink(pixels, options.size) for _, pixels in frames]
     record = {
         "id": clip.id,
@@ -173,7 +173,7 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
 
 def _audio(media: Media, start: float, seconds: float, rate: int) -> np.ndarray | None:
     """float32 [samples] at `rate` Hz from second `start` on, silent before the audio begins; `None` without any."""
-    if media.sound is None:
+    if media.audio is None:
         return None
     waveform, own_rate, began = media.waveform(start - MARGIN, seconds + 2 * MARGIN)
     if not len(waveform):

@@ -26,8 +26,8 @@ def test_robust_clips_have_the_size_and_length_that_a_probe_read(shared, name):
     width, height = map(int, row["res"].split("x"))
     ((_, frame),) = clip.frames([clip.duration / 2])
     assert frame.shape == ((width, height, 3) if row["rot"] else (height, width, 3)) and frame.dtype == np.uint8
-    assert (clip.sound is None) == (row["n_a"] == "0")
-    if clip.sound:
+    assert (clip.audio is None) == (row["n_a"] == "0")
+    if clip.audio:
         waveform, rate, _ = clip.waveform(0.0, clip.duration + 1)
         assert rate == int(row["arate"]) and waveform.dtype == np.float32 and np.abs(waveform).max() < 1.5
         assert len(waveform) / rate == pytest.approx(float(row["asec"]), abs=0.006)
@@ -190,14 +190,14 @@ def test_a_cover_picture_is_no_frame():
     tag = b"APIC" + len(body).to_bytes(4, "big") + b"\0\0" + body
     length = bytes(len(tag) >> shift & 127 for shift in (21, 14, 7, 0))
     clip = media.Media(b"ID3\x03\0\0" + length + tag + mp3[mp3.index(b"\xff") :])
-    assert clip.picture is None and clip.sound.end == pytest.approx(1.0, abs=0.1)
+    assert clip.video is None and clip.audio.end == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_file_name_is_no_address(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made_media.write("plain.mp4", [made_media.quadrants()] * 3)
     os.rename("plain.mp4", "concat:a|b.mp4")
-    assert media.Media("concat:a|b.mp4").picture.end == pytest.approx(0.6)
+    assert media.Media("concat:a|b.mp4").video.end == pytest.approx(0.6)
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path):

@@ -7,7 +7,7 @@ audio.wav, frames/0.jpg …, labels_rgb/0.png … or labels_semantic/0.png …
 import re
 
 from av_mae.errors import UserError
-from av_mae.media.files import IMAGES, SOUNDS, ending, stem
+from av_mae.media import IMAGES, SOUNDS, ending, stem
 from av_mae.prepare.readers import catalogue as tables
 from av_mae.prepare.readers.catalogue import Catalogue, SourceClip, split_name
 from av_mae.storage import Folder

@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from typing import Any
 
-from av_mae.media.files import IMAGES, SOUNDS, MediaFiles, ending, stem
+from av_mae.media import IMAGES, SOUNDS, MediaFiles, ending, stem
 from av_mae.prepare.readers import catalogue as tables
 from av_mae.prepare.readers.catalogue import Catalogue, SourceClip, check_id
 from av_mae.storage import Folder

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from av_mae.errors import UserError
-from av_mae.media.files import MEDIA, SOUNDS, MediaFiles, ending, stem
+from av_mae.media import MEDIA, SOUNDS, MediaFiles, ending, stem
 from av_mae.prepare.readers import catalogue as tables
 from av_mae.prepare.readers.catalogue import SPLITS, Catalogue, SourceClip, check_id, split_name
 from av_mae.storage import Folder

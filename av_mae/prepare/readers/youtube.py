@@ -18,7 +18,7 @@ import collections
 import dataclasses
 
 from av_mae.errors import UserError
-from av_mae.media.files import MEDIA, MediaFiles, ending, stem
+from av_mae.media import MEDIA, MediaFiles, ending, stem
 from av_mae.prepare.readers import catalogue as tables
 from av_mae.prepare.readers.catalogue import Catalogue, SourceClip, check_id, split_name
 from av_mae.storage import Folder
