@@ -24,7 +24,7 @@ from av_mae.errors import ClipFailure, stage
 # What FFmpeg may take a file for. Others name further files or addresses (concat, hls, sdp, image2, …) or are no media.
 DEMUXERS = (
     "mov matroska avi flv live_flv asf mpegts mpeg mpegvideo ogg wav w64 flac mp3 aac loas aiff caf au amr ac3 eac3 "
-    "dts truehd tta wv ape mpc mpc8 mxf rm nut dv ivf gif apng h264 hevc vvc obu m4v mjpeg vc1 yuv4mpegpipe "
+    "dts truehd tta wv ape mpc mpc8 mxf rm nut dv wtv ivf gif apng h264 hevc vvc obu m4v mjpeg vc1 yuv4mpegpipe "
     "jpeg_pipe png_pipe bmp_pipe webp_pipe"
 ).split()
 # Formats whose files say how long they are: one that ends sooner is cut off. Where others have a length, FFmpeg has
