@@ -18,6 +18,11 @@ MOST_MIXED = 4  # clips
 REMATS = ("none", "dots", "full")
 SCANS = ("auto", "on", "off")
 OPTIMIZERS = ("adamw", "lars")
+# Smallest values of the keys of runs; 0 stands for never, or for any number.
+LEAST = dict.fromkeys(("batch_size", "checkpoint_every", "checkpoint_local_every", "hang_factor", "keep_last"), 1)
+LEAST |= {"log_every": 1, "neighbours_clips": 2, "bootstrap": 100}
+LEAST |= dict.fromkeys(("seed", "keep_every", "images_every", "profile_at", "hang_seconds", "neighbours_every"), 0)
+LEAST |= dict.fromkeys(("max_failed_saves", "max_grad_norm", "max_skipped_updates", "clips", "workers", "pictures"), 0)
 LONGEST = 3600  # seconds of a window of audio
 
 
@@ -34,11 +39,7 @@ class SoundConfig:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        require_bounds(self)
-        require(
-            min(self.rate, self.n_fft, self.hop, self.mels) > 0,
-            f"data.sound: rate={self.rate}, n_fft={self.n_fft}, hop={self.hop} and mels={self.mels} must be positive",
-        )
+        require_bounds(self, "data.sound.", {"rate": 1, "n_fft": 1, "hop": 1, "mels": 1})
         require(self.log_floor > 0, f"data.sound.log_floor={self.log_floor} must be above 0")
         require(self.std > 0, f"data.sound.std={self.std} must be above 0")
 
@@ -75,26 +76,22 @@ class DataConfig:
     sound_snr: float | None = None
 
     def __post_init__(self) -> None:
-        require_bounds(self)
+        # 0: clips are read in this process, none are kept in memory, the volume stays as it is
+        zero = ("classes", "workers", "cache", "image_noise", "volume_db")
+        require_bounds(self, "data.", dict.fromkeys(zero, 0) | {"prefetch": 1})
         wrong = [name for name in self.annotations if name not in ANNOTATIONS]
         require(not wrong, f"data.annotations={self.annotations} names {wrong}; known are {', '.join(ANNOTATIONS)}")
-        require(self.classes >= 0, f"data.classes={self.classes} must be 0 or more")
         require(
             "labels" not in self.annotations or self.classes > 0, "data.annotations 'labels' needs data.classes above 0"
         )
         require(1 <= self.mix <= MOST_MIXED, f"data.mix={self.mix} must be 1 (no mixing) to {MOST_MIXED} clips")
-        require(self.image_noise >= 0, f"data.image_noise={self.image_noise} must be 0 or more")
         require(bool(self.split), "data.split must name a split of the prepared sets, e.g. train or test")
-        require(self.workers >= 0, f"data.workers={self.workers} must be 0 (in this process) or more")
-        require(self.cache >= 0, f"data.cache={self.cache} must be 0 (none) or more gigabytes in each process")
-        require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be at least 1")
         smallest, largest = self.crop_scale
         require(
             0 < smallest <= largest <= 1,
             f"data.crop_scale={self.crop_scale} must be (smallest, largest) share of the area, "
             "with 0 < smallest <= largest <= 1",
         )
-        require(self.volume_db >= 0, f"data.volume_db={self.volume_db} must be 0 or more decibels")
         require(
             0 <= self.max_failure_share <= 1, f"data.max_failure_share={self.max_failure_share} must be between 0 and 1"
         )
@@ -132,9 +129,8 @@ class MeshConfig:
     slices: int = 0
 
     def __post_init__(self) -> None:
-        require_bounds(self)
+        require_bounds(self, "mesh.", {"slices": 0})
         sizes = (self.data, self.fsdp or 1, self.tensor)
-        require(self.slices >= 0, f"mesh.slices={self.slices} must be 0 (as the devices tell) or more")
         require(
             all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
             f"mesh axes data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} must be positive, "
@@ -161,14 +157,9 @@ class OptimizerConfig:
     clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        require_bounds(self)
+        require_bounds(self, "optimizer.", {"warmup": 0, "weight_decay": 0, "clip_norm": 0})
         require(self.kind in OPTIMIZERS, f"optimizer.kind={self.kind!r} must be one of {', '.join(OPTIMIZERS)}")
         require(self.base_lr > 0, f"optimizer.base_lr={self.base_lr} must be above 0")
-        require(
-            min(self.warmup, self.weight_decay, self.clip_norm) >= 0,
-            f"optimizer.warmup={self.warmup}, weight_decay={self.weight_decay} and clip_norm={self.clip_norm} "
-            "must be 0 or more",
-        )
         require(
             0 <= self.b1 < 1 and 0 <= self.b2 < 1,
             f"optimizer.b1={self.b1} and b2={self.b2} must be at least 0 and below 1",
@@ -216,13 +207,11 @@ class RunConfig:
     init: str = ""
 
     def __post_init__(self) -> None:
-        require_bounds(self)
-        require(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        require_bounds(self, least=LEAST)
         require(
             (self.steps > 0) != (self.epochs > 0) and min(self.steps, self.epochs) >= 0,
             f"set exactly one of steps={self.steps} and epochs={self.epochs} above 0, the other to 0",
         )
-        require(self.batch_size > 0, f"batch_size={self.batch_size} must be at least 1")
         require(
             self.grad_accumulation > 0 and self.batch_size % self.grad_accumulation == 0,
             f"grad_accumulation={self.grad_accumulation} must be positive and divide batch_size={self.batch_size}",
@@ -230,26 +219,6 @@ class RunConfig:
         require(self.dtype in DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         require(self.remat in REMATS, f"remat={self.remat!r} must be one of {', '.join(REMATS)}")
         require(self.scan_layers in SCANS, f"scan_layers={self.scan_layers!r} must be one of {', '.join(SCANS)}")
-        require(
-            min(self.checkpoint_every, self.checkpoint_local_every, self.keep_last, self.log_every) > 0,
-            f"checkpoint_every={self.checkpoint_every}, checkpoint_local_every={self.checkpoint_local_every}, "
-            f"keep_last={self.keep_last} and log_every={self.log_every} must be at least 1",
-        )
-        require(
-            min(self.max_failed_saves, self.max_grad_norm, self.max_skipped_updates) >= 0,
-            f"max_failed_saves={self.max_failed_saves}, max_grad_norm={self.max_grad_norm} and "
-            f"max_skipped_updates={self.max_skipped_updates} must be 0 or more",
-        )
-        require(
-            min(self.keep_every, self.images_every, self.profile_at) >= 0,
-            f"keep_every={self.keep_every}, images_every={self.images_every} and "
-            f"profile_at={self.profile_at} must be 0 (never) or more",
-        )
-        require(
-            self.hang_seconds >= 0 and self.hang_factor >= 1,
-            f"hang_seconds={self.hang_seconds} must be 0 (never) or more, and hang_factor={self.hang_factor} at "
-            "least 1",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,8 +239,6 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.neighbours_every >= 0, f"neighbours_every={self.neighbours_every} must be 0 (never) or more")
-        require(self.neighbours_clips > 1, f"neighbours_clips={self.neighbours_clips} must be at least 2")
         require(bool(self.neighbours_split), "neighbours_split must name a split of the prepared sets, e.g. test")
         require(
             not (self.init and self.pretrained),

@@ -218,6 +218,29 @@ def test_absurd_values_are_refused_before_anything_is_allocated(override, messag
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "recipe, override, message",
+    [
+        ("reconstruction", "batch_size=1e12", "batch_size=1000000000000 must be at most"),
+        ("reconstruction", "bootstrap=1e12", "bootstrap=1000000000000 must be at most 1,000,000"),
+        ("reconstruction", "data.clips=1e12", "data.clips=1000000000000 must be at most"),
+        ("classification", "test_batch_size=1e12", "test_batch_size=1000000000000 must be at most"),
+        ("classification", "head.classes=1e12", "classes=1000000000000 must be at most"),
+        ("classification", "bootstrap=1e12", "bootstrap=1000000000000 must be at most"),
+        ("segmentation", "head.width=1e9", "width=1000000000 must be at most"),
+        ("localization", "head.temperature=1e999", "temperature=inf must be finite"),
+        ("separation", "seed=1e20", "seed=100000000000000000000 must be at most"),
+        ("compare", "seeds=(100000000000000000000,)", "seeds=100000000000000000000 must be at most"),
+    ],
+)
+def test_absurd_values_of_evaluations_are_refused(recipe, override, message):
+    from av_mae.evaluate.__main__ import kind_of
+
+    with pytest.raises(UserError) as error:
+        recipes.load_recipe(recipe, [f"--config.{override}"], kind_of)
+    assert message in str(error.value)
+
+
 def test_a_model_of_too_many_parameters_is_refused():
     with pytest.raises(UserError, match="make 52,776,.* parameters, more than 1,000,000,000,000"):
         StreamConfig(width=65536, depth=1024, heads=64)

@@ -17,7 +17,7 @@ from av_mae.errors import UserError
 from av_mae.evaluate import run as task_run
 from av_mae.evaluate.bootstrap import Metric, Report
 from av_mae.evaluate.task import TaskConfig, task_class
-from av_mae.models.config import require
+from av_mae.models.config import require, require_bounds
 
 RESULTS = "results.json"
 
@@ -62,6 +62,7 @@ class CompareConfig:
     tasks: tuple[ComparedTask, ...] = ()
 
     def __post_init__(self):
+        require_bounds(self)
         require(len(self.seeds) > 0, "seeds=() must hold at least one seed")
         for what in ("seeds", "rows", "tasks"):
             names = [getattr(entry, "name", entry) for entry in getattr(self, what)]

@@ -24,12 +24,12 @@ from scipy import fft
 
 from av_mae import models, plots
 from av_mae.checkpoint import Checkpoint
-from av_mae.config import DataConfig, MeshConfig, TrainConfig
+from av_mae.config import LEAST, DataConfig, MeshConfig, TrainConfig
 from av_mae.errors import UserError
 from av_mae.evaluate.bootstrap import Bootstrap, Metric
 from av_mae.evaluate.task import Clip, Condition, Measured, Task, Untrained, blank, set_names
 from av_mae.models import kinds
-from av_mae.models.config import require
+from av_mae.models.config import require, require_bounds
 from av_mae.models.kinds import Params
 from av_mae.train.step import Batch
 
@@ -61,8 +61,7 @@ class ReconstructionData:
 
     def __post_init__(self):
         require(bool(self.split), "data.split must name a split of the prepared sets, e.g. test")
-        require(self.clips >= 0, f"data.clips={self.clips} must be 0 (all) or more")
-        require(self.workers >= 0, f"data.workers={self.workers} must be 0 (in this process) or more")
+        require_bounds(self, "data.", LEAST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +81,7 @@ class ReconstructionConfig:
     data: ReconstructionData = ReconstructionData()
 
     def __post_init__(self):
-        require(self.seed >= 0, f"seed={self.seed} must be 0 or more")
-        require(self.batch_size > 0, f"batch_size={self.batch_size} must be at least 1")
-        require(self.bootstrap >= 100, f"bootstrap={self.bootstrap} must be at least 100 for 95 % intervals")
-        require(self.pictures >= 0, f"pictures={self.pictures} must be 0 (none) or more")
+        require_bounds(self, least=LEAST)
 
     random_weights = False  # of the model that is measured
 

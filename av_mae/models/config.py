@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from av_mae.errors import UserError
@@ -56,20 +57,25 @@ LARGEST = {
 MOST_TOKENS, MOST_PARAMETERS = 2**18, 10**12  # of a stream
 
 
-def require_bounds(config: Any) -> None:
-    """Raises UserError where a number of a configuration is not finite, or so large that it must be a mistake.
+def require_bounds(config: Any, prefix: str = "", least: Mapping[str, float] | None = None) -> None:
+    """Raises UserError where a number of a configuration is not finite, too small, or too large to be meant.
 
     Args:
       config: a dataclass. Its numbers, and those in its tuples, are compared with `LARGEST` by the names of the fields.
+      prefix: goes before the names in messages.
+      least: the smallest values, by name.
     """
     for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config)):
         for number in value if isinstance(value, tuple | list) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             text = str(number) if len(str(number)) < 30 else f"{str(number)[:20]}… ({len(str(number))} digits)"
-            require(isinstance(number, int) or math.isfinite(number), f"{name}={text} must be finite")
+            label = f"{prefix}{name}={text}"
+            require(isinstance(number, int) or math.isfinite(number), f"{label} must be finite")
             most = LARGEST.get(name, LARGEST_INTEGER if isinstance(number, int) else math.inf)
-            require(abs(number) <= most, f"{name}={text} must be at most {most:,}")
+            require(abs(number) <= most, f"{label} must be at most {most:,}")
+            smallest = (least or {}).get(name, -most)
+            require(number >= smallest, f"{label} must be at least {smallest}")
 
 
 def require_widths(width: int, heads: int, mlp_ratio: float, owner: str = "") -> None:
