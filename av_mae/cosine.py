@@ -237,7 +237,10 @@ def _count_closer(
     right: jax.Array,
     clips: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """For each row of audio how many other images are (closer, just as close) as its own: int [2, B]; and vice versa."""
+    """For each row of audio how many other images are (closer, just as close) as its own; and vice versa.
+
+    Returns int [2, B] each.
+    """
     similarity, others = _similarity(audio, image), _others(left, right, len(audio), clips)
 
     def count(own: jax.Array, axis: int) -> jax.Array:

@@ -178,11 +178,11 @@ def embed_query(
     """
     shape = embedder.shape()
     clip = preprocess.load(path, start, shape.seconds, sound=shape.sound, image_size=shape.image, missing="zeros")
-    for stream, part in (("image", "picture"), ("audio", "sound")):
+    for stream in ("image", "audio"):
         if not clip[f"has_{stream}"][0]:
             if modality == stream:
-                raise UserError(f"{path} has no {part} to search by: choose another --modality")
-            note(f"{path} has no {part}: zeros stand for it")
+                raise UserError(f"{path} has no {stream} to search by: choose another --modality")
+            note(f"{path} has no {stream}: zeros stand for it")
     rows = [np.repeat(clip[name], embedder.devices, axis=0) for name in ("image", "audio")]
     columns = jax.device_get(embedder(*jax.device_put(rows, embedder.rows)))
     if modality not in columns:
@@ -210,7 +210,7 @@ def contact_sheet(index: Index, embedder: Embedder, query: dict[str, np.ndarray]
             image, audio = (np.zeros_like(query[name][0]) for name in ("image", "audio"))
         rows.append([image, audio])
         titles.append(f"{number}   {similarity:.3f}   {_label(known)}   {known['id'][-24:]}")
-    return gallery(rows, ("frame", "sound"), titles)
+    return gallery(rows, ("frame", "audio"), titles)
 
 
 def lines(index: Index, hits: Hits) -> list[str]:

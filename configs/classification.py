@@ -15,16 +15,17 @@ Variants (published protocols; the command is the one above with the variant's n
                         top-1, 57.91 from an encoder pretrained on AudioSet.
     audioset_probe      AudioSet (--dataset=audioset), trained on its balanced part: as vggsound_probe with several
                         labels a clip, 300 epochs (20). Measures `mean_ap/joint`, `auc/joint`, `d_prime/joint`; the
-                        published figures are not known here.
+                        published values are not known here.
     audioset_finetune   AudioSet, balanced part: as vggsound_finetune with several labels a clip.
-    demo       Linear probe on degraded Toy Band: image noise of deviation 2.0, sound 10 dB under white noise. Hardware:
-               2 CPU cores, about 2 minutes. Figures: docs/tasks.md.
+    demo       Linear probe on degraded Toy Band: image noise of deviation 2.0, audio 10 dB under white noise. Hardware:
+               2 CPU cores, about 2 minutes. Results: docs/tasks.md.
     digits_probe, digits_finetune
                Spoken Digits with an encoder of their own (docs/tasks.md has the commands). 2 CPU cores, about 4 and 10
                minutes. One seed gave on 300 test clips: joint .453 and .663 (.487 with a blank image).
     folder     Fine-tuning on your own clips: a prepared set with labels and the splits train and test; set
-               `--config.head.classes` to as many as it has. The encoder learns at a tenth of the head's rate; frames are
-               cropped and mirrored, the volume is changed. Hardware: 2 CPU cores with the demo's encoder, some minutes.
+               `--config.head.classes` to as many as it has. The encoder learns at a tenth of the head's rate; frames
+               are cropped and mirrored, the volume is changed. Hardware: 2 CPU cores with the demo's encoder, some
+               minutes.
 
 Hardware of the published variants: a TPU slice or a GPU host; with a ViT-B encoder 8 accelerators hold a batch of 256.
 Expected duration: not measured; nobody has run them to the end with this code.

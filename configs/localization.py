@@ -10,7 +10,7 @@ On annotated sets (the published system reports them, but released no code for t
     vggss      The head is trained without boxes on VGGSound's training clips (python -m av_mae.prepare
                --dataset=vggsound), and measured on VGG-SS (--dataset=vggss): all boxes of a frame are true.
     flickr     The same on Flickr-SoundNet (--dataset=flickr_soundnet): true where 2 of 3 annotators say so.
-The map's upper half is compared, as published for both sets (`ciou` at 0.5, `auc`). Published figures: not known here.
+The map's upper half is compared, as published for both sets (`ciou` at 0.5, `auc`). Published values: not known here.
 Hardware of these: a GPU host or a TPU slice. Expected duration: not measured; nobody has run them to the end with this
 code.
 

@@ -6,9 +6,9 @@ Command:
 
 Variant `demo`: Toy Band, with what `bash launch/demo.sh` left in runs/demo. Hardware: anything; 1,500 clips take 10
 seconds on 2 CPU cores. After the demo's 5,000 steps the nearest other clip is of the same class for 97.9 % of 1,500
-clips by sound, 80.1 % by image, 99.2 % by fusion tokens and 99.5 % by all. Retrieval is at chance (recall at 10 of .004
+clips by audio, 80.1 % by image, 99.2 % by fusion tokens and 99.5 % by all. Retrieval is at chance (recall at 10 of .004
 to .007, chance .007), fused or not: rebuilding patches never asks the two streams for the same features. Published
-figures: none that can be compared without the published data.
+values: none that can be compared without the published data.
 
 The search goes block by block, so that 200,000 clips fit in memory (docs/benchmarks.md).
 """

@@ -10,7 +10,7 @@ python -m av_mae.prepare --dataset=avsbench_s4 (avsbench_ms3, avsbench_avss):
         --config.data.path=DIR
 Variants:
     s4, ms3    One source (its first frame is annotated in training), several sources: a binary mask of every annotated
-               frame. AdamW 2e-4, layer decay 0.75, 100 epochs (20 of warm-up), sound that holds the frame. Published
+               frame. AdamW 2e-4, layer decay 0.75, 100 epochs (20 of warm-up), audio that holds the frame. Published
                for s4: `miou` .8994, `f_score` .9234 (.9027, .9249 from AudioSet weights); for ms3: not known here.
     avss       Semantic masks of 71 classes, likewise. Published: not known here.
 Hardware of these: a GPU host or a TPU slice. Expected duration: not measured; nobody has run them to the end with this
@@ -18,7 +18,7 @@ code.
 
 Variant `demo`: Toy Band scenes (python -m av_mae.prepare --dataset=toy_band --variant=scene --output=runs/scene
 --clips=4000). Hardware: 2 CPU cores, about 10 minutes. One seed gave on 400 test clips: IoU of the sounding object .712
-[.698, .727] with the right sound, .126 with a swapped one, .162 with none; the right object marked most .995.
+[.698, .727] with the right audio, .126 with a swapped one, .162 with none; the right object marked most .995.
 """
 
 from av_mae import recipes

@@ -1,4 +1,4 @@
-"""Separation: the sound of what the image shows, from a mixture, with a pretrained encoder.
+"""Sound separation: the audio of what the image shows, from a mixture, with a pretrained encoder.
 
 Command:
     python -m av_mae.evaluate --config=configs/separation.py:demo --workdir=runs/separation \
@@ -8,9 +8,9 @@ Published protocol, with an encoder of configs/pretrain.py:
     python -m av_mae.evaluate --config=configs/separation.py:vggsound_music --workdir=runs/vggsound_music \
         --config.init=RUN --config.data.path=DIR --config.pairs=vggmusic_eval_ss.csv
 Variants:
-    vggsound_music  VGGSound's clips of instruments (python -m av_mae.prepare --dataset=vggsound_music); the test's pairs
-                    are those of the list, ids of two clips in each row. Published SDR / SIR / SAR: 5.79 / 8.24 / 13.82
-                    (6.93 / 9.93 / 13.49 from AudioSet weights).
+    vggsound_music  VGGSound's clips of instruments (python -m av_mae.prepare --dataset=vggsound_music); the test's
+                    pairs are those of the list, ids of two clips in each row. Published SDR / SIR / SAR: 5.79 / 8.24 /
+                    13.82 (6.93 / 9.93 / 13.49 from AudioSet weights).
     music           MUSIC (--dataset=music_solo, music_21), pairs of test clips drawn once. Published: not known here.
 Two clips are summed, the mask is a ratio, its loss weighted; AdamW 3e-4, layer decay 0.75, 300 epochs (40 of warm-up).
 Every source of a mixture is looked for by its own image. `--config.data.mix=3` (or 4): of more clips.

@@ -18,7 +18,8 @@ NAMES = [f"{letter}.mp4" for letter in "abcdefg"]
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedder.jax, "local_devices", lambda devices=embedder.jax.local_devices()[:1]: devices)
+        first = embedder.jax.local_devices()[:1]
+        patch.setattr(embedder.jax, "local_devices", lambda: first)
         yield
 
 
@@ -67,7 +68,7 @@ def test_search_is_exact(tmp_path, monkeypatch, shard_clips, block, dtype):
 
 
 def test_whitened_search(tmp_path):
-    """Two kinds that differ in a direction of small spread, under one of large spread: only whitening tells them apart."""
+    """Kinds that differ in a direction of small spread, under one of large spread: only whitening tells them apart."""
     random = np.random.default_rng(0)
     kind = np.arange(200) % 2
     vectors = random.standard_normal((200, 6)) * [0.02, 3, 3, 0.02, 0.02, 0.02] + [0, 0, 0, 9, 0, 0]
@@ -136,9 +137,9 @@ def test_queries_that_lack_something(exported, shared, tmp_path, capsys):
     arguments = [f"--index={folder}", f"--sheet={tmp_path / 'hits.png'}", "--top=1"]
     silent = shared / "media" / "broken" / "sample_video_only.mp4"
     search.main([*arguments, f"--query={silent}", "--modality=image"])
-    assert "has no sound: zeros stand for it" in capsys.readouterr().err
+    assert "has no audio: zeros stand for it" in capsys.readouterr().err
     for more, message in (
-        ([f"--query={silent}", "--modality=audio"], "has no sound to search by"),
+        ([f"--query={silent}", "--modality=audio"], "has no audio to search by"),
         (["--query=none.mp4"], "there is no such file"),
         ([f"--query={exported[2] / 'a.mp4'}", "--modality=taste"], "--modality=taste must be one of"),
         ([], "nothing to do"),

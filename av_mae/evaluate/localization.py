@@ -207,17 +207,17 @@ def detection_metrics(
 
     def metrics(weights: np.ndarray) -> dict[str, np.ndarray]:
         weights = weights[:, order]
-        sounds = weights @ sounding
+        sounding_frames = weights @ sounding
         detections, hits = (np.cumsum(values, axis=1)[:, ends] for values in (weights, weights * true))
         steps = np.diff(hits, axis=1, prepend=0)
         average = (steps * divide(hits, detections, empty=0)).sum(1)
-        best = divide(2 * hits, detections + sounds[:, None], empty=0).max(1)
+        best = divide(2 * hits, detections + sounding_frames[:, None], empty=0).max(1)
         marked = weights @ (true & detected)
         return {
             "precision": divide(marked, weights @ detected),
-            "recall": divide(marked, sounds),
-            "detection_ap": divide(average, sounds),
-            "detection_f1": np.where(sounds > 0, best, np.nan),
+            "recall": divide(marked, sounding_frames),
+            "detection_ap": divide(average, sounding_frames),
+            "detection_f1": np.where(sounding_frames > 0, best, np.nan),
         }
 
     found = bootstrap.statistics(metrics)
@@ -272,7 +272,8 @@ class LocalizationObjective(Objective):
 
 
 class Scored(NamedTuple):
-    """What one frame gives: the values of its map; the map's maximum; whether anything sounds (None: unknown)."""
+    """What one frame gives: the values of its map; the map's maximum; whether anything sounds (`None` where
+    it is unknown)."""
 
     values: dict[str, Value]
     confidence: float
@@ -347,7 +348,7 @@ class Localization(Task[LocalizationConfig]):
         }
 
     def detections(self, clips: list[Scored], bootstrap: Bootstrap) -> dict[str, Metric]:
-        """`precision`, `recall` … of saying where something sounds; the clips may come once more, without sound."""
+        """`precision`, `recall` … of saying where something sounds; the clips may come once more, silenced."""
         known = [index for index, clip in enumerate(clips) if clip.sounding is not None]
         if not known:
             return dict.fromkeys(DETECTION, Metric(math.nan, math.nan, math.nan, {NOT_ANNOTATED: len(clips)}))

@@ -3,9 +3,9 @@
 Metrics of a set of clips, by cosine:
 - `nearest/image|audio|fusion|all`: leave-one-out accuracy in percent by one stream, and by the sum of all streams'
   similarities (published definition).
-- `audio_to_image/recall1|5|10`, `image_to_audio/…`: a sound's own image among all images, the streams encoded without
-  fusion tokens. With them both streams of a clip have seen each other, and know each other again by that: that is
-  `fused/…`.
+- `audio_to_image/recall1|5|10`, `image_to_audio/…`: the image of a clip's audio among all images, the streams encoded
+  without fusion tokens. With them both streams of a clip have seen each other, and know each other again by that: that
+  is `fused/…`.
 """
 
 import dataclasses

@@ -29,7 +29,10 @@ FINE_TUNING = ClassificationSettings(label_smoothing=0.1, mixup=1.0, drop_path=0
 PROBE = OptimizerConfig(kind="lars", base_lr=1.0, warmup=0.0, weight_decay=0.0)
 
 
-def objective(settings=ClassificationSettings(), head=HEAD, model=MODEL, **options) -> ClassificationObjective:
+PLAIN = ClassificationSettings()
+
+
+def objective(settings=PLAIN, head=HEAD, model=MODEL, **options) -> ClassificationObjective:
     return ClassificationObjective(model, head, settings, frequency=FREQUENCY, **options)
 
 
@@ -171,7 +174,7 @@ def test_settings_that_do_not_fit_are_refused(frequency, options, message):
         ClassificationObjective(MODEL, HEAD, FINE_TUNING, frequency=frequency, **options)
 
 
-@pytest.mark.parametrize("changes", [dict(label_smoothing=1.0), dict(mixup=-0.1), dict(drop_path=1.0)])
+@pytest.mark.parametrize("changes", [{"label_smoothing": 1.0}, {"mixup": -0.1}, {"drop_path": 1.0}])
 def test_settings_out_of_range_are_refused(changes):
     ((name, value),) = changes.items()
     with pytest.raises(UserError, match=f"{name}={value} must be"):

@@ -135,19 +135,19 @@ def test_random_weights_are_others_and_what_cannot_work_is_refused(folder, on_de
 def pretraining(folder, **changes) -> TrainConfig:
     data = DataConfig(path=str(folder / "single"), sound=SOUND)
     return TrainConfig(
-        **dict(
-            steps=4,
-            batch_size=8,
-            dtype="float32",
-            model=MODEL,
-            data=data,
-            checkpoint_every=2,
-            log_every=1,
-            images_every=0,
-            optimizer=OptimizerConfig(base_lr=0.1, warmup=1.0),
-            neighbours_every=2,
-            neighbours_clips=CLIPS,
-        )
+        **{
+            "steps": 4,
+            "batch_size": 8,
+            "dtype": "float32",
+            "model": MODEL,
+            "data": data,
+            "checkpoint_every": 2,
+            "log_every": 1,
+            "images_every": 0,
+            "optimizer": OptimizerConfig(base_lr=0.1, warmup=1.0),
+            "neighbours_every": 2,
+            "neighbours_clips": CLIPS,
+        }
         | changes
     )
 

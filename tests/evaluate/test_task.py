@@ -1,4 +1,4 @@
-"""Downstream tasks from a pretrained checkpoint to results.json: every task, any mesh and batch size, stopped, misused."""
+"""Downstream tasks from a pretrained checkpoint to results.json: every task, on any mesh, stopped, misused."""
 
 import functools
 import io
