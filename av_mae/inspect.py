@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from av_mae.config import SoundConfig
-from av_mae.console import Progress
+from av_mae.console import Progress, one_line
 from av_mae.data import audio, frames, records
 from av_mae.data.loading import ClipSource
 from av_mae.errors import SKIPPED, ClipFailure, UserError, read_skipped, run_command, stage
@@ -104,7 +104,7 @@ def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
     if failures:
         lines += [
             f"  {len(failures)} of {len(numbers)} clips cannot be read:",
-            *(f"    {printable(str(failure))}" for failure in failures[:5]),
+            *(f"    {one_line(str(failure))}" for failure in failures[:5]),
         ]
     return lines
 
@@ -140,11 +140,6 @@ def report_lines(folder: pathlib.Path) -> list[str]:
     ]
 
 
-def printable(text: str) -> str:
-    """Text for a terminal: control characters are written as escapes, so that no name can move the cursor."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 class Skipped(NamedTuple):
     """Clips that were skipped for one cause: what was done with them, the cause without numbers and names, and all."""
 
@@ -173,10 +168,9 @@ def skipped_lines(folder: pathlib.Path) -> list[str]:
         width = max(5, *(len(group.stage) for group in groups))
         lines.append(f"    {'clips':>7}  {'stage':<{width}}  cause")
     for group in groups[:CAUSES]:
-        lines.append(f"    {len(group.failures):>7,}  {printable(group.stage):<{width}}  {printable(group.cause)}")
+        lines.append(f"    {len(group.failures):>7,}  {one_line(group.stage):<{width}}  {one_line(group.cause)}")
         lines += [
-            f"    {'':>7}  {'':<{width}}    {printable(f'{one.clip}: {one.cause}')}"
-            for one in group.failures[:EXAMPLES]
+            f"    {'':>7}  {'':<{width}}    {one_line(f'{one.clip}: {one.cause}')}" for one in group.failures[:EXAMPLES]
         ]
     if len(groups) > CAUSES:
         lines.append(f"    … {len(groups) - CAUSES} more causes …")

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from av_mae import preprocess
-from av_mae.console import note, quiet_libraries
+from av_mae.console import note, one_line, quiet_libraries
 from av_mae.cosine import Hits, closest, unit
 from av_mae.errors import ClipFailure, UserError, run_command
 from av_mae.export import tables
@@ -123,7 +123,7 @@ class Index:
 
     def write_vectors(self, path: pathlib.Path, column: str) -> None:
         """All rows of a column, of length 1, as FAISS and others read them: float32 `.npy` [n, D], or `.fvecs` (before
-        each row its length as int32). Inner products are cosines. Their ids, a line each, go to `PATH.ids.txt`.
+        each row its length as int32). Inner products are cosines. Their ids, a line each, go to `PATH.ids.txt`, control characters and line ends as escapes.
 
         Raises:
           UserError: another suffix, or no such column.
@@ -142,9 +142,9 @@ class Index:
                 length = np.full((len(block), 1), block.shape[1], "<i4").view("<f4")
                 file.write(block.tobytes() if path.suffix == ".npy" else np.hstack([length, block]).tobytes())
         unfinished.replace(path)
-        with open(f"{path}.ids.txt", "w") as file:
+        with open(f"{path}.ids.txt", "w", encoding="utf-8") as file:
             for table in self._files:
-                file.writelines(f"{name}\n" for name in table.read(["id"])["id"].to_pylist())
+                file.writelines(f"{one_line(name)}\n" for name in table.read(["id"])["id"].to_pylist())
 
 
 def open_model(index: Index, checkpoint: str | None) -> Embedder:

@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from tiny_export import export, write_checkpoint, write_media, write_set
@@ -171,3 +173,16 @@ def test_indexes_that_do_not_fit(exported, tmp_path, capsys):
     tables.shard_path(tmp_path / "copy", 1, 3).unlink()
     with pytest.raises(UserError, match="is not finished: 1 of 3 files are not there, the first is 00001-of-00003"):
         search.main([f"--index={tmp_path / 'copy'}", query])
+
+
+def test_ids_of_any_name_are_a_line_each(tmp_path):
+    index = made_index(tmp_path / "index", np.eye(3, 4, dtype=np.float32), 5)
+    names = ["new\nline", "back\u2028ward\x1b[2J", "plain\u00a0ü"]
+    index._files[0].close()
+    rows = pyarrow.parquet.read_table(next((tmp_path / "index").glob("*.parquet")))
+    rows = rows.set_column(rows.column_names.index("id"), "id", pyarrow.array(names))
+    pyarrow.parquet.write_table(rows, tmp_path / "named.parquet")
+    index._files = [pyarrow.parquet.ParquetFile(tmp_path / "named.parquet")]
+    index.write_vectors(tmp_path / "v.npy", "audio")
+    lines = (tmp_path / "v.npy.ids.txt").read_text(encoding="utf-8").split("\n")
+    assert lines == [r"new\nline", r"back\u2028ward\x1b[2J", "plain\u00a0ü", ""]

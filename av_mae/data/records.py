@@ -1,9 +1,12 @@
 """Records of prepared sets: their fields, the sets that hold them, and small sets kept in memory."""
 
+import collections
 import contextlib
 import io
+import json
 import os
 import pathlib
+import re
 import resource
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -12,8 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from google.protobuf import message
 from tensorflow_datasets.proto import tf_example_pb2
 
+from av_mae import console
 from av_mae.console import Progress
 from av_mae.data import Record, Records
 from av_mae.errors import UserError
@@ -21,7 +27,10 @@ from av_mae.errors import UserError
 VERSION = "2.0.0"  # raised with every change of the fields: other versions are refused
 BYTES = np.object_  # what TFDS calls a string of bytes
 OTHER_FILES = 512  # that a process may have open beside the shards of one set
-_STORED = "dataset_info.json"
+_STORED, _FEATURES, _CLASSES = "dataset_info.json", "features.json", "label.labels.txt"
+_MODULE = "tensorflow_datasets.core.features"  # as features.json names the classes of TFDS; compared, never imported
+_NO_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # of shards' names
 _BEGUN = "prepare.json"  # what av_mae.prepare writes first
 
 
@@ -69,7 +78,17 @@ _LISTS: dict[type, str] = {np.int64: "int64_list", np.float32: "float_list"}  # 
 
 
 def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
-    """The TFDS features of a record; the class names are stored with the label."""
+    """The TFDS features of a record; the class names are stored with the label.
+
+    Raises UserError for names that a line of a file cannot hold: blank ones, such with line ends or control characters,
+    and those that differ in spaces around them alone.
+    """
+    for name in classes:
+        if not name.strip() or _NO_LINE.search(name):
+            raise UserError(f"class name {name!r} is blank, or holds a line end or what cannot be printed: rename it")
+    twice = [name for name, count in collections.Counter(name.strip() for name in classes).items() if count > 1]
+    if twice:
+        raise UserError(f"class name {twice[0]!r} stands for several classes: rename one of them")
     made = {
         name: tfds.features.Text() if dtype is str else tfds.features.Tensor(shape=shape, dtype=dtype)
         for name, (dtype, shape) in FIELDS.items()
@@ -116,7 +135,7 @@ def allow_open_files(shards: int) -> None:
 class RecordSource:
     """Random access to one split of a prepared set. Can be pickled; each process opens the shards by itself.
 
-    Only `fields` are decoded (`None` for all). A record that cannot be read raises OSError with its shard and the cause.
+    Only `fields` are decoded (`None` for all). A record that cannot be read raises OSError with shard and cause.
     """
 
     def __init__(self, path: str, split: str, fields: Sequence[str] | None = None):
@@ -128,12 +147,11 @@ class RecordSource:
 
     def _open(self) -> Sequence[bytes]:
         if self._source is None:
-            builder = tfds.builder_from_directory(self.path)
-            split = builder.info.splits[self.split]
-            self._shards, self._ends = sorted(split.filenames), np.cumsum(split.shard_lengths)
-            allow_open_files(len(self._shards))
-            raw = tfds.decode.DeserializeMethod.RAW_BYTES
-            self._source = builder.as_data_source(split=self.split, deserialize_method=raw)
+            split = _read_set(self.path).splits[self.split]
+            filled = [(shard, length) for shard, length in zip(split.shards, split.lengths, strict=True) if length]
+            self._shards, self._ends = [shard for shard, _ in filled], np.cumsum([length for _, length in filled])
+            allow_open_files(len(filled))
+            self._source = ArrayRecordDataSource([f"{self.path}/{shard}[0:{length}]" for shard, length in filled])
         return self._source
 
     def __len__(self) -> int:
@@ -146,6 +164,13 @@ class RecordSource:
         except RuntimeError as error:  # of ArrayRecord; the rest of its message is checksums and positions
             shard = self._shards[int(np.searchsorted(self._ends, index, side="right"))]
             raise OSError(f"{shard} is damaged or cut off: {str(error).split(' (')[0].split(';')[0]}") from error
+        try:
+            return self._parsed(content)
+        except (IndexError, ValueError, message.DecodeError) as error:
+            shard = self._shards[int(np.searchsorted(self._ends, index, side="right"))]
+            raise OSError(f"{shard} is damaged or cut off: record {index} lacks fields") from error
+
+    def _parsed(self, content: bytes) -> Record:
         stored = tf_example_pb2.Example.FromString(content).features.feature
         record: Record = {}
         # The same values as by TFDS's own parser, which is general and takes three times as long.
@@ -164,7 +189,43 @@ class RecordSource:
         return f"RecordSource(path={self.path!r}, split={self.split!r})"
 
 
-def _stored_builder(path: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
+class _Split(NamedTuple):
+    """The files of a split in order, how many records each holds, and the bytes of all records."""
+
+    shards: list[str]
+    lengths: list[int]
+    bytes: int
+
+
+class _Set(NamedTuple):
+    """What a prepared set says of itself."""
+
+    name: str
+    text: str
+    classes: list[str]
+    splits: dict[str, _Split]
+
+
+def _damaged(path: pathlib.Path, file: str, cause: str) -> UserError:
+    return UserError(f"the set in {path} is damaged: prepare it again ({file}: {cause})")
+
+
+def _read_json(path: pathlib.Path, file: str) -> dict[str, Any]:
+    try:
+        value = json.loads((path / file).read_bytes().decode())
+    except FileNotFoundError:
+        raise _damaged(path, file, "is not there") from None
+    except OSError as error:
+        raise UserError(f"{path / file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, file, f"is no UTF-8 JSON file, {console.first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise _damaged(path, file, "is no JSON object")
+    return value
+
+
+def _read_set(path: str | os.PathLike[str]) -> _Set:
+    """The description of a prepared set. It is compared with what this program writes; nothing it names is imported."""
     path = pathlib.Path(path)
     if not path.is_dir():
         raise UserError(
@@ -180,13 +241,68 @@ def _stored_builder(path: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
             f"data folder {path} holds no prepared set (no {_STORED}); make one with: "
             "python -m av_mae.prepare --dataset=NAME --output=DIR"
         )
-    builder = tfds.builder_from_directory(os.fspath(path))
-    if str(builder.version) != VERSION:
+    info = _read_json(path, _STORED)
+    if info.get("version") != VERSION and isinstance(info.get("version"), str):
         raise UserError(
-            f"{path} holds records of version {builder.version}, this program reads version {VERSION}: "
+            f"{path} holds records of version {info['version']}, this program reads version {VERSION}: "
             "delete the folder and prepare the set again"
         )
-    return builder
+    try:
+        name, text = str(info["name"]), str(info.get("description", ""))
+        if info["version"] != VERSION or info["fileFormat"] != "array_record" or not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError("version, file format or name are none of a prepared set")
+        splits = {str(split["name"]): _split(name, split) for split in info["splits"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, _STORED, console.first_line(error)) from error
+    return _Set(name, text, _read_classes(path), splits)
+
+
+def _split(name: str, stored: dict[str, Any]) -> _Split:
+    """A split of the set `name` as its description has it. Raises ValueError, KeyError or TypeError."""
+    split, lengths = stored["name"], [int(length) for length in stored.get("shardLengths", ())]
+    if not re.fullmatch(r"\w[\w.-]*", split) or stored.get("filepathTemplate", _TEMPLATE) != _TEMPLATE:
+        raise ValueError(f"split {split!r} or its files are named in another way")
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"split {split!r} has shards of {min(lengths)} records")
+    count = len(lengths)
+    shards = [f"{name}-{split}.array_record-{number:05d}-of-{count:05d}" for number in range(count)]
+    return _Split(shards, lengths, int(stored.get("numBytes", 0)))
+
+
+def _read_classes(path: pathlib.Path) -> list[str]:
+    """The class names of a set, after a look at whether its fields are those of this program."""
+    stored = _read_json(path, _FEATURES)
+    try:
+        fields = stored["featuresDict"]["features"]
+        for name in sorted(fields.keys() | FIELDS.keys()):
+            if name not in fields or name not in FIELDS or _kind_of(fields[name]) != _expected_kind(name):
+                raise ValueError(f"field {name!r} is none that this program writes")
+        count = int(fields["label"]["classLabel"].get("numClasses", 0))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, _FEATURES, console.first_line(error)) from error
+    try:
+        content = (path / _CLASSES).read_bytes().decode()
+    except (OSError, ValueError) as error:
+        raise _damaged(path, _CLASSES, getattr(error, "strerror", None) or "is no UTF-8 text") from error
+    names = content.removesuffix("\n").split("\n") if count else []
+    if len(names) != count or not content.endswith("\n"):
+        raise _damaged(path, _CLASSES, f"holds {len(names)} names of {count} classes, or is cut off")
+    return names
+
+
+def _kind_of(field: dict[str, Any]) -> tuple[str, str, list[str]]:
+    """The class, dtype and shape that features.json names for a field."""
+    tensor = field.get("tensor", {})
+    return field["pythonClassName"], tensor.get("dtype", ""), tensor.get("shape", {}).get("dimensions", [])
+
+
+def _expected_kind(name: str) -> tuple[str, str, list[str]]:
+    dtype, shape = FIELDS[name]
+    if name == "label" or dtype is str:
+        kind = "class_label_feature.ClassLabel" if name == "label" else "text_feature.Text"
+        return f"{_MODULE}.{kind}", "", []
+    dimensions = ["-1" if size is None else str(size) for size in shape]
+    return f"{_MODULE}.tensor_feature.Tensor", "string" if dtype is BYTES else np.dtype(dtype).name, dimensions
 
 
 def open_source(path: str | os.PathLike[str], split: str, fields: Sequence[str] | None = None) -> RecordSource:
@@ -195,14 +311,17 @@ def open_source(path: str | os.PathLike[str], split: str, fields: Sequence[str] 
     Raises UserError where the folder, the set or the split is not there, the set is of another version, or the split
     is empty.
     """
-    splits = _stored_builder(path).info.splits
+    splits = _read_set(path).splits
     if split not in splits:
         raise UserError(f"{path} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    if not splits[split].num_examples:
+    if not sum(splits[split].lengths):
         raise UserError(f"split {split!r} of {path} holds no clips")
-    missing = [os.fspath(shard) for shard in splits[split].filepaths if not pathlib.Path(shard).is_file()]
-    if missing:
-        raise UserError(f"{path} lacks the shard {missing[0]} of split {split!r}; prepare the set again")
+    for shard in splits[split].shards:
+        file = pathlib.Path(path, shard)
+        if not file.is_file():
+            raise UserError(f"{path} lacks the shard {file} of split {split!r}; prepare the set again")
+        if not file.stat().st_size:
+            raise _damaged(pathlib.Path(path), shard, "is empty")
     return RecordSource(os.fspath(path), split, fields)
 
 
@@ -223,16 +342,16 @@ class Description(NamedTuple):
 
 def describe(path: str | os.PathLike[str]) -> Description:
     """What the prepared set in folder `path` holds. Raises UserError as open_source."""
-    info = _stored_builder(path).info
+    known = _read_set(path)
     splits = {
-        name: SplitSize(split.num_examples, split.num_shards, split.num_bytes) for name, split in info.splits.items()
+        name: SplitSize(sum(split.lengths), len(split.shards), split.bytes) for name, split in known.splits.items()
     }
-    return Description(info.name, " ".join(info.description.split()), class_names(path), splits)
+    return Description(known.name, " ".join(known.text.split()), known.classes, splits)
 
 
 def class_names(path: str | os.PathLike[str]) -> list[str]:
     """The names of the classes of the prepared set in folder `path`, by number. Raises UserError as open_source."""
-    return list(_stored_builder(path).info.features["label"].names)
+    return _read_set(path).classes
 
 
 def labels_file(split: str) -> str:

@@ -45,7 +45,7 @@ def prepare(job: Job, write_shards: WriteShards = write_locally) -> dict[str, An
     plan = shards.plan(job.dataset, catalogue.clips, job.seed, job.shard_clips)
     if complete:
         shards.clean_up(job.output, plan, everything=True)
-        return json.loads(job.output.read(report.FILE))
+        return _read_json(job.output, report.FILE)
     job.output.write(SETTINGS_FILE, _json(settings))
     shards.clean_up(job.output, plan, everything=False)
     write_shards(job, plan, catalogue)
@@ -72,13 +72,24 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
+def _read_json(output: Folder, name: str) -> dict[str, Any]:
+    """A file of an earlier run. Raises UserError where it is damaged."""
+    try:
+        value = json.loads(output.read(name).decode())
+    except (ValueError, FileNotFoundError) as error:
+        value = error
+    if not isinstance(value, dict):
+        raise UserError(f"the set in {output} is damaged ({name}): delete the folder and prepare the set again")
+    return value
+
+
 def _check_output(output: Folder, settings: dict[str, Any]) -> bool:
     """Whether `output` holds the whole set. Raises UserError where it holds anything but this set or a part of it."""
     if not output.exists(SETTINGS_FILE):
         if output.files():
             raise UserError(f"--output={output} holds other files; name a folder that is new or empty")
         return False
-    stored = json.loads(output.read(SETTINGS_FILE))
+    stored = _read_json(output, SETTINGS_FILE)
     settings = json.loads(_json(settings))
     different = [name for name in settings if stored.get(name) != settings[name]]
     if different == ["catalogue"]:

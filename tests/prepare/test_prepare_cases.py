@@ -15,8 +15,10 @@ from av_mae import errors
 from av_mae.data import records
 from av_mae.errors import UserError
 from av_mae.prepare import clips as clip_records
+from av_mae.prepare import run
+from av_mae.prepare.clips import Job
 from av_mae.prepare.readers import READERS
-from av_mae.prepare.readers.catalogue import check_id
+from av_mae.prepare.readers.catalogue import check_id, checked
 from av_mae.storage import Folder
 
 CASES = pathlib.Path(__file__).resolve().parent.parent / "data" / "cases"
@@ -278,3 +280,16 @@ def test_what_is_not_stored_is_listed_with_its_cause(tmp_path):
     }
     assert all(failure.cause and "\n" not in failure.cause for failure in skipped)
     assert {failure.clip for failure in skipped}.isdisjoint(clip_trees.stored(tmp_path / "set").keys() - {"one"})
+
+
+@pytest.mark.parametrize("file", ["prepare.json", "report.json"])
+@pytest.mark.parametrize("content", [b"", b'{"dataset": ', b"\xff\xfe", b"[]", None])
+def test_a_damaged_output_is_named(file, content, tmp_path):
+    source = clip_trees.put(tmp_path / "in", {"a.mp4": clip_trees.clip(1)})
+    clip_trees.put(tmp_path / "set", {"dataset_info.json": "{}", "prepare.json": b"", "report.json": b""})
+    job = Job("folder", Folder(source), Folder(tmp_path / "set"))
+    settings = run._settings(job, checked(READERS["folder"].read(Folder(source))))
+    (tmp_path / "set" / "prepare.json").write_text(json.dumps(settings))
+    (tmp_path / "set" / file).write_bytes(content) if content is not None else (tmp_path / "set" / file).unlink()
+    with pytest.raises(UserError, match="is damaged|holds other files"):
+        run.prepare(job)
