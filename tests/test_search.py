@@ -179,7 +179,7 @@ def test_ids_of_any_name_are_a_line_each(tmp_path):
     index = made_index(tmp_path / "index", np.eye(3, 4, dtype=np.float32), 5)
     names = ["new\nline", "back\u2028ward\x1b[2J", "plain\u00a0ü"]
     index._files[0].close()
-    rows = pyarrow.parquet.read_table(next((tmp_path / "index").glob("*.parquet")))
+    rows = pyarrow.parquet.read_table(next((tmp_path / "index").rglob("*.parquet")))
     rows = rows.set_column(rows.column_names.index("id"), "id", pyarrow.array(names))
     pyarrow.parquet.write_table(rows, tmp_path / "named.parquet")
     index._files = [pyarrow.parquet.ParquetFile(tmp_path / "named.parquet")]

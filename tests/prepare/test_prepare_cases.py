@@ -293,3 +293,25 @@ def test_a_damaged_output_is_named(file, content, tmp_path):
     (tmp_path / "set" / file).write_bytes(content) if content is not None else (tmp_path / "set" / file).unlink()
     with pytest.raises(UserError, match="is damaged|holds other files"):
         run.prepare(job)
+
+
+@pytest.mark.parametrize("part", ["s4", "ms3"])
+def test_avsbench_as_first_released(part, tmp_path):
+    """Frames and masks of seconds 1 to 5; of training clips of the single-source part the first mask alone."""
+    single = part == "s4"
+    below, category = f"data/{part}_data/", "dog/" if single else ""
+    rows = ["name,a_id,category,split", "abc,0,dog,train", "xyz,1,cat,test"]
+    if not single:
+        rows = ["video_id,start,end,split", "abc,0,5,train"]
+    clip_trees.put(tmp_path, {f"data/{part}_meta_data.csv": "\n".join(rows)})
+    clip_trees.put(tmp_path, {f"{below}audio_wav/train/{category}abc.wav": b""})
+    frames = f"visual_frames/train/{category}abc/abc" if single else "visual_frames/abc/abc.mp4"
+    clip_trees.put(tmp_path, {f"{below}{frames}_{second}.png": b"" for second in range(5, 0, -1)})
+    masks = range(1, 2 if single else 6)
+    clip_trees.put(tmp_path, {f"{below}gt_masks/train/{category}abc/abc_{second}.png": b"" for second in masks})
+    read = catalogue(tmp_path, f"avsbench_{part}")
+    (clip,) = read.clips
+    assert (clip.id, clip.split, clip.image_times) == ("abc", "train", (0.5, 1.5, 2.5, 3.5, 4.5))
+    assert [name[-5] for name in clip.images] == list("12345") and clip.mask_frames == tuple(range(len(masks)))
+    assert clip.labels == ((1,) if single else ()) and read.classes == (("cat", "dog") if single else ())
+    assert found(read) == ({"missing": ["xyz"]} if single else {})

@@ -2,6 +2,10 @@
 
 metadata.csv (vid, uid, s_min, s_sec, a_obj, split, label), label2idx.json, and in v1s/, v1m/ and v2/ a folder UID with
 audio.wav, frames/0.jpg …, labels_rgb/0.png … or labels_semantic/0.png …
+
+As first released (s4 and ms3): s4_meta_data.csv or ms3_meta_data.csv (with columns name or video_id, category, split),
+and at any depth audio_wav/SPLIT/[CATEGORY/]NAME.wav, visual_frames/[SPLIT/CATEGORY/]NAME/*_1.png … and
+gt_masks/SPLIT/[CATEGORY/]NAME/*_1.png …, of seconds 1, 2, …
 """
 
 import re
@@ -9,19 +13,25 @@ import re
 from av_mae.errors import UserError
 from av_mae.media import IMAGES, SOUNDS, ending, stem
 from av_mae.prepare.readers import catalogue as tables
-from av_mae.prepare.readers.catalogue import Catalogue, SourceClip, split_name
+from av_mae.prepare.readers.catalogue import Catalogue, SourceClip, check_id, split_name
 from av_mae.storage import Folder
 
 DESCRIPTION = "AVSBench (Zhou et al., ECCV 2022; semantic: IJCV 2024): which pixels sound, a frame a second."
 LICENCE = "For research, as its authors say. The videos belong to their uploaders on YouTube."
 PARTS = {"s4": ("v1s",), "ms3": ("v1m",), "avss": ("v1s", "v1m", "v2")}
 COLUMNS = 7
+FIRST_TABLES = {"s4": "s4_meta_data.csv", "ms3": "ms3_meta_data.csv"}
 OFF_SCREEN = "off-the-screen"
 
 
 def read(folder: Folder, part: str) -> Catalogue:
     """`part`: s4 or ms3 (masks of 0 and 255), avss (masks of class numbers). Splits `train`, `validation`, `test`."""
     catalogue = Catalogue()
+    if not folder.exists("label2idx.json") and part in FIRST_TABLES:
+        files = folder.files()
+        table = next((name for name in files if name.rpartition("/")[2] == FIRST_TABLES[part]), None)
+        if table is not None:
+            return _read_first(folder, table, files)
     numbers: dict[str, int] = tables.read_json(folder, "label2idx.json", dict)
     if sorted(numbers.values()) != list(range(len(numbers))):
         raise UserError(f"{folder.path('label2idx.json')} must number its {len(numbers)} classes from 0 on")
@@ -70,6 +80,54 @@ def _add(
             mask_reader=("colours" if colours else "numbers") if semantic else "binary",
         )
     )
+
+
+def _read_first(folder: Folder, table: str, files: list[str]) -> Catalogue:
+    """The layout of the first release: frames and masks of the first, second, … second of a clip."""
+    catalogue, rows = Catalogue(), []
+    columns: list[str] = []
+    for number, fields in tables.rows(folder, table, range(2, 9), catalogue):
+        if not columns:
+            columns = [field.lower() for field in fields]
+            if "split" not in columns or not {"name", "video_id"} & set(columns):
+                raise UserError(f"{folder.path(table)} needs the columns name or video_id, and split; it has {columns}")
+            continue
+        with catalogue.row(table, number):
+            row = dict(zip(columns, fields, strict=True))
+            name = row.get("name") or row.get("video_id", "")
+            check_id(name)
+            rows.append((name, row.get("category", ""), split_name(row["split"])))
+    numbers = catalogue.set_classes(category for _, category, _ in rows if category)
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    sounds = {stem(file): file for file in files if "audio_wav" in file.split("/") and ending(file) in SOUNDS}
+    for file in files:
+        *_, below, _ = ("", "", *file.split("/"))
+        kind = next((part for part in ("visual_frames", "gt_masks") if part in file.split("/")), "")
+        second = re.search(r"_(\d+)$", stem(file))
+        if kind and second and ending(file) in IMAGES:
+            found.setdefault((kind, below), {})[int(second[1])] = file
+    for name, category, split in rows:
+        frames = dict(sorted(found.get(("visual_frames", name), {}).items()))
+        masks = {second: mask for second, mask in found.get(("gt_masks", name), {}).items() if second in frames}
+        if name not in sounds or not frames:
+            catalogue.note("missing", name, "files", f"no {'frames' if name in sounds else 'audio'} of {name}", split)
+            continue
+        order = list(frames)
+        catalogue.clips.append(
+            SourceClip(
+                name,
+                split,
+                sounds[name],
+                images=tuple(frames.values()),
+                image_times=tuple(second - 0.5 for second in order),
+                labels=(numbers[category],) if category else (),
+                source=name,
+                masks=tuple(masks[second] for second in sorted(masks)),
+                mask_frames=tuple(order.index(second) for second in sorted(masks)),
+                mask_reader="binary",
+            )
+        )
+    return catalogue
 
 
 def _numbered(files: list[str], below: str) -> dict[int, str]:
