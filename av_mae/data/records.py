@@ -320,8 +320,6 @@ def open_source(path: str | os.PathLike[str], split: str, fields: Sequence[str] 
         file = pathlib.Path(path, shard)
         if not file.is_file():
             raise UserError(f"{path} lacks the shard {file} of split {split!r}; prepare the set again")
-        if not file.stat().st_size:
-            raise _damaged(pathlib.Path(path), shard, "is empty")
     return RecordSource(os.fspath(path), split, fields)
 
 

@@ -324,6 +324,7 @@ def test_the_command_tells_what_it_made(tmp_path, root):
         "prepare.json",
         "report.html",
         "report.json",
+        "skipped.jsonl",
     ]
     card = (tmp_path / "set" / "README.md").read_text()
     assert "| train | 3 | 2 | 0.00 |" in card and "## Licence" in card and "1 × undecodable" in card
