@@ -45,11 +45,11 @@ class MediaFiles:
             for name in self.names:
                 self._by_stem.setdefault(key(name), name)
         for name in self.names:
-            self._by_path.setdefault(name.removesuffix(ending(name)), []).append(name)
+            self._by_path.setdefault(name[: len(name) - len(ending(name))], []).append(name)
 
     def at(self, path: str) -> str | None:
         """The file at a path, or the only one there whose name has another ending; `None` where there is none."""
-        others = self._by_path.get(path.removesuffix(ending(path)), [])
+        others = self._by_path.get(path[: len(path) - len(ending(path))], [])
         return path if path in others else others[0] if len(others) == 1 else None
 
     def find(self, *stems: str) -> str | None:

@@ -47,6 +47,7 @@ def test_a_row_whose_file_is_missing_takes_no_other_file():
     [
         ("a/long.mp4", ["a/long.mkv"], "a/long.mkv"),  # as it was converted
         ("a/long.mp4", ["a/long.mkv", "a/long.wav"], None),
+        ("a/long.mp4", ["a/long.MP4"], "a/long.MP4"),
         ("a/long.mp4", ["a/long.mp4", "a/long.mkv"], "a/long.mp4"),
         ("a/clip_07.mp4", ["a/clip_7.mp4"], None),
         ("long.mp4", ["b/long.mp4"], None),
