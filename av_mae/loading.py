@@ -43,7 +43,7 @@ def load(path: str | os.PathLike) -> nnx.Module:
     """
     path = registry.resolve(path)
     if pathlib.Path(path).is_file():
-        from av_mae.convert.source import load_published
+        from av_mae.convert.deepavfusion import load_published
 
         model: Any = load_published(path)
         model.sound = SoundConfig(mels=model.config.audio.size[0])

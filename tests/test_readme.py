@@ -109,8 +109,8 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     for path in (
         "runs/small/metrics.jsonl",
         "runs/small_evaluation/results.json",
-        "runs/published/config.json",
-        "published.safetensors",
+        "runs/deepavfusion/config.json",
+        "deepavfusion.safetensors",
         "runs/segmentation/results.json",
         "fusion.png",
         "runs/demo/card.json",
@@ -126,4 +126,4 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
         "runs/compare/comparison.png",
     ):
         assert (tmp_path / path).is_file(), path
-    assert (tmp_path / "checkpoint_latest.pth").read_bytes() == (tmp_path / "published.safetensors").read_bytes()
+    assert (tmp_path / "checkpoint_latest.pth").read_bytes() == (tmp_path / "deepavfusion.safetensors").read_bytes()

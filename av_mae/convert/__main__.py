@@ -1,6 +1,7 @@
-"""`python -m av_mae.convert`: published PyTorch weights → a checkpoint of av_mae, and back to safetensors."""
+"""`python -m av_mae.convert`: PyTorch weights of DeepAVFusion → a checkpoint of av_mae, and back to safetensors."""
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import sys
@@ -8,49 +9,57 @@ import sys
 from av_mae.checkpoint import open_checkpoint
 from av_mae.console import quiet_libraries
 from av_mae.convert import store
-from av_mae.convert.infer import Options, infer
-from av_mae.convert.source import Published, complain, load_published, summarize
+from av_mae.convert.deepavfusion import DeepAVFusionFile, complaints, load_published, summarize
+from av_mae.convert.infer import AS_TOLD, Options, infer
 from av_mae.convert.weight_file import open_weights
 from av_mae.errors import run_command
 
 __all__ = ["convert", "export", "load_published"]
 
 EXAMPLE = """examples:
-  python -m av_mae.convert --source=checkpoint_latest.pth --output=runs/published
-  python -m av_mae.convert --source=runs/published --to=safetensors --output=published.safetensors
+  python -m av_mae.convert --source=checkpoint_latest.pth --output=runs/deepavfusion
+  python -m av_mae.convert --source=runs/deepavfusion --to=safetensors --output=deepavfusion.safetensors
 """
 
 
-def convert(source: str | os.PathLike, output: str | os.PathLike, options: Options = Options()) -> str:
-    """Writes a published file as a work directory with one checkpoint; returns what the file is, in lines.
+def convert(source: str | os.PathLike, output: str | os.PathLike, options: Options = AS_TOLD) -> str:
+    """Writes the model of a weight file as a work directory with one checkpoint.
 
     In memory are a few times the largest tensor, never the whole model.
 
+    Args:
+      source: a .pth, .pt, .safetensors or .index.json file of DeepAVFusion or of a unimodal MAE.
+      output: the new work directory.
+      options: what the file does not tell of its model.
+
+    Returns:
+      What the file is, in lines.
+
     Raises:
-      UserError: the file cannot be read or is no published model, or `output` is there already.
+      UserError: the file cannot be read or is no such model, or `output` is there already.
     """
     file = open_weights(source)
-    published = Published(file, infer(file.tensors, str(source), options))
-    survey = published.survey()
-    if survey.nonfinite:
-        print(f"warning: {source} has {complain(survey.nonfinite)}", file=sys.stderr)
+    weights = DeepAVFusionFile(file, infer(file.tensors, str(source), options))
+    survey = weights.survey()
+    for complaint in complaints(weights, survey):
+        print(f"warning: {complaint}", file=sys.stderr)
     with store.whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
-        store.write_checkpoint(unfinished, published, survey, between)
-    return summarize(published, options)
+        store.write_checkpoint(unfinished, weights, survey, between)
+    return summarize(weights, options)
 
 
 def export(source: str | os.PathLike, output: str | os.PathLike) -> str:
-    """Writes a checkpoint, or a weight file, as safetensors with published names; returns what was written, in a line.
+    """Writes a checkpoint, or a weight file, as safetensors with DeepAVFusion's names; says in a line what was written.
 
     What a checkpoint was converted from comes back bit for bit.
 
     Raises:
-      UserError: the source cannot be read, the published system has no such model, or `output` is there already.
+      UserError: the source cannot be read, DeepAVFusion has no such model, or `output` is there already.
     """
     if os.path.isfile(source):
-        tensors = list(open_weights(source).tensors.items())
+        tensors: store.NamedTensors = list(open_weights(source).tensors.items())
     else:
-        tensors = store.published_tensors(open_checkpoint(os.fspath(source)))
+        tensors = store.deepavfusion_tensors(open_checkpoint(os.fspath(source)))
     with store.whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
         store.write_safetensors(unfinished, tensors, between)
     return f"{len(tensors)} tensors, {os.path.getsize(output) / 1e6:.1f} MB"
@@ -74,14 +83,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m av_mae.convert",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Published weights (.pth, .pt, .safetensors) to a checkpoint, and back to safetensors.",
+        description="Weights of DeepAVFusion or of a unimodal MAE (.pth, .pt, .safetensors, .index.json) to a "
+        "checkpoint, and back to safetensors.",
     )
     parser.add_argument(
         "--source",
         required=True,
         type=pathlib.Path,
         metavar="FILE",
-        help="published file; with --to=safetensors also a work directory or checkpoint",
+        help="weight file; with --to=safetensors also a work directory or checkpoint",
     )
     parser.add_argument(
         "--output",
@@ -91,7 +101,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="new work directory; with --to=safetensors a new file",
     )
     parser.add_argument("--to", choices=("checkpoint", "safetensors"), default="checkpoint", help="(%(default)s)")
-    said = parser.add_argument_group("what a file does not tell", "Default: the published value, where it fits.")
+    said = parser.add_argument_group("what a file does not tell", "Default: the value of DeepAVFusion, where it fits.")
     said.add_argument("--heads", type=int, metavar="N", help="attention heads of both encoders (width / 64)")
     said.add_argument("--fusion_heads", type=int, metavar="N", help="of the fusion blocks (those of the encoders)")
     said.add_argument("--decoder_heads", type=int, metavar="N", help="of plain decoders (16)")
@@ -110,14 +120,8 @@ def main(argv: list[str]) -> None:
     """Converts one file and says what it is."""
     arguments = parse(argv)
     quiet_libraries()
-    options = Options(
-        arguments.heads,
-        arguments.fusion_heads,
-        arguments.decoder_heads,
-        arguments.tokens,
-        arguments.image_size,
-        arguments.audio_size,
-    )
+    names = (field.name for field in dataclasses.fields(Options))
+    options = Options(**{name: getattr(arguments, name) for name in names})
     if arguments.to == "safetensors":
         print(f"{arguments.output}: {export(arguments.source, arguments.output)}")
     else:

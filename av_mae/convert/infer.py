@@ -1,53 +1,44 @@
-"""What a published file is, and the configuration of its model, from the names and shapes of its tensors."""
+"""What a weight file is, and the configuration of its model, from the names and shapes of its tensors."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from flax import nnx
 
-from av_mae.convert import head_names
+from av_mae.convert import names
+from av_mae.convert.tensors import Tensors
 from av_mae.errors import UserError
 from av_mae.models import kinds
 from av_mae.models.config import AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig, require
 from av_mae.models.layers import sin_cos_2d
 
-# What tells kinds apart; heads are told by head_names.
+# What tells kinds apart; heads are told by names.HEADS.
 DECODER = "image_decoder_pred.weight"
 ENCODERS = {"encoder.": "encoder.image.patch_embed.proj.weight", "": "image.patch_embed.proj.weight"}
 UNIMODAL = "patch_embed.proj.weight"
 CHANNELS = {3: "image_encoder", 1: "audio_encoder"}
-# The published input sizes, tokens and heads: what a file does not tell and nobody says otherwise.
+# DeepAVFusion's input sizes, tokens and heads: what a file does not tell and nobody says otherwise.
 SIZES = {"image": (224, 224), "audio": (128, 192)}
 MASK_RATIOS = {"image": 0.75, "audio": 0.8}
 TOKENS = (16, 8, 8)
-DECODER_HEADS, DECODER_WIDTH = 16, 256  # in decoders not much narrower than the published 512
+DECODER_HEADS, DECODER_WIDTH = 16, 256  # in decoders not much narrower than DeepAVFusion's 512
 HEAD_WIDTH = 64
 HUGE_WIDTH, HUGE_HEADS = 1280, 16
-MOST_LAYERS = 64  # twice as many as any published model has
-# How far stored positions may be from ours, by dtype: rounding, not another table.
+MOST_LAYERS = 64  # twice as many as any model of DeepAVFusion has
+# How far a file's positions may be from ours, by dtype: rounding, not another table.
 POSITION_TOLERANCE = {"float16": 1e-3, "bfloat16": 1e-2}
 
 
-class Tensor(Protocol):
-    """A tensor of a weight file: its shape and dtype are known, its values are read when asked for."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def read(self) -> np.ndarray: ...
-
-
-Tensors = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the user says of a file; None: what the file tells, or else the published value where it fits."""
+    """What the user says of a file. `None` means what the file tells, or else DeepAVFusion's value where it fits."""
 
     heads: int | None = None
     fusion_heads: int | None = None
@@ -57,13 +48,16 @@ class Options:
     audio_size: tuple[int, int] | None = None
 
 
+AS_TOLD = Options()
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
     """What a file holds: its kind, the model's configuration, that of its head, and what encoder names begin with."""
 
     kind: str
     config: AVMAEConfig
-    head: Any = None
+    head: names.HeadConfig | None = None
     prefix: str = "encoder."
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -81,31 +75,39 @@ def identify(tensors: Tensors, source: str) -> tuple[str, str]:
     """
     prefix = next((prefix for prefix, name in ENCODERS.items() if name in tensors), None)
     if prefix is not None:
-        head = head_names.head_kind(tensors)
-        return kinds.PRETRAINING if DECODER in tensors else head or kinds.ENCODER, prefix
+        heads = [kind for kind, head in names.HEADS.items() if names.count(head.name, tensors)]
+        return kinds.PRETRAINING if DECODER in tensors else [*heads, kinds.ENCODER][0], prefix
     shape = tensors[UNIMODAL].shape if UNIMODAL in tensors else ()
     if len(shape) == 4 and shape[1] in CHANNELS:
         return CHANNELS[shape[1]], ""
-    names = ", ".join(sorted(tensors)[:3]) or "nothing"
+    first = ", ".join(sorted(tensors)[:3]) or "nothing"
     raise UserError(
-        f"{source} is none of the published models: neither a pretraining checkpoint, an encoder, a "
+        f"{source} is no model of DeepAVFusion or MAE: neither a pretraining checkpoint, an encoder, a "
         "classifier, separator or segmenter, nor a unimodal MAE image encoder or AudioMAE encoder; it "
-        f"holds {len(tensors)} tensors ({names}{', …' if len(tensors) > 3 else ''})"
+        f"holds {len(tensors)} tensors ({first}{', …' if len(tensors) > 3 else ''})"
     )
 
 
-def infer(tensors: Tensors, source: str, options: Options = Options(), config: AVMAEConfig | None = None) -> Found:
+def infer(tensors: Tensors, source: str, options: Options = AS_TOLD, config: AVMAEConfig | None = None) -> Found:
     """What a file is and how its model is configured; reads no values but those of fixed positions.
 
-    Not in a file, so as published: mask ratios, and that targets are normalised. `config` is taken as it is, where
-    given: then only the head's configuration is read off.
+    Not in a file, so as in DeepAVFusion: mask ratios, and that targets are normalised.
+
+    Args:
+      tensors: of the file, by name.
+      source: what messages call the file.
+      options: what the user says of the file.
+      config: the model's configuration, if it is known: then only that of the head is read off the tensors.
+
+    Returns:
+      The kind of the model and its configuration.
 
     Raises:
-      UserError: the file is no published model, lacks a tensor that tells a size, or needs an option to be understood.
+      UserError: the file is no model of DeepAVFusion, lacks a tensor that tells a size, or needs an option.
     """
     kind, prefix = identify(tensors, source)
     reader = Reader(tensors, source, options)
-    head = head_names.head_config(kind, tensors) if kind in kinds.HEADS else None
+    head = names.HEADS[kind].config(tensors) if kind in names.HEADS else None
     if config is None:
         config = reader.unimodal(kind) if kind in kinds.STREAMS else reader.model(kind, prefix)
     return Found(kind, config, head, prefix)
@@ -117,7 +119,7 @@ class Reader:
     def __init__(self, tensors: Tensors, source: str, options: Options):
         self.tensors, self.source, self.options = tensors, source, options
 
-    def checked(self, make: type, **values):
+    def checked(self, make: Callable[..., T], **values) -> T:
         """make(**values); the rules that these break are told with the file's name."""
         try:
             return make(**values)
@@ -126,23 +128,23 @@ class Reader:
 
     def model(self, kind: str, prefix: str) -> AVMAEConfig:
         image, audio = (self.stream(name, f"{prefix}{name}.", self.grid) for name in ("image", "audio"))
-        parts = {"image": image, "audio": audio, "fusion": self.fusion(prefix, image)}
+        decoder = self.decoder() if kind == kinds.PRETRAINING else DecoderConfig()
         if kind == kinds.PRETRAINING:
-            parts["decoder"] = self.decoder()
             for name, stream in (("image_decoder", image), ("audio_decoder", audio)):
-                self.positions_of(f"{name}_pos_embed", stream.tokens, parts["decoder"].width)
-        return self.checked(AVMAEConfig, **parts)
+                self.positions_of(f"{name}_pos_embed", stream.tokens, decoder.width)
+        return self.checked(AVMAEConfig, image=image, audio=audio, fusion=self.fusion(prefix, image), decoder=decoder)
 
     def unimodal(self, kind: str) -> AVMAEConfig:
         stream = kinds.STREAMS[kind]
-        return AVMAEConfig(**{stream: self.stream(stream, "", self.unimodal_grid)}, fusion=FusionConfig(kind="none"))
+        own, model = self.stream(stream, "", self.unimodal_grid), AVMAEConfig(fusion=FusionConfig(kind="none"))
+        return dataclasses.replace(model, image=own) if stream == "image" else dataclasses.replace(model, audio=own)
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
         require(name in self.tensors, f"{self.source} lacks the parameter {name}, which tells a size of the model")
         shape = self.tensors[name].shape
         require(
             len(shape) == dimensions and min(shape) > 0,
-            f"{self.source} has {name} of shape {shape}, but a published tensor of this name has {dimensions} "
+            f"{self.source} has {name} of shape {shape}, but DeepAVFusion's tensor of this name has {dimensions} "
             "dimensions, none of them 0",
         )
         return shape
@@ -162,12 +164,12 @@ class Reader:
         return len(numbers)
 
     def heads(self, said: int | None, width: int, default: int, option: str) -> int:
-        """Heads that no tensor tells: what was said, else the published number (0: there is none for this width)."""
+        """Heads that no tensor tells: what was said, else DeepAVFusion's number (0 if it has no such width)."""
         heads = default if said is None else said
         require(
             said is not None or heads > 0 and width % heads == 0,
-            f"{self.source} does not tell how many attention heads its {width} wide blocks have, and no published "
-            f"model has such blocks: give {option}=N",
+            f"{self.source} does not tell how many attention heads its {width} wide blocks have, and no model of "
+            f"DeepAVFusion has such blocks: give {option}=N",
         )
         require(
             heads > 0 and width % heads == 0, f"{option}={said} must divide the {width} wide blocks of {self.source}"
@@ -216,37 +218,40 @@ class Reader:
         return np.asarray(tensor.read()[0], np.float64), POSITION_TOLERANCE.get(str(tensor.dtype), 1e-5)
 
     def grid(self, stream: str, prefix: str, width: int, patch: tuple[int, int]) -> tuple[int, int]:
-        """The patch grid that the fixed positions tell; without them that of the given or the published size."""
+        """The patch grid that the fixed positions tell; without them that of the given or DeepAVFusion's size."""
         said, name = self.said_grid(stream, patch), f"{prefix}pos_embed"
         if name not in self.tensors:
             return said or (SIZES[stream][0] // patch[0], SIZES[stream][1] // patch[1])
         found = find_grid(*self.positions(name, width))
-        require(
-            found is not None,
-            f"{self.source}: {name} is no sin-cos table of a patch grid; positions are fixed "
-            "here, so its model would compute something else",
-        )
+        if found is None:
+            raise UserError(
+                f"{self.source}: {name} is no sin-cos table of a patch grid; positions are fixed here, so its model "
+                "would compute something else"
+            )
         require(
             said in (None, found),
             f"{self.source}: {name} is the table of a patch grid {found}, but --{stream}_size has the grid {said}",
         )
         return found
 
+    def unimodal_positions(self, width: int) -> tuple[np.ndarray, float]:
+        """As `positions`, of a unimodal encoder: without the row of the class token."""
+        table, tolerance = self.positions("pos_embed", width)
+        return table[int("cls_token" in self.tensors) :], tolerance
+
     def unimodal_grid(self, stream: str, prefix: str, width: int, patch: tuple[int, int]) -> tuple[int, int]:
         """The grid that a unimodal encoder was trained on; nothing depends on it, since positions are not taken over.
 
         AudioMAE counts time in rows: its grid is turned here.
         """
-        said, name = self.said_grid(stream, patch), f"{prefix}pos_embed"
-        published = (SIZES[stream][0] // patch[0], SIZES[stream][1] // patch[1])
-        if said or name not in self.tensors:
-            return said or published
-        table, tolerance = self.positions(name, width)
-        table = table[int(f"{prefix}cls_token" in self.tensors) :]
-        rows = math.isqrt(len(table)) if stream == "image" else published[0]
+        said, usual = self.said_grid(stream, patch), (SIZES[stream][0] // patch[0], SIZES[stream][1] // patch[1])
+        if said or "pos_embed" not in self.tensors:
+            return said or usual
+        table, tolerance = self.unimodal_positions(width)
+        rows = math.isqrt(len(table)) if stream == "image" else usual[0]
         found = find_grid(table, tolerance) or (rows, len(table) // rows)
-        found = found if math.prod(found) == len(table) else (1, len(table))
-        return found if stream == "image" else tuple(sorted(found))
+        rows, columns = found if math.prod(found) == len(table) else (1, len(table))
+        return (rows, columns) if stream == "image" else (min(rows, columns), max(rows, columns))
 
     def fusion(self, prefix: str, image: StreamConfig) -> FusionConfig:
         layers = self.numbered(f"{prefix}fusion_blocks.")
@@ -286,7 +291,7 @@ class Reader:
         require(
             sum(tokens) == count,
             f"{self.source} has {count} fusion tokens and does not tell how many of them aggregate; "
-            f"{f'--tokens={said}' if said else f'the published {TOKENS}'} are {sum(tokens)}: give "
+            f"{f'--tokens={said}' if said else f'the usual {TOKENS}'} are {sum(tokens)}: give "
             "--tokens=FUSION,IMAGE,AUDIO",
         )
         return tokens
@@ -328,6 +333,14 @@ class Reader:
         )
 
 
+def learned_positions(tensors: Tensors, source: str) -> bool:
+    """Whether the positions of a unimodal encoder are no sin-cos table; reads them. Raises UserError for odd shapes."""
+    if "pos_embed" not in tensors:
+        return False
+    table, tolerance = Reader(tensors, source, AS_TOLD).unimodal_positions(tensors[UNIMODAL].shape[0])
+    return find_grid(table, tolerance) is None
+
+
 def ratio(inner: int, width: int) -> float:
     """The ratio r with int(width × r) = inner."""
     value = inner / width
@@ -335,7 +348,7 @@ def ratio(inner: int, width: int) -> float:
 
 
 def find_grid(table: np.ndarray, tolerance: float) -> tuple[int, int] | None:
-    """The (rows, columns) whose sin-cos positions a table [N, D] holds, None if there is no such grid.
+    """The (rows, columns) whose sin-cos positions a table [N, D] holds, `None` if there is no such grid.
 
     The second half of the width starts with sin(row): its first value away from 0 is the second row's.
     """

@@ -1,210 +1,23 @@
 """An interpreter of pickles that builds data and nothing else.
 
-It knows the opcodes with which `torch.save` writes (pickle protocols 2 to 5) and refuses all others by name. It makes
-numbers, strings, bytes, lists, tuples, dicts and sets by itself; names, calls and storages go through
-`torch_objects`, which imports and runs nothing. Bytes and steps are limited, so that no file can take much time or
-memory, and nothing here recurses.
+The interpreter knows the opcodes with which `torch.save` writes (pickle protocols 2 to 5) and refuses all others by
+name. Names, calls and storages go through `tensors`, which imports and runs nothing. Bytes and steps are
+limited, so that no file can take much time or memory, and nothing here recurses.
 """
 
 import collections
-import dataclasses
 import pickletools
 import struct
-import sys
 from collections.abc import Callable
 
-import numpy as np
-
-from av_mae.convert.tensors import BFLOAT16, Refused, Storage, StoredTensor, shown, stored_tensor
-
-STORAGE_TYPES = {
-    "torch.FloatStorage": np.dtype(np.float32),
-    "torch.DoubleStorage": np.dtype(np.float64),
-    "torch.HalfStorage": np.dtype(np.float16),
-    "torch.BFloat16Storage": BFLOAT16,
-    "torch.LongStorage": np.dtype(np.int64),
-    "torch.IntStorage": np.dtype(np.int32),
-    "torch.ShortStorage": np.dtype(np.int16),
-    "torch.CharStorage": np.dtype(np.int8),
-    "torch.ByteStorage": np.dtype(np.uint8),
-    "torch.BoolStorage": np.dtype(np.bool_),
-    "torch.UntypedStorage": None,
-    "torch.storage.UntypedStorage": None,
-}
-# Types without a storage class of their own: their storages are untyped and the tensor names the type.
-TENSOR_TYPES = {f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32", "uint64")}
-# Calls of these make a Record: what was called and with what, nothing is run.
-RECORDS = {
-    "argparse.Namespace",
-    "types.SimpleNamespace",
-    "collections.Counter",
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.Metadata",
-    "omegaconf.base.ContainerMetadata",
-    *(
-        f"omegaconf.nodes.{kind}Node"
-        for kind in ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")
-    ),
-    "easydict.EasyDict",
-    "ml_collections.config_dict.config_dict.ConfigDict",
-    "yacs.config.CfgNode",
-    "fvcore.common.config.CfgNode",
-    *(f"pathlib.{kind}Path" for kind in ("Posix", "PurePosix", "Windows", "PureWindows")),
-    "builtins.bytearray",
-    "builtins.complex",
-    "builtins.frozenset",
-    "builtins.set",
-    "_codecs.encode",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "numpy.core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    "torch.Size",
-    "torch.device",
-}
-# Names of Python's own library that occur without being called.
-TYPES = {
-    "typing.Any",
-    *(
-        f"builtins.{kind}"
-        for kind in (
-            "bool",
-            "bytes",
-            "dict",
-            "float",
-            "int",
-            "list",
-            "long",
-            "object",
-            "str",
-            "tuple",
-            "type",
-            "unicode",
-        )
-    ),
-}
-RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # since Python 2
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Symbol:
-    """A dotted name in a pickle; it stands for nothing."""
-
-    name: str
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Record:
-    """An object of a known harmless class, as data."""
-
-    name: str
-    arguments: tuple
-    items: dict = dataclasses.field(default_factory=dict)
-    state: object = None
-
-
-def symbol(module: str, name: str) -> Symbol:
-    """A name as data. Raises Refused for names of Python's own library that no weight file needs."""
-    full = f"{RENAMED.get(module, module)}.{name}"
-    known = full in TYPES or full in RECORDS or full in BUILDERS
-    if not known and full.partition(".")[0] in sys.stdlib_module_names:
-        raise Refused(f"names {shown(full)}, which no weight file needs; nothing of it was run")
-    return Symbol(full)
-
-
-def call(function: object, arguments: object) -> object:
-    """What a call in a pickle makes here: a tensor, plain data or a Record. Raises Refused for all other calls."""
-    if not isinstance(function, Symbol) or type(arguments) is not tuple:
-        raise Refused(f"calls {shown(function)} with {shown(arguments)}: only names can be called, with a tuple")
-    if function.name in BUILDERS:
-        return BUILDERS[function.name](arguments)
-    if function.name in RECORDS:
-        return Record(function.name, arguments)
-    raise Refused(
-        f"calls {shown(function.name)}, which is not among the few names that weight files need; nothing of "
-        "it was run. Save a plain state_dict of dense tensors instead"
-    )
-
-
-def rebuild_tensor(arguments: tuple) -> StoredTensor:
-    """(storage, offset, shape, strides, …) → tensor of the storage's type."""
-    match arguments:
-        case (Storage(dtype=np.dtype() as dtype) as storage, offset, tuple(shape), tuple(strides), *_):
-            return stored_tensor(storage, dtype, offset, shape, strides)
-    raise Refused("a tensor is made from other than a typed storage, offset, shape and strides")
-
-
-def rebuild_typed_tensor(arguments: tuple) -> StoredTensor:
-    """(storage, offset, shape, strides, requires_grad, hooks, type, …) → tensor of that type."""
-    match arguments:
-        case (Storage() as storage, offset, tuple(shape), tuple(strides), _, _, Symbol(name=name), *_):
-            if name not in TENSOR_TYPES:
-                raise Refused(f"a tensor has the type {shown(name)}, which is not supported")
-            return stored_tensor(storage, TENSOR_TYPES[name], offset, shape, strides)
-    raise Refused("a tensor is made from other than storage, offset, shape, strides, two flags and a type")
-
-
-def rebuild_parameter(arguments: tuple) -> StoredTensor:
-    """(tensor, requires_grad, …) → the tensor."""
-    match arguments:
-        case (StoredTensor() as tensor, *_):
-            return tensor
-    raise Refused("a parameter is made from other than a tensor")
-
-
-def ordered_dict(arguments: tuple) -> dict:
-    """An empty one: its items follow as opcodes."""
-    if arguments:
-        raise Refused("an OrderedDict is made from items at once, as Python 2 did: save the file with Python 3")
-    return collections.OrderedDict()
-
-
-def default_dict(arguments: tuple) -> dict:
-    """A plain dict; what it was to be filled with by default is dropped."""
-    if len(arguments) > 1:
-        raise Refused("a defaultdict is made from more than its default")
-    return {}
-
-
-BUILDERS: dict[str, Callable[[tuple], object]] = {
-    "torch._utils._rebuild_tensor": rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": rebuild_typed_tensor,
-    "torch._utils._rebuild_parameter": rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": rebuild_parameter,
-    "collections.OrderedDict": ordered_dict,
-    "collections.defaultdict": default_dict,
-}
-
-
-def storage_request(request: object) -> tuple[str, np.dtype | None, int]:
-    """Key, type and bytes of the storage that a persistent id asks for."""
-    match request:
-        case ("storage", Symbol(name=name), str(key), _, int(count)) | (
-            "storage",
-            Symbol(name=name),
-            str(key),
-            _,
-            int(count),
-            None,
-        ):
-            if name not in STORAGE_TYPES:
-                raise Refused(f"asks for a storage of the type {shown(name)}, which is not supported")
-            if not 0 <= count < 2**56:
-                raise Refused(f"asks for storage {shown(key)} of {shown(count)} elements")
-            dtype = STORAGE_TYPES[name]
-            return key, dtype, count * (dtype.itemsize if dtype else 1)
-    raise Refused("has a persistent id that is not ('storage', type, key, device, elements)")
-
+from av_mae.convert.tensors import Record, Refused, call, shown, symbol
 
 MAX_BYTES = 2**25  # of all pickles of a file; a model of 1,000 tensors with its optimizer needs 2 ** 20
 MAX_STEPS = 500_000  # opcodes of all pickles of a file; a tensor takes about 40
 MAX_INTEGER = 64  # bytes
 MAX_NAME = 1024  # bytes of a line with a name
-MAX_KEY = 2**61 - 1  # larger whole numbers share hashes, which makes dicts slow
+# Python does not scatter the hashes of numbers: large ones can be chosen such that a dict of them is slow.
+SMALL_KEY, MAX_LARGE_KEYS, MAX_KEY = 2**20, 1000, 2**61 - 1
 
 ONE, TWO, FOUR, EIGHT = (struct.Struct(f"<{kind}") for kind in "BHIQ")
 SIGNED, DOUBLE = struct.Struct("<i"), struct.Struct(">d")
@@ -215,17 +28,19 @@ class PickleReader:
 
     Args:
       data: the bytes, of which the pickles are the beginning.
-      place: what messages call them.
+      name: what messages call them.
       load_persistent: gives what a persistent id stands for, or raises Refused.
     """
 
-    def __init__(self, data: bytes, place: str, load_persistent: Callable[[object], object]):
-        self.data, self.place, self.load_persistent = data, place, load_persistent
-        self.position = self.steps = 0
-        self.stack, self.marks, self.memo = [], [], {}
+    def __init__(self, data: bytes, name: str, load_persistent: Callable[[object], object]):
+        self.data, self.name, self.load_persistent = data, name, load_persistent
+        self.position = self.steps = self.large_keys = 0
+        self.stack: list = []
+        self.marks: list[list] = []
+        self.memo: dict[int, object] = {}
 
     def load(self) -> object:
-        """The object of the next pickle. Raises Refused with the place of the opcode and the cause."""
+        """The object of the next pickle. Raises Refused with the position of the opcode and the cause."""
         self.stack, self.marks, self.memo = [], [], {}
         start = self.position
         try:
@@ -237,11 +52,10 @@ class PickleReader:
                 raise Refused("ends with more than one object on its stack")
             return result
         except Refused as error:
-            opcode = pickletools.code2op.get(chr(self.data[start])) if start < len(self.data) else None
+            code2op = {opcode.code: opcode.name for opcode in pickletools.opcodes}
+            opcode = code2op.get(chr(self.data[start])) if start < len(self.data) else None
             near = f", after {shown(self.stack[-1])}" if self.stack and isinstance(self.stack[-1], str) else ""
-            raise Refused(
-                f"{self.place}, byte {start} ({opcode.name if opcode else 'no opcode'}{near}): {error}"
-            ) from None
+            raise Refused(f"{self.name}, byte {start} ({opcode or 'no opcode'}{near}): {error}") from None
 
     def step(self, code: bytes) -> None:
         self.steps += 1
@@ -265,7 +79,7 @@ class PickleReader:
         taken, self.position = self.data[self.position : end], end
         return taken
 
-    def number(self, kind: struct.Struct) -> int | float:
+    def number(self, kind: struct.Struct) -> int:
         return kind.unpack(self.take(kind.size))[0]
 
     def text(self, kind: struct.Struct) -> str:
@@ -339,6 +153,8 @@ class PickleReader:
         return self.memo[index]
 
     def remember(self, index: int) -> None:
+        if index > MAX_STEPS:
+            raise Refused(f"remembers an object as number {index}, more than {MAX_STEPS}")
         self.memo[index] = self.top()
 
     def append(self, items: list) -> None:
@@ -351,7 +167,7 @@ class PickleReader:
         target = self.top()
         if type(target) is not set:
             raise Refused(f"adds to {shown(target)}, not to a set")
-        target.update(map(checked_key, items))
+        target.update(map(self.checked_key, items))
 
     def set_items(self, items: tuple | list) -> None:
         target = self.top()
@@ -359,7 +175,7 @@ class PickleReader:
         if not isinstance(target, dict) or len(items) % 2:
             raise Refused(f"sets {len(items)} keys and values in {shown(target)}, it takes pairs and a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if checked_key(key) in target:
+            if self.checked_key(key) in target:
                 raise Refused(f"has the key {shown(key)} twice in one dict")
             target[key] = value
 
@@ -371,17 +187,20 @@ class PickleReader:
             raise Refused(f"gives {shown(target)} the attributes {shown(state)}")
         # The attributes of a state dict are versions of PyTorch's layers: nothing here needs them.
 
+    def checked_key(self, key: object) -> object:
+        """A key whose hash is quick, spread and without recursion. Raises Refused for any other."""
+        if not isinstance(key, str | bytes | int | float | None) or type(key) is int and abs(key) >= MAX_KEY:
+            raise Refused(f"has {shown(key)} as a key; keys are strings or numbers")
+        if isinstance(key, float) or isinstance(key, int) and not -SMALL_KEY < key < SMALL_KEY:
+            self.large_keys += 1
+            if self.large_keys > MAX_LARGE_KEYS:
+                raise Refused(f"has more than {MAX_LARGE_KEYS} keys that are large numbers or fractions")
+        return key
+
     def check_protocol(self) -> None:
         protocol = self.number(ONE)
         if not 2 <= protocol <= 5:
             raise Refused(f"has the pickle protocol {protocol}, torch.save writes 2 to 5")
-
-
-def checked_key(key: object) -> object:
-    """A key whose hash is quick, spread and without recursion. Raises Refused for any other."""
-    if type(key) is int and abs(key) >= MAX_KEY or not isinstance(key, str | bytes | int | float | None):
-        raise Refused(f"has {shown(key)} as a key; keys are strings or numbers")
-    return key
 
 
 VALUES: dict[bytes, Callable[[PickleReader], object]] = {
@@ -395,7 +214,7 @@ VALUES: dict[bytes, Callable[[PickleReader], object]] = {
     b"K": lambda reader: reader.number(ONE),
     b"M": lambda reader: reader.number(TWO),
     b"J": lambda reader: reader.number(SIGNED),
-    b"G": lambda reader: reader.number(DOUBLE),
+    b"G": lambda reader: DOUBLE.unpack(reader.take(DOUBLE.size))[0],
     b"\x8a": lambda reader: reader.integer(ONE),
     b"\x8b": lambda reader: reader.integer(FOUR),
     b"X": lambda reader: reader.text(FOUR),
@@ -418,7 +237,7 @@ VALUES: dict[bytes, Callable[[PickleReader], object]] = {
     b"\x81": PickleReader.called,
     b"Q": lambda reader: reader.load_persistent(reader.pop()),
 }
-ACTIONS: dict[bytes, Callable[[PickleReader], None]] = {
+ACTIONS: dict[bytes, Callable[[PickleReader], object]] = {
     b"\x80": PickleReader.check_protocol,
     b"\x95": lambda reader: reader.number(EIGHT),  # a frame's length
     b"(": PickleReader.mark,

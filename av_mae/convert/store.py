@@ -1,7 +1,8 @@
-"""Starting a stream of a run from a unimodal encoder: a MAE of images, or an AudioMAE.
+"""Weights written as a checkpoint or as safetensors, and the weights from which a stream of a run starts.
 
-Class token, positions and decoder of the unimodal model are left out; the run keeps the sin-cos positions of its own
-grid. Patches are taken as they are: AudioMAE counts time in rows, and the published system does not turn them either.
+A stream starts from a unimodal encoder: a MAE of images, or an AudioMAE. Its class token, positions and decoder are
+left out; the run keeps the sin-cos positions of its own grid. Patches are taken as they are: AudioMAE counts time in
+rows, and DeepAVFusion does not turn them either.
 """
 
 import asyncio
@@ -17,9 +18,9 @@ import signal
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -27,40 +28,23 @@ from av_mae import recipes
 from av_mae.checkpoint import Checkpoint, open_checkpoint
 from av_mae.config import DataConfig, SoundConfig, TrainConfig
 from av_mae.console import note
+from av_mae.convert.deepavfusion import DeepAVFusionFile, Survey, complaints
 from av_mae.convert.infer import Found, identify
 from av_mae.convert.names import names_of
-from av_mae.convert.source import Published, Survey, complain
-from av_mae.convert.tensors import StoredTensor
+from av_mae.convert.tensors import SAFETENSORS_TYPES, StoredTensor
 from av_mae.convert.weight_file import open_weights
 from av_mae.errors import UserError
 from av_mae.models import AVMAEConfig, kinds
 from av_mae.models.config import require
 
 METADATA = "__metadata__"  # of a safetensors file
-RECORD, KEPT = "names.json", "tensors.safetensors"
-# Names of dtypes in safetensors.
-TYPES = {
-    np.dtype(dtype): name
-    for dtype, name in (
-        (np.float64, "F64"),
-        (np.float32, "F32"),
-        (np.float16, "F16"),
-        (ml_dtypes.bfloat16, "BF16"),
-        (np.int64, "I64"),
-        (np.int32, "I32"),
-        (np.int16, "I16"),
-        (np.int8, "I8"),
-        (np.uint64, "U64"),
-        (np.uint32, "U32"),
-        (np.uint16, "U16"),
-        (np.uint8, "U8"),
-        (np.bool_, "BOOL"),
-    )
-}
+# What a converted checkpoint keeps of its file, so that the file comes back bit for bit.
+KEPT_FOLDER, RECORD, KEPT = "published", "names.json", "tensors.safetensors"
+TYPES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 BATCH = 2**25  # bytes that are written at once: single arrays cost a commit each
 ALIGNMENT = 8  # bytes: where the data of a safetensors file begin
 # Parameters are float32 in both systems; batches are counted in int32 here and int64 there.
-PUBLISHED_DTYPES = {np.dtype(np.float32): np.dtype(np.float32), np.dtype(np.int32): np.dtype(np.int64)}
+DEEPAVFUSION_DTYPES = {np.dtype(np.float32): np.dtype(np.float32), np.dtype(np.int32): np.dtype(np.int64)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +54,9 @@ class Lazy:
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+
+
+NamedTensors = Sequence[tuple[str, Lazy | StoredTensor]]
 
 
 class LazyHandler(ocp.type_handlers.NumpyHandler):
@@ -97,7 +84,7 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
 
 
 def write_arrays(folder: pathlib.Path, arrays: dict[str, Lazy], between: Callable[[], None]) -> None:
-    """One item of a checkpoint, as training.checkpoint reads it; `between` as in LazyHandler."""
+    """One item of a checkpoint, as av_mae.checkpoint reads it; `between` as in LazyHandler."""
     registry = ocp.type_handlers.create_type_handler_registry(
         (Lazy, LazyHandler(between)), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
@@ -105,9 +92,7 @@ def write_arrays(folder: pathlib.Path, arrays: dict[str, Lazy], between: Callabl
         writer.save(folder.absolute(), arrays)
 
 
-def write_safetensors(
-    path: pathlib.Path, tensors: Sequence[tuple[str, Lazy | StoredTensor]], between: Callable[[], None] = lambda: None
-) -> None:
+def write_safetensors(path: pathlib.Path, tensors: NamedTensors, between: Callable[[], None] = lambda: None) -> None:
     """A safetensors file of named tensors in their order, one in memory at a time; `between` is called before each.
 
     Source: the format's description in the safetensors repository.
@@ -115,7 +100,8 @@ def write_safetensors(
     Raises:
       UserError: a tensor has the one name that the format keeps for itself.
     """
-    header, position = {METADATA: {"format": "pt"}}, 0
+    header: dict[str, dict] = {METADATA: {"format": "pt"}}
+    position = 0
     for name, tensor in tensors:
         require(name != METADATA, f"safetensors cannot hold a tensor named {METADATA}")
         end = position + math.prod(tensor.shape) * tensor.dtype.itemsize
@@ -132,11 +118,11 @@ def write_safetensors(
 
 @contextlib.contextmanager
 def whole_or_nothing(output: pathlib.Path) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
-    """A place to write what becomes `output` at the end, at once; nothing of it is left where that is not reached.
+    """A path to write to, which becomes `output` at the end, at once; after an error nothing is left of it.
 
-    Whoever writes calls the function that comes with it now and then, when nothing is in the midst of being written:
-    it ends what goes on, by KeyboardInterrupt or SystemExit, where the process was told to end. (Orbax writes in
-    threads that would go on after an exception at any place, beside the removal.)
+    With the path comes a function, which the writer calls now and then, whenever nothing is half written. The function
+    raises KeyboardInterrupt or SystemExit if the process was told to end. (Orbax writes in threads: after an exception
+    in the midst of a write these would go on beside the removal.)
 
     Raises:
       UserError: `output` is there already, or cannot be written.
@@ -172,7 +158,7 @@ def signals_kept() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield end_if_told
         return
-    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield end_if_told
         end_if_told()
@@ -188,13 +174,13 @@ def remove(path: pathlib.Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_checkpoint(folder: pathlib.Path, published: Published, survey: Survey, between: Callable[[], None]) -> None:
-    """A work directory with one checkpoint of a published file's model, and what the model does not hold."""
-    found, checkpoint = published.found, folder / "checkpoints" / "0"
+def write_checkpoint(
+    folder: pathlib.Path, weights: DeepAVFusionFile, survey: Survey, between: Callable[[], None]
+) -> None:
+    """A work directory with one checkpoint of a weight file's model, and what the model does not hold."""
+    found, checkpoint = weights.found, folder / "checkpoints" / "0"
     (checkpoint / "meta").mkdir(parents=True)
-    values = {
-        path: Lazy(x.shape, x.dtype, functools.partial(published.read, path)) for path, x in published.shapes.items()
-    }
+    values = {path: Lazy(x.shape, x.dtype, functools.partial(weights.read, path)) for path, x in weights.shapes.items()}
     write_arrays(checkpoint / "model", values, between)
     config = recipe_of(found.config)
     meta = {
@@ -206,9 +192,9 @@ def write_checkpoint(folder: pathlib.Path, published: Published, survey: Survey,
         "checksums": {"model": survey.checksum},
     }
     (checkpoint / "meta" / "metadata").write_text(json.dumps(meta))
-    record = checkpoint / "published"
+    record = checkpoint / KEPT_FOLDER
     record.mkdir()
-    tensors = published.file.tensors
+    tensors = weights.file.tensors
     names = [(name, str(tensor.dtype)) for name, tensor in tensors.items()]
     (record / RECORD).write_text(json.dumps({"prefix": found.prefix, "tensors": names}))
     write_safetensors(record / KEPT, [(name, tensors[name]) for name in survey.kept], between)
@@ -216,69 +202,69 @@ def write_checkpoint(folder: pathlib.Path, published: Published, survey: Survey,
 
 
 def recipe_of(model: AVMAEConfig) -> TrainConfig:
-    """The published recipe around a model: what a checkpoint's configuration is besides."""
+    """DeepAVFusion's recipe around a model: what a checkpoint's configuration is besides."""
     return TrainConfig(epochs=200.0, data=DataConfig(sound=SoundConfig(mels=model.audio.size[0])), model=model)
 
 
-def published_tensors(checkpoint: Checkpoint) -> list[tuple[str, Lazy | StoredTensor]]:
-    """What a checkpoint is in the published system, by published name: of a converted file just what that held.
+def deepavfusion_tensors(checkpoint: Checkpoint) -> NamedTensors:
+    """What a checkpoint is in DeepAVFusion, by DeepAVFusion's names: of a converted file just what that held.
 
     Raises:
-      UserError: the published system has no such model, or the checkpoint cannot be read.
+      UserError: DeepAVFusion has no such model, or the checkpoint cannot be read.
     """
     definition, values = checkpoint.load()
-    model, record = definition.merge(values), checkpoint.folder / "published"
-    known = json.loads((record / RECORD).read_text()) if record.is_dir() else {"prefix": "encoder.", "tensors": None}
-    names = names_of(model, known["prefix"])
+    model, record = definition.merge(values), checkpoint.folder / KEPT_FOLDER
+    known = json.loads((record / RECORD).read_text()) if record.is_dir() else {}
+    names = names_of(model, known.get("prefix", "encoder."))
     kept = open_weights(record / KEPT).tensors if record.is_dir() else {}
     shapes = {path: x.shape for path, x in values.items()}
 
-    def tensor(name: str, dtype: np.dtype | None) -> Lazy | StoredTensor:
+    def tensor(name: str, said: str | None) -> Lazy | StoredTensor:
         if name in kept:
             return kept[name]
         if name in names.buffers:
             value = names.buffers[name].make()
-            return Lazy(value.shape, dtype or value.dtype, lambda: value.astype(dtype or value.dtype))
+            own = np.dtype(said or str(value.dtype))
+            return Lazy(value.shape, own, lambda: value.astype(own))
         rule = names.rules[name]
-        dtype = dtype or PUBLISHED_DTYPES[np.dtype(values[rule.here[0]].dtype)]
+        dtype = np.dtype(said) if said else DEEPAVFUSION_DTYPES[np.dtype(values[rule.here[0]].dtype)]
         return Lazy(rule.shape(shapes), dtype, lambda: rule.join(values).astype(dtype))
 
-    tensors = known["tensors"] or [(name, None) for name in (*names.rules, *names.buffers)]
-    return [(name, tensor(name, dtype and np.dtype(dtype))) for name, dtype in tensors]
+    tensors = known.get("tensors") or [(name, None) for name in (*names.rules, *names.buffers)]
+    return [(name, tensor(name, dtype)) for name, dtype in tensors]
 
 
 def stream_arrays(path: str, stream: str, config: AVMAEConfig) -> dict[str, np.ndarray]:
-    """What the `stream` ('image' or 'audio') of a model starts with, by dotted path in the model ('encoder.image.…').
+    """What a stream of a model starts with, by dotted path in the model ('encoder.image.…').
 
-    path: a published file of a unimodal encoder, or what av_mae.convert made of one.
+    Args:
+      path: a weight file of a unimodal encoder, or what av_mae.convert made of one.
+      stream: 'image' or 'audio'.
+      config: of the model.
+
+    Returns:
+      The stream's parameters, float32.
 
     Raises:
-      UserError: it cannot be read, is no unimodal encoder of this stream, or does not fit the configuration.
+      UserError: the file cannot be read, is no unimodal encoder of this stream, or does not fit the configuration.
     """
-    kind = next(kind for kind, name in kinds.STREAMS.items() if name == stream)
-    read = read_file if pathlib.Path(path).is_file() else read_checkpoint
-    return {f"encoder.{stream}.{name}": x for name, x in read(path, kind, config).items()}
-
-
-def check_kind(path: str, found: str, wanted: str) -> None:
+    wanted = next(kind for kind, name in kinds.STREAMS.items() if name == stream)
+    if pathlib.Path(path).is_file():
+        file = open_weights(path)
+        found = identify(file.tensors, path)[0]
+    else:
+        checkpoint = open_checkpoint(path)
+        found = checkpoint.kind
     if found != wanted:
         raise UserError(
-            f"init_{kinds.STREAMS[wanted]}={path} must be a unimodal {kinds.STREAMS[wanted]} encoder, but "
-            f"it holds: {found}" + ("; use init for a checkpoint of both streams" if found == kinds.PRETRAINING else "")
+            f"init_{stream}={path} must be a unimodal {stream} encoder, but it holds: {found}"
+            + ("; use init for a checkpoint of both streams" if found == kinds.PRETRAINING else "")
         )
-
-
-def read_file(path: str, kind: str, config: AVMAEConfig) -> dict[str, np.ndarray]:
-    file = open_weights(path)
-    check_kind(path, identify(file.tensors, path)[0], kind)
-    published = Published(file, Found(kind, config, prefix=""))
-    nonfinite = published.survey().nonfinite
-    if nonfinite:
-        note(f"warning: {path} has {complain(nonfinite)}")
-    return {name: published.read(name) for name in published.shapes}
-
-
-def read_checkpoint(path: str, kind: str, config: AVMAEConfig) -> dict[str, np.ndarray]:
-    checkpoint = open_checkpoint(path)
-    check_kind(path, checkpoint.kind, kind)
-    return {name: np.asarray(x) for name, x in checkpoint.load(config)[1].items()}
+    if pathlib.Path(path).is_file():
+        weights = DeepAVFusionFile(file, Found(wanted, config, prefix=""))
+        for complaint in complaints(weights, weights.survey()):
+            note(f"warning: {complaint}")
+        arrays = {name: weights.read(name) for name in weights.shapes}
+    else:
+        arrays = {name: np.asarray(x) for name, x in checkpoint.load(config)[1].items()}
+    return {f"encoder.{stream}.{name}": x for name, x in arrays.items()}

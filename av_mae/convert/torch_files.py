@@ -3,8 +3,8 @@
 import struct
 from typing import BinaryIO, NamedTuple
 
-from av_mae.convert.pickles import MAX_BYTES, PickleReader, storage_request
-from av_mae.convert.tensors import Refused, Storage, shown
+from av_mae.convert.pickles import MAX_BYTES, PickleReader
+from av_mae.convert.tensors import OpenedFile, Refused, Storage, shown, storage_request
 
 MAX_DIRECTORY = 2**23  # bytes; PyTorch writes about 70 for each storage
 LOCAL = struct.Struct("<4s5H3I2H")
@@ -81,31 +81,14 @@ def central_header(data: bytes, offset: int) -> tuple[str, tuple, tuple[int, int
     """Name, (flags, method), (where the local header lies, size of the entry) and the next header's offset."""
     if offset + CENTRAL.size > len(data):
         raise Refused(f"the zip directory ends within a header, at its byte {offset}")
-    (
-        signature,
-        _,
-        _,
-        flags,
-        method,
-        _,
-        _,
-        _,
-        packed,
-        size,
-        name_length,
-        extra_length,
-        comment_length,
-        disk,
-        _,
-        _,
-        local,
-    ) = CENTRAL.unpack_from(data, offset)
+    fields = CENTRAL.unpack_from(data, offset)
+    (signature, *_), (flags, method), (packed, size), lengths = fields[:1], fields[3:5], fields[8:10], fields[10:13]
+    disk, local = fields[13], fields[16]
     if signature != b"PK\1\2":
         raise Refused(f"the zip directory has no header at its byte {offset}")
     start = offset + CENTRAL.size
-    name = data[start : start + name_length]
-    extra = data[start + name_length : start + name_length + extra_length]
-    end = start + name_length + extra_length + comment_length
+    middle, end = start + lengths[0], start + sum(lengths)
+    name, extra = data[start:middle], data[middle : middle + lengths[1]]
     if end > len(data):
         raise Refused(f"the zip directory ends within a header, at its byte {offset}")
     size, packed, local = wide_numbers(extra, (size, packed, local))
@@ -133,7 +116,7 @@ def wide_numbers(extra: bytes, numbers: tuple[int, int, int]) -> list[int]:
 
 
 def check_name(raw: bytes) -> str:
-    """The name of an entry. Raises Refused when it could mean a place outside the archive."""
+    """The name of an entry. Raises Refused when it could mean a file outside the archive."""
     try:
         name = raw.decode()
     except UnicodeDecodeError:
@@ -195,6 +178,7 @@ def read_zip(file: BinaryIO, size: int) -> object:
         raise Refused("it is a TorchScript archive, which holds code: save the model's state_dict instead")
     byteorder = read_byteorder(file, entries, folder)
     storages: dict[str, Storage] = {}
+    opened = OpenedFile.of(file)
 
     def load_persistent(request: object) -> Storage:
         key, dtype, nbytes = storage_request(request)
@@ -202,7 +186,7 @@ def read_zip(file: BinaryIO, size: int) -> object:
         if entry is None or entry.size != nbytes:
             has = f"has {entry.size}" if entry else "is not there"
             raise Refused(f"asks for storage {shown(key)} of {nbytes} bytes, but its zip entry {has}")
-        storage = storages.setdefault(key, Storage(file.name, dtype, nbytes, entry.offset, byteorder))
+        storage = storages.setdefault(key, Storage(opened, dtype, nbytes, entry.offset, byteorder))
         return same_type(storage, key, dtype)
 
     data = read_small(file, entries[pickles[0]], "data.pkl", MAX_BYTES)
@@ -240,10 +224,11 @@ def read_legacy(file: BinaryIO, size: int) -> object:
     order) and then the storages, each behind the number of its elements.
     """
     storages: dict[str, Storage] = {}
+    opened = OpenedFile.of(file)
 
     def load_persistent(request: object) -> Storage:
         key, dtype, nbytes = storage_request(request)
-        storage = storages.setdefault(key, Storage(file.name, dtype, nbytes))
+        storage = storages.setdefault(key, Storage(opened, dtype, nbytes))
         if storage.nbytes != nbytes:
             raise Refused(f"asks for storage {shown(key)} of {nbytes} bytes, but before of {storage.nbytes}")
         return same_type(storage, key, dtype)
@@ -255,11 +240,11 @@ def read_legacy(file: BinaryIO, size: int) -> object:
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise Refused("it comes from a big-endian machine, or does not say from which: save it again as a zip file")
     result, keys = reader.load(), reader.load()
-    place_storages(file, size, reader.position, storages, keys)
+    locate_storages(file, size, reader.position, storages, keys)
     return result
 
 
-def place_storages(file: BinaryIO, size: int, position: int, storages: dict[str, Storage], keys: object) -> None:
+def locate_storages(file: BinaryIO, size: int, position: int, storages: dict[str, Storage], keys: object) -> None:
     """Sets where each storage lies, from byte `position` of the file on."""
     if not isinstance(keys, list) or any(not isinstance(key, str) for key in keys) or len(keys) != len(set(keys)):
         raise Refused("the list of storages is not a list of different names")

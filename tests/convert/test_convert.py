@@ -23,8 +23,8 @@ from av_mae.checkpoint import Checkpoints, checksum, load_params, open_checkpoin
 from av_mae.config import sized_model
 from av_mae.convert import __main__ as convert
 from av_mae.convert import store
+from av_mae.convert.deepavfusion import DeepAVFusionFile
 from av_mae.convert.infer import Options, infer
-from av_mae.convert.source import Published
 from av_mae.convert.weight_file import open_weights
 from av_mae.errors import UserError
 from av_mae.loading import load_run
@@ -307,7 +307,7 @@ CHANGES = {
     ),
     "wrong dimensions": (
         lambda t: set_table(t, "encoder.image.patch_embed.proj.weight", np.ones((48, 3), np.float32)),
-        "a published tensor of this name has 4 dimensions",
+        "DeepAVFusion's tensor of this name has 4 dimensions",
     ),
     "empty": (
         lambda t: set_table(t, "encoder.image.patch_embed.proj.weight", np.ones((48, 0, 16, 16), np.float32)),
@@ -326,7 +326,7 @@ CHANGES = {
         lambda t: {n: x for n, x in t.items() if "audio.blocks.2" not in n},
         "the streams have 3 and 2 layers",
     ),
-    "something else": (lambda t: {"weight": np.ones(3, np.float32)}, "is none of the published models"),
+    "something else": (lambda t: {"weight": np.ones(3, np.float32)}, "is no model of DeepAVFusion or MAE"),
 }
 
 
@@ -369,7 +369,10 @@ def test_other_window_shift_is_refused(golden, tmp_path):
 @pytest.mark.parametrize(
     "options,message",
     [
-        (Options(), "does not tell how many attention heads its 48 wide blocks have, and no published model has such"),
+        (
+            Options(),
+            "does not tell how many attention heads its 48 wide blocks have, and no model of DeepAVFusion has such",
+        ),
         (Options(heads=5), "--heads=5 must divide the 48 wide blocks"),
         (Options(heads=4), "12 fusion tokens and does not tell how many"),
         (Options(heads=4, tokens=(6, 4, 1)), r"--tokens=(6, 4, 1) are 11"),
@@ -413,7 +416,7 @@ def test_interrupted_conversions_leave_nothing(shared, converted, tmp_path, monk
 @pytest.mark.parametrize("number,end", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_while_writing_leaves_nothing(shared, tmp_path, monkeypatch, number, end):
     """It comes in the midst of what Orbax writes, is kept until that is written, and then ends the conversion."""
-    read, before, reads = Published.read, signal.getsignal(number), []
+    read, before, reads = DeepAVFusionFile.read, signal.getsignal(number), []
 
     def read_and_signal(self, path):
         reads.append(path)
@@ -421,7 +424,7 @@ def test_a_signal_while_writing_leaves_nothing(shared, tmp_path, monkeypatch, nu
             os.kill(os.getpid(), number)
         return read(self, path)
 
-    monkeypatch.setattr(Published, "read", read_and_signal)
+    monkeypatch.setattr(DeepAVFusionFile, "read", read_and_signal)
     monkeypatch.setattr(store, "BATCH", 2**12)
     with pytest.raises(end):
         convert.convert(shared / "golden" / "token.pth", tmp_path / "run", GOLDEN_OPTIONS)
@@ -460,4 +463,6 @@ def test_command(tmp_path, root, arguments, status, message):
         env=os.environ | {"PYTHONPATH": str(root)},
     )
     assert result.returncode == status and message in result.stderr and "Traceback" not in result.stderr
-    assert status or "python -m av_mae.convert --source=checkpoint_latest.pth --output=runs/published" in result.stdout
+    assert (
+        status or "python -m av_mae.convert --source=checkpoint_latest.pth --output=runs/deepavfusion" in result.stdout
+    )

@@ -158,7 +158,7 @@ def test_without_class_token_and_decoder(tmp_path):
     }
     safetensors.numpy.save_file(tensors, tmp_path / "image.safetensors")
     found = stream_arrays(str(tmp_path / "image.safetensors"), "image", RUN)
-    assert_same_tensors(found, {name: value for name, value in found.items()})
+    assert_same_tensors(found, dict(found))
     np.testing.assert_array_equal(found["encoder.image.norm.scale"], tensors["norm.weight"])
 
 

@@ -12,7 +12,7 @@ import weight_file_bytes
 import weight_file_process
 from safetensors.numpy import save_file
 
-from av_mae.convert.pickles import RECORDS
+from av_mae.convert.tensors import RECORDS
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 MOST_SECONDS, MOST_MB = 5, 500

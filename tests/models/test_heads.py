@@ -20,8 +20,9 @@ from golden_heads import (
 from safetensors.numpy import load_file
 
 from av_mae import models
-from av_mae.convert import head_names
-from av_mae.convert.names import head_rules, names_of
+from av_mae.convert.deepavfusion import as_count
+from av_mae.convert.infer import identify
+from av_mae.convert.names import HEADS, head_rules, names_of
 from av_mae.errors import UserError
 from av_mae.models import losses as objectives
 
@@ -78,7 +79,7 @@ def test_golden_segmenter(shared, golden):
 def test_names_lead_back_bit_for_bit(shared, name):
     """Every tensor of a head is one array here and the same bytes again; all of the model comes from the file."""
     tensors, model = load_file(shared / "golden" / f"{name}.safetensors"), golden_head(shared, name)
-    assert head_names.head_kind(tensors) == FILES[name]
+    assert identify(tensors, name)[0] == FILES[name]
     rules, arrays = names_of(model).rules, flat_variables(model)
     head = {key: value for key, value in tensors.items() if not key.startswith("encoder.")}
     assert head.keys() == {key for key in rules if not key.startswith("encoder.")}
@@ -101,19 +102,21 @@ def test_names_lead_back_bit_for_bit(shared, name):
     ],
 )
 def test_configuration_from_published_tensors(shared, name, config):
-    assert head_names.head_config(FILES[name], load_file(shared / "golden" / f"{name}.safetensors")) == config
+    assert HEADS[FILES[name]].config(load_file(shared / "golden" / f"{name}.safetensors")) == config
 
 
 def test_a_file_of_something_else():
-    assert head_names.head_kind(["encoder.fusion_tokens", "image_decoder_pred.weight"]) is None
+    encoder = {"encoder.image.patch_embed.proj.weight": np.zeros(())}
+    assert identify(encoder | {"image_decoder_pred.weight": np.zeros(())}, "file")[0] == "pretraining"
+    assert identify(encoder, "file")[0] == "encoder"
     with pytest.raises(UserError, match="needs a tensor image_head.weight of at least one dimension"):
-        head_names.head_config("classifier", {"image_head.weight": np.zeros(())})
+        HEADS["classifier"].config({"image_head.weight": np.zeros(())})
 
 
 @pytest.mark.parametrize("value", [-1, 2**31, 0.5])
 def test_counts_of_batches_that_are_refused(value):
     with pytest.raises(UserError, match=f"top.num_batches_tracked={value} must be a whole number from 0 to 2147483647"):
-        head_names.as_count("top.num_batches_tracked", np.array(value))
+        as_count("top.num_batches_tracked", np.array(value))
 
 
 # Other sizes
@@ -248,7 +251,7 @@ def test_late_fusion_is_one_classifier_of_all_streams_side_by_side(fusion, input
     near(models.joint_score(logits), logits["joint"], 1e-6)
     stored = models.pool(tokens)  # as jit gives them back: by name
     near(model.classify(dict(sorted(stored.items())))["joint"], run(*clips, None)["joint"], 1e-6)
-    with pytest.raises(UserError, match="no classifier with heads.joint.* have no published names"):
+    with pytest.raises(UserError, match="no classifier with heads.joint.* and so no names for its weights"):
         head_rules(model)
 
 

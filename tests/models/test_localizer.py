@@ -414,7 +414,7 @@ def test_a_model_of_its_kind():
     """With the names that checkpoints keep, and none that are published."""
     model = nnx.eval_shape(lambda: kinds.build_model("localizer", MODEL, HEAD, nnx.Rngs(0)))
     assert isinstance(model, models.Localizer) and (model.config, model.head) == (MODEL, HEAD)
-    with pytest.raises(UserError, match="the published system has no localizer"):
+    with pytest.raises(UserError, match="DeepAVFusion has no localizer"):
         names_of(model)
     names = flat_variables(model).keys()
     assert {name for name in names if not name.startswith("encoder.")} == {

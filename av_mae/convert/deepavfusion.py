@@ -1,18 +1,17 @@
-"""What a published file is, told in lines."""
+"""A weight file of DeepAVFusion (or of a unimodal MAE) as the model that it holds, and what it is in words."""
 
 import dataclasses
 import math
 import os
 import re
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from av_mae.convert import head_names
-from av_mae.convert.infer import POSITION_TOLERANCE, Found, Options, identify, infer
+from av_mae.convert.infer import POSITION_TOLERANCE, Found, Options, identify, infer, learned_positions
 from av_mae.convert.names import names_of
 from av_mae.convert.tensors import shown
 from av_mae.convert.weight_file import WeightFile, open_weights
@@ -23,14 +22,15 @@ from av_mae.models.kinds import define_model
 # What a file of a unimodal MAE holds besides its encoder: class token, positions, decoder, head of a fine-tuned one.
 NOT_OF_THE_STREAM = re.compile(r"(cls_token|pos_embed|mask_token)$|(decoder_\w+|head|fc_norm)(\.|$)")
 SHOWN = 5  # tensors in one line
+LARGEST_COUNT = 2**31 - 1
 
 
 class Survey(NamedTuple):
     """What one pass over all values finds.
 
-    checksum: that of the model's arrays, as training.checkpoint has it.
+    checksum: of the model's arrays, as av_mae.checkpoint computes it.
     kept: tensors that the model cannot give back bit for bit.
-    nonfinite: tensor → how many of its values are NaN, and how many infinite in the model's dtype.
+    nonfinite: by tensor, how many of its values are NaN, and how many infinite in the model's dtype.
     """
 
     checksum: int
@@ -38,12 +38,14 @@ class Survey(NamedTuple):
     nonfinite: dict[str, tuple[int, int]]
 
 
-class Published:
-    """A published file as the model that `found` says. No values are read but those that are asked for.
+class DeepAVFusionFile:
+    """A weight file as the model that `found` says. No values are read but those that are asked for.
 
-    Attributes: the model's `definition`, shapes of its `parameters` and of all its arrays (`shapes`) by dotted path,
-    its `names`, `left_out` (tensors of the file that the model does not hold) and `missing` (buffers that the file
-    does not have: the model computes them anyway).
+    Attributes:
+      definition, names: the model's structure, and its table of names.
+      parameters, shapes: the shapes of the model's parameters, and of all its arrays, by dotted path.
+      left_out: tensors of the file that the model does not hold.
+      missing: buffers that the file does not have; the model computes them anyway.
 
     Raises:
       UserError: the file lacks a tensor of the model, or has another one, or one of another shape.
@@ -61,7 +63,7 @@ class Published:
         self.left_out = [name for name in file.tensors if unimodal and NOT_OF_THE_STREAM.match(name)]
         self.missing = [name for name in self.names.buffers if name not in file.tensors]
         self._check()
-        self._place = {
+        self._rules = {
             path: (rule, number) for rule in self.names.rules.values() for number, path in enumerate(rule.here)
         }
 
@@ -86,13 +88,13 @@ class Published:
 
     def read(self, path: str) -> np.ndarray:
         """One array of the model, in its dtype and layout, read from the file."""
-        rule, number = self._place[path]
-        value = self._cast(rule.published, self.file.tensors[rule.published].read(), self.shapes[path].dtype)
+        rule, number = self._rules[path]
+        value = self._cast(rule.name, self.file.tensors[rule.name].read(), self.shapes[path].dtype)
         return np.asarray(rule.layout.split(value, len(rule.here))[number], order="C")
 
     def _cast(self, name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
         if dtype.kind == "i":
-            return head_names.as_count(f"{self.source}: {name}", value)
+            return as_count(f"{self.source}: {name}", value)
         with np.errstate(over="ignore"):
             return value.astype(dtype, copy=False)
 
@@ -100,9 +102,10 @@ class Published:
         """Reads every tensor of the model once, one after the other.
 
         Raises:
-          UserError: a buffer is not what the model computes: it would give other outputs than the published one.
+          UserError: a buffer is not what the model computes: it would give other outputs than DeepAVFusion.
         """
-        checksum, kept, nonfinite = 0, list(self.left_out), {}
+        checksum, kept = 0, list(self.left_out)
+        nonfinite: dict[str, tuple[int, int]] = {}
         for name, rule in self.names.rules.items():
             value = self.file.tensors[name].read()
             array = self._cast(name, value, self.shapes[rule.here[0]].dtype)
@@ -126,9 +129,16 @@ class Published:
         if not same:
             raise UserError(
                 f"{self.source}: {name} is not the table that the model here computes, so it would give "
-                "other outputs than the published one; check the model configuration"
+                "other outputs than DeepAVFusion; check the model configuration"
             )
         return same_bits(own.astype(value.dtype), value)
+
+
+def as_count(name: str, value: np.ndarray) -> np.ndarray:
+    """DeepAVFusion's int64 count of batches as int32."""
+    if value.dtype.kind not in "iu" or not 0 <= int(value) <= LARGEST_COUNT:
+        raise UserError(f"{name}={value} must be a whole number from 0 to {LARGEST_COUNT}")
+    return value.astype(np.int32)
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -136,18 +146,30 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def complain(nonfinite: dict[str, tuple[int, int]]) -> str:
-    """Values of a survey that are no numbers, in one line."""
-    counts = [f"{name} ({nans} NaN, {infinite} infinite)" for name, (nans, infinite) in nonfinite.items()]
-    more = f" and {len(counts) - SHOWN} more tensors" if len(counts) > SHOWN else ""
-    return f"weights that are not finite numbers: {', '.join(counts[:SHOWN])}{more}"
+def complaints(weights: DeepAVFusionFile, survey: Survey) -> list[str]:
+    """What a user should know of a file before the model is used, each in one line."""
+    found = []
+    if survey.nonfinite:
+        counts = [f"{name} ({nans} NaN, {infinite} infinite)" for name, (nans, infinite) in survey.nonfinite.items()]
+        more = f" and {len(counts) - SHOWN} more tensors" if len(counts) > SHOWN else ""
+        found.append(f"has weights that are not finite numbers: {', '.join(counts[:SHOWN])}{more}")
+    if weights.found.kind in kinds.STREAMS and learned_positions(weights.file.tensors, weights.source):
+        found.append(
+            "has learned positions (pos_embed is no sin-cos table): the run's sin-cos positions take their place, so "
+            "this encoder computes something else until it is trained further"
+        )
+    return [f"{weights.source} {complaint}" for complaint in found]
 
 
 def load_published(path: str | os.PathLike, config: AVMAEConfig | None = None) -> nnx.Module:
-    """A published checkpoint (.pth, .pt or .safetensors) → the model it holds: AVMAE, Classifier, Separator,
-    Segmenter or EncoderModel, float32, with its configuration as `.config`.
+    """The model that a weight file of DeepAVFusion (.pth, .pt, .safetensors or .index.json) holds.
 
-    config: of the encoder and, for pretraining checkpoints, the decoders; None: as far as the file tells it.
+    Args:
+      path: the file.
+      config: of the encoder and, for pretraining checkpoints, the decoders. `None` if the file tells all of it.
+
+    Returns:
+      AVMAE, Classifier, Separator, Segmenter or EncoderModel, float32, with its configuration as `.config`.
 
     Raises:
       UserError: the file cannot be read or holds a model of another configuration.
@@ -160,11 +182,10 @@ def load_published(path: str | os.PathLike, config: AVMAEConfig | None = None) -
             f"{path} holds a unimodal {stream} encoder, which is no whole model: start a run from it with "
             f"--config.init_{stream}={path}"
         )
-    published = Published(file, infer(file.tensors, str(path), config=config))
-    nonfinite = published.survey().nonfinite
-    if nonfinite:
-        warnings.warn(f"{path} has {complain(nonfinite)}", stacklevel=2)
-    return published.definition.merge({name: jnp.asarray(published.read(name)) for name in published.shapes})
+    weights = DeepAVFusionFile(file, infer(file.tensors, str(path), config=config))
+    for complaint in complaints(weights, weights.survey()):
+        warnings.warn(complaint, stacklevel=2)
+    return weights.definition.merge({name: jnp.asarray(weights.read(name)) for name in weights.shapes})
 
 
 KINDS = {
@@ -181,39 +202,37 @@ PARTS = {
 }
 
 
-def summarize(published: Published, options: Options) -> str:
-    """Kind, parts with their parameters and sizes, what was ignored, what is missing, what is taken as published."""
-    file, found = published.file, published.found
-    counts = parameters_by_part(published)
-    sizes = describe(found.config) | {"head": describe_head(found.head)}
+def summarize(weights: DeepAVFusionFile, options: Options) -> str:
+    """Kind, parts with their parameters and sizes, what was ignored, what is missing, what was assumed."""
+    file, found = weights.file, weights.found
+    counts = parameters_by_part(weights)
+    sizes = describe(found.config)
+    if found.head is not None:
+        sizes["head"] = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(found.head).items())
     lines = [
         f"{file.path}: {KINDS.get(found.kind, found.kind)} ({file.format}, {len(file.tensors)} tensors, "
         f"{sum(counts.values()) / 1e6:.2f} M parameters)"
     ]
     lines += [f"  {part:<14}{count / 1e6:9.2f} M  {sizes.get(part, '')}".rstrip() for part, count in counts.items()]
     for title, entries in (
-        ("ignored", ignored(published)),
-        ("missing", missing(published)),
-        ("not told by the file", assumed(published, options)),
+        ("ignored", ignored(weights)),
+        ("missing", ["decoders"] * (found.kind == kinds.ENCODER) + [f"{name} (computed)" for name in weights.missing]),
+        ("not told by the file", assumed(weights, options)),
     ):
         lines.append(f"  {title}: {', '.join(entries) or 'nothing'}")
     if found.kind == "audio_encoder":
         lines.append(
-            "  patches as they are: AudioMAE has time in rows, here they are mels; the published system does "
-            "not turn them either"
+            "  patches as they are: AudioMAE has time in rows, here they are mels; DeepAVFusion does not "
+            "turn them either"
         )
     return "\n".join(lines)
 
 
-def describe_head(head: Any) -> str:
-    return "" if head is None else ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(head).items())
-
-
-def parameters_by_part(published: Published) -> dict[str, int]:
+def parameters_by_part(weights: DeepAVFusionFile) -> dict[str, int]:
     """Part → number of parameters; all that is no part of encoder or decoder is the head."""
-    only = kinds.STREAMS.get(published.found.kind)
-    counts = {}
-    for path, x in published.parameters.items():
+    only = kinds.STREAMS.get(weights.found.kind)
+    counts: dict[str, int] = {}
+    for path, x in weights.parameters.items():
         path = f"{only}.{path}" if only else path.removeprefix("encoder.")
         part = next((name for begin, name in PARTS.items() if path.startswith(begin)), "head")
         counts[part] = counts.get(part, 0) + math.prod(x.shape)
@@ -246,12 +265,12 @@ def describe(config: AVMAEConfig) -> dict[str, str]:
     }
 
 
-def ignored(published: Published) -> list[str]:
+def ignored(weights: DeepAVFusionFile) -> list[str]:
     """What the file holds besides the model."""
-    file = published.file
+    file = weights.file
     entries = [f"{name} ({size / 1e6:.1f} MB)" if size else name for name, size in file.ignored.items()]
     entries += list(file.metadata)
-    left = published.left_out
+    left = weights.left_out
     named = {"cls_token": "class token", "pos_embed": "positions (sin-cos of the run's grid take their place)"}
     entries += [said for name, said in named.items() if name in left]
     decoder = [name for name in left if name.startswith("decoder_") or name == "mask_token"]
@@ -259,15 +278,9 @@ def ignored(published: Published) -> list[str]:
     return entries + ([f"decoder ({len(decoder)} tensors)"] if decoder else []) + rest
 
 
-def missing(published: Published) -> list[str]:
-    """What a whole model has and the file has not."""
-    parts = {kinds.ENCODER: ["decoders"]}.get(published.found.kind, [])
-    return parts + [f"{name} (computed)" for name in published.missing]
-
-
-def assumed(published: Published, options: Options) -> list[str]:
-    """What no tensor tells and nobody said: taken as published."""
-    kind, config = published.found.kind, published.found.config
+def assumed(weights: DeepAVFusionFile, options: Options) -> list[str]:
+    """What no tensor tells and nobody said: taken from DeepAVFusion."""
+    kind, config = weights.found.kind, weights.found.config
     entries = [] if options.heads else ["heads"]
     if config.fusion.kind == "factorized" and options.tokens is None:
         entries.append("tokens")
