@@ -13,27 +13,27 @@ from typing import Any
 import numpy as np
 
 from av_mae.config import SoundConfig
-from av_mae.data import audio as sounds
+from av_mae.data import audio as waves
 from av_mae.data import frames
 from av_mae.errors import ClipFailure, UserError, stage
 from av_mae.media import bounded
 from av_mae.media import decode as media
 
 VERSION = 1  # counts changes of what is made of the same clip, here and in evaluation: stored with embeddings
-LOUDEST = 8.0  # decoders overshoot 1 a little; 16-bit samples given as floats go far beyond
 MOST_CHANNELS = 64
+SOUND = SoundConfig()
 _local = threading.local()
 
 
 def load(
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     start: float | None = None,
     duration: float = 3.0,
     *,
     frame: np.ndarray | None = None,
     waveform: np.ndarray | None = None,
     rate: int | None = None,
-    sound: SoundConfig = SoundConfig(),
+    sound: SoundConfig = SOUND,
     image_size: tuple[int, int] = (224, 224),
     missing: str = "error",
     time_limit: float = 20.0,
@@ -41,16 +41,26 @@ def load(
 ) -> dict[str, np.ndarray]:
     """One clip as the model takes it, from a media file or from arrays.
 
-    path: a file that FFmpeg can read. Instead of it, frame: uint8 [H, W, 3], and waveform: [samples] or
-    [channels, samples] at `rate` Hz, floats in -1…1 or int16.
-    start, duration: seconds of sound from `start` on, or in the middle of the clip as evaluation does (None). A sound
-    that ends sooner is extended by its reversal. The file's frame is the one in the middle of that sound.
-    missing: 'error', or 'zeros' for what has no sound or no picture. time_limit: seconds for decoding a file.
-    end: seconds at which the clip ends in a file that goes on; needs `start`.
+    Args:
+      path: a file that FFmpeg can read. Instead of it give `frame` and `waveform`, or one of them.
+      start: where the audio begins, in seconds; `None` for the middle of the clip, as evaluation does.
+      duration: seconds of audio. A waveform that ends sooner is extended by its reversal. The file's frame is the one
+        in the middle of that audio.
+      frame: uint8 [H, W, 3].
+      waveform: [samples] or [channels, samples], floats in -1…1 or int16.
+      rate: of `waveform`, Hz.
+      sound: the log-mel features that the model takes.
+      image_size: (H, W) of the image.
+      missing: 'error', or 'zeros' for a stream that the clip lacks.
+      time_limit: seconds for decoding a file.
+      end: seconds at which the clip ends in a file that goes on; needs `start`.
 
-    Returns `image` uint8 [1, H, W, 3], `audio` float32 [1, mels, frames], `id` str [1] (the path), `start` float32 [1]
-    (seconds), `has_image` and `has_audio` bool [1]. Raises UserError, with file, stage and cause, for what cannot be
-    used.
+    Returns:
+      `image` uint8 [1, H, W, 3], `audio` float32 [1, mels, frames], `id` str [1] (the path), `start` float32 [1]
+      (seconds), `has_image` and `has_audio` bool [1].
+
+    Raises:
+      UserError: the clip cannot be used; names file, stage and cause.
     """
     _check_settings(start, duration, sound, image_size, missing, time_limit)
     _check_end(path, start, end)
@@ -67,7 +77,7 @@ def load(
         if path is None:
             clip = _from_arrays(frame, waveform, rate, start, seconds)
         else:
-            length = seconds if end is None else min(seconds, end - start)
+            length = seconds if end is None or start is None else min(seconds, end - start)
             clip = _decode(media.read_excerpt, name, start, length, time_limit=time_limit)
             if length < seconds and clip.waveform is not None:
                 clip = clip._replace(waveform=clip.waveform[: clip.first + math.ceil(length * clip.rate)])
@@ -76,8 +86,8 @@ def load(
         raise UserError(f"{name}: {failure}" if name else str(failure)) from failure
 
 
-def span(path: str | os.PathLike, time_limit: float = 20.0) -> tuple[float, float]:
-    """When a file's sound begins and ends, in seconds; that of its picture where there is no sound.
+def span(path: str | os.PathLike[str], time_limit: float = 20.0) -> tuple[float, float]:
+    """When a file's audio begins and ends, in seconds; that of its video where there is no audio.
 
     Raises UserError, with file, stage and cause, for what cannot be used.
     """
@@ -105,12 +115,13 @@ def _batch(
             raise ClipFailure("", part, "there is none; missing='zeros' takes zeros instead")
     if clip.frame is not None:
         with stage("frame"):
-            box = frames.centre_box(*clip.frame.shape[:2], image_size)
+            height, width = clip.frame.shape[:2]
+            box = frames.centre_box(height, width, image_size)
             image = frames.resize_box(clip.frame, box, image_size)
     if clip.waveform is not None:
         with stage("features"):
-            waveform = sounds.cut(clip.waveform, clip.rate, sound.rate, clip.first, samples)
-            audio = sounds.features(waveform, sound)
+            waveform = waves.cut(clip.waveform, clip.rate, sound.rate, clip.first, samples)
+            audio = waves.features(waveform, sound)
     return {
         "image": image[None],
         "audio": audio[None],
@@ -145,7 +156,7 @@ def _check_settings(
     for name, value in (("duration", duration), ("time_limit", time_limit)):
         if not (_is_number(value) and value > 0):
             raise UserError(f"{name}={value!r} must be a number of seconds above 0")
-    sounds.check_sound(sound)
+    waves.check_sound(sound)
     if round(duration * sound.rate) < sound.hop:
         raise UserError(f"duration={duration} is shorter than one frame of sound, {sound.hop / sound.rate:g} s")
     whole = np.shape(image_size) == (2,) and all(isinstance(side, (int, np.integer)) for side in image_size)
@@ -201,7 +212,7 @@ def _check_waveform(waveform: np.ndarray) -> np.ndarray:
     if bad:
         raise UserError(f"{bad} of the waveform's {waveform.size} samples are not finite")
     loudest = float(np.abs(waveform).max())
-    if loudest > LOUDEST:
+    if loudest > media.LOUDEST:
         raise UserError(
             f"the waveform reaches {loudest:g}, but floats must lie in -1…1; divide 16-bit samples by 32768"
         )

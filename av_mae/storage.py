@@ -5,6 +5,7 @@ import os
 import pathlib
 import urllib.parse
 from collections.abc import Iterator
+from typing import Any
 
 from av_mae.errors import UserError
 
@@ -15,7 +16,7 @@ _EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 class Folder:
     """A folder, named by a path or a URL. Can be pickled. Paths within it use '/' and are relative to it."""
 
-    def __init__(self, url: str | os.PathLike):
+    def __init__(self, url: str | os.PathLike[str]):
         self.url = os.fspath(url)
         if self.url.startswith("file://"):
             self.url = urllib.parse.unquote(self.url.removeprefix("file://"))
@@ -32,10 +33,9 @@ class Folder:
     def files(self, below: str = "") -> list[str]:
         """All files below a subfolder, sorted; none where it is not there. Hidden files and folders are left out."""
         if self.is_local:
-            root = pathlib.Path(self.path(below) if below else self.url)
             found = [
                 os.path.relpath(os.path.join(folder, name), self.url).replace(os.sep, "/")
-                for folder, files in _walk(root)
+                for folder, files in _walk(pathlib.Path(self.path(below) if below else self.url))
                 for name in files
             ]
         else:
@@ -70,7 +70,7 @@ class Folder:
             os.fsync(file.fileno())
         os.replace(temporary, self.path(name))
 
-    def put(self, file: str | os.PathLike, name: str) -> None:
+    def put(self, file: str | os.PathLike[str], name: str) -> None:
         """Moves a whole local file here under its final name; it must lie in this folder where that is local."""
         if self.is_local:
             with open(file, "rb") as opened:
@@ -91,11 +91,11 @@ class Folder:
         if self.is_local and os.path.isdir(self.path(name)):
             os.rmdir(self.path(name))
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_system"}
 
     @functools.cached_property
-    def _system(self):
+    def _system(self) -> Any:
         import fsspec
 
         protocol = self.url.split("://")[0]

@@ -154,7 +154,7 @@ def read_window(encoded: bytes, rate: int, samples: int, position: float) -> tup
     return cut(mono, own_rate, rate, first - begin, samples), start, start + count / own_rate / 2
 
 
-class _Reader(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
+class _Reader(soundfile.SoundFile):
     """An audio file that is read once: else soundfile seeks to where it is after each read, a tenth of the time."""
 
     def seekable(self) -> bool:

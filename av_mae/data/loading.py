@@ -1,7 +1,7 @@
 """The way of a clip from its shard into a batch; this file follows it from top to bottom.
 
-ClipSource reads the record, WithOthers puts other clips beside it where several are mixed, ClipLoader makes an image and
-a log-mel of it, HostBatches joins the rows of a batch. A clip that fails keeps its row, with the reason.
+ClipSource reads the record, WithOthers puts other clips beside it where several are mixed, ClipLoader makes an image
+and a log-mel of it, HostBatches joins the rows of a batch. A clip that fails keeps its row, with the reason.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ Spec = dict[str, tuple[tuple[int, ...], type]]
 def batch_fields(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int]) -> Spec:
     """Shape and dtype, per clip, of the arrays in a batch.
 
-    Besides `image`, `audio`, `label` and `start` those that `data.annotations` ask for. label: nothing, but a clip whose
-    class is unknown fails. labels: `label` int32 [classes], 1 for each class that the clip has, instead of its first
+    Besides `image`, `audio`, `label` and `start` those that `data.annotations` ask for. label: nothing, but a clip
+    whose class is unknown fails. labels: `label` int32 [classes], 1 for each class that the clip has, instead of its first
     class. mask: `mask` uint8 [H, W], 1 (or the class) where something sounds. objects: `boxes` float32 [OBJECTS, 4]
     (ymin, xmin, ymax, xmax in 0…1 of the image), int32 [OBJECTS] `object_labels`, `sounding` (1: sounds, 0: silent,
     -1: no box) and `box_annotators`, and int32 `annotators`, as in records. sources: `source` float32 [mels, frames],
@@ -188,7 +188,7 @@ class ClipLoader(grain.transforms.RandomMap):
     def _load_image(
         self, record: Record, rng: np.random.Generator, mask: int | None, middle: float
     ) -> dict[str, np.ndarray]:
-        """The fields that are seen: the frame nearest to `middle`, or that of mask number `mask`, and what lies on it."""
+        """The fields that are seen, of the frame nearest to `middle` or that of mask number `mask`."""
         with stage("frame"):
             if len(record["frames"]) == 0:
                 raise ValueError("the clip holds no frames")

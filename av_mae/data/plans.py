@@ -35,7 +35,7 @@ class Clips:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """n items, [n] each: `clip`, the clip whose frame is looked at; `group`, ascending from 0, items whose scores
-    belong together: those of one clip, or of one mixture; `window`, the position of the window in the audio (0: the first,
+    belong together: those of one clip, or of one mixture; `window`, the window's position in the audio (0: the first,
     1: the last); `mask`, the number of the annotated frame. `others` [n, k]: the clips mixed with it and last, where a
     stream is swapped, the one that gives it.
     """

@@ -31,7 +31,7 @@ class Worker:
 
     def __init__(self, memory_limit: int = MEMORY_LIMIT):
         self._memory_limit = memory_limit
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def call(self, function: Callable[..., Any], *arguments: Any, time_limit: float) -> Any:
         """`function(*arguments)`; the function is one of a module, and all that travels can be pickled.
@@ -81,16 +81,18 @@ class Worker:
                 raise UserError(f"the decoding process has not started within {START_LIMIT:g} s")
             self._connection.recv()
         except EOFError:
-            lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            _, said = self._process.communicate()
+            lines = said.decode(errors="replace").strip().splitlines()
             raise UserError(f"the decoding process does not start: {lines[-1] if lines else self._epitaph()}") from None
-        self._process.stderr.close()
+        if self._process.stderr:
+            self._process.stderr.close()
 
     def _epitaph(self) -> str:
-        status = self._process.wait()
+        status = self._process.wait() if self._process else 0
         return f"the decoder crashed ({signal.Signals(-status).name if status < 0 else f'exit status {status}'})"
 
 
-def _end(process: subprocess.Popen, connection: multiprocessing.connection.Connection) -> None:
+def _end(process: subprocess.Popen[bytes], connection: multiprocessing.connection.Connection) -> None:
     connection.close()
     process.kill()
     process.wait()

@@ -49,7 +49,7 @@ SideData._missing_ = classmethod(lambda kind, value: kind.VIDEO_HINT)  # type: i
 class Track(NamedTuple):
     """A stream of a file: its number, and when it begins and ends. `promised`: the file says when it ends."""
 
-    index: int
+    number: int
     begin: float
     end: float
     promised: bool
@@ -88,10 +88,13 @@ class Media:
             if self.video is None and self.audio is None:
                 raise ValueError("the file holds neither a picture nor a sound that can be decoded")
             if self.video:
-                self._aspect = float(container.streams[self.video.index].sample_aspect_ratio or 1)
+                video: Any = container.streams[self.video.number]
+                self._aspect = float(video.sample_aspect_ratio or 1)
                 if not 1 / LARGEST_ASPECT <= self._aspect <= LARGEST_ASPECT:
                     raise ValueError(f"the sample aspect ratio {self._aspect:g} is beyond {LARGEST_ASPECT} to 1")
-            self.duration = max(track.end for track in (self.video, self.audio) if track)
+            promised = self._promised(container)
+            ends = [track.end for track in (self.video, self.audio) if track]
+            self.duration = max(ends) if promised is None else promised
 
     @property
     def main(self) -> Track:
@@ -106,7 +109,8 @@ class Media:
         Turned and mirrored as the file says, with square pixels; ten bits become eight, without tone mapping.
         """
         with _part("frame"):
-            decoded = before = after = None
+            decoded: Iterator[tuple[float, Any]] = iter(())
+            before = after = None
             for time in times:
                 if after is None or time > after[0] + SEEK_BACK:
                     decoded, before = self._decoded(self.video, time), None
@@ -152,10 +156,8 @@ class Media:
         return waveform, rate, first
 
     def _open(self) -> av.container.InputContainer:
-        if isinstance(self._source, bytes):
-            source, protocols = io.BytesIO(self._source), "none"
-        else:
-            source, protocols = f"file:{os.fspath(self._source)}", "file"
+        source: Any = io.BytesIO(self._source) if isinstance(self._source, bytes) else f"file:{os.fspath(self._source)}"
+        protocols = "none" if isinstance(self._source, bytes) else "file"
         options = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": protocols}
         try:
             # A title that is no UTF-8 is no reason to fail.
@@ -171,31 +173,28 @@ class Media:
         chosen: dict[str, Any] = {}
         usable = [stream for stream in container.streams if stream.codec_context is not None]
         for stream in sorted(usable, key=lambda stream: not stream.disposition & Disposition.default):
-            if not stream.disposition & Disposition.attached_pic:
+            if stream.type in ("video", "audio") and not stream.disposition & Disposition.attached_pic:
                 chosen.setdefault(stream.type, stream)
         promised = self._promised(container)
         ends: dict[int, float] = {}
         if self._format not in ("mov", *TIMED) or any(stream.duration is None for stream in chosen.values()):
             ends = self._last_ends(promised)
         cut_off = promised is not None and max(ends.values(), default=promised) + SHORTFALL < promised
-        tracks = []
-        for stream in (chosen.get("video"), chosen.get("audio")):
-            if stream is None:
-                tracks.append(None)
-                continue
+        tracks: dict[str, Track] = {}
+        for kind, stream in chosen.items():
             begin = 0.0 if stream.start_time is None else self._seconds(stream.start_time, stream)
             if stream.index in ends:
                 end = promised if cut_off and promised else ends[stream.index]
             else:
                 end = begin + float((stream.duration or 0) * stream.time_base)
-            tracks.append(Track(stream.index, begin, end, cut_off or self._format == "mov"))
-        return tracks[0], tracks[1]
+            tracks[kind] = Track(stream.index, begin, end, cut_off or self._format == "mov")
+        return tracks.get("video"), tracks.get("audio")
 
     def _promised(self, container: av.container.InputContainer) -> float | None:
         """How long a file says that it is, in seconds; `None` where it does not say so."""
         known = None if container.duration is None else container.duration / av.time_base
         if self._format not in ("mp3", "wav"):
-            return known if self._format in PROMISING else None
+            return known if self._format in (*PROMISING, *TIMED) else None
         if isinstance(self._source, bytes):
             begin, size = self._source[:HEADER], len(self._source)
         else:
@@ -240,7 +239,7 @@ class Media:
         Raises ValueError at a damaged packet from `strict_from` on, and where the file ends before it says.
         """
         assert track is not None
-        container, packets, whole = self._packets(track.index, time)
+        container, packets, whole = self._packets(track.number, time)
         shown, following, read, message = -math.inf, 0.0, 0.0, ""
         # FFmpeg also reports what a decoder misses that begins in the middle: that is no damage.
         strict_log = strict_from if whole else max(strict_from, time)
@@ -255,7 +254,9 @@ class Media:
                         continue
                     raise ValueError(f"cannot be decoded at {begin:.2f} s: {error.strerror}") from error
                 count, last = av.logging.get_last_error()
-                if count > errors and last and begin >= strict_log:
+                end = begin + float((packet.duration or 0) * packet.time_base)
+                # Files that were cut by others often end in half a packet.
+                if count > errors and last and begin >= strict_log and 2 * end - begin < track.end:
                     message = " ".join(last[2].split())
                     if message.endswith(("ended prematurely", "partial file")):
                         break
@@ -271,11 +272,11 @@ class Media:
                         following = shown + frame.samples / frame.sample_rate
                     else:
                         following = shown + float((frame.duration or 0) * (frame.time_base or 0))
-                read = max(read, begin + float((packet.duration or 0) * packet.time_base))
+                read = max(read, end)
         if message or track.promised and read + SHORTFALL < track.end:
             raise ValueError(f"the file is cut off: {read:.2f} of {track.end:.2f} s are there")
 
-    def _packets(self, index: int, time: float) -> tuple[av.container.InputContainer, Iterator[Any], bool]:
+    def _packets(self, number: int, time: float) -> tuple[av.container.InputContainer, Iterator[Any], bool]:
         """The file, open, the packets of a stream from the last key packet at or before `time` on, and whether they
         begin with the stream's first packet.
 
@@ -283,23 +284,24 @@ class Media:
         """
         if time > SEEK_BACK and not self._chained:
             with contextlib.suppress(av.FFmpegError):  # what cannot seek is read up to there
-                container, lead, packets, _ = self._lead(index, time, time - SEEK_BACK)
+                container, lead, packets, _ = self._lead(number, time, time - SEEK_BACK)
                 if lead[0].is_keyframe and lead[0].pts is not None and self._seconds(lead[0].pts, lead[0]) <= time:
                     return container, itertools.chain(lead, packets), False
-        container, lead, packets, whole = self._lead(index, time, None)
+        container, lead, packets, whole = self._lead(number, time, None)
         return container, itertools.chain(lead, packets), whole
 
     def _lead(
-        self, index: int, time: float, seek_to: float | None
+        self, number: int, time: float, seek_to: float | None
     ) -> tuple[av.container.InputContainer, list[Any], Iterator[Any], bool]:
         """The open file, a stream's packets from the last key packet up to `time`, an iterator over the rest, and
         whether these packets are all of the stream."""
         container = self._open()
-        stream = container.streams[index]
+        stream: Any = container.streams[number]
         stream.codec_context.thread_count = 1
         if seek_to is not None:
             container.seek(int((seek_to + self._origin) / stream.time_base), stream=stream)
-        packets, lead, whole = container.demux(stream), [], True
+        lead: list[Any] = []
+        packets, whole = container.demux(stream), True
         # Audio is decoded from its first packet on, which says how many samples an edit list cuts off.
         keep = self._chained or stream.type == "audio" and seek_to is None
         for packet in packets:
@@ -312,7 +314,7 @@ class Media:
                 break
         return container, lead, packets, whole
 
-    def _upright(self, frame: av.VideoFrame) -> np.ndarray:
+    def _upright(self, frame: Any) -> np.ndarray:
         """A decoded frame as it is meant to be seen: uint8 [H, W, 3]."""
         width = max(1, round(frame.width * self._aspect))
         pixels = frame.reformat(width=width, format="rgb24", threads=1).to_ndarray()

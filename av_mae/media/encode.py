@@ -45,16 +45,19 @@ def encode_mp4(
 
 
 def decode_mp4(mp4: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Frames uint8 [k, H, W, 3], their times float32 [k] in seconds, mono sound float32 [samples], its rate in Hz."""
-    frames, times, blocks, rate = [], [], [], 0
+    """Frames uint8 [k, H, W, 3], their times float32 [k] (s), mono waveform float32 [samples], its rate in Hz."""
+    frames: list[np.ndarray] = []
+    times: list[float] = []
+    blocks: list[np.ndarray] = []
+    rate = 0
     reformatter = VideoReformatter()  # one for all frames, without threads: making them costs more than the work
-    with av.open(io.BytesIO(mp4)) as container:
+    with av.open(io.BytesIO(mp4), "r") as container:
         container.streams.video[0].codec_context.thread_count = 1
         for frame in container.decode(video=0, audio=0):
             if isinstance(frame, av.VideoFrame):
                 frames.append(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-                times.append(frame.time)
-            else:
+                times.append(frame.time or 0.0)
+            elif isinstance(frame, av.AudioFrame):
                 blocks.append(frame.to_ndarray()[0])
                 rate = frame.sample_rate
     return np.stack(frames), np.array(times, np.float32), np.concatenate(blocks), rate

@@ -1,4 +1,4 @@
-"""What batches carry of what is annotated of a clip: masks and boxes cut as the frame is, clean sounds, mixtures, swaps."""
+"""Annotations in batches: masks and boxes cropped as the frame is, clean sounds, mixtures, swaps."""
 
 import io
 

@@ -63,7 +63,7 @@ SETS = (fake_clips.FakeSet("a", 40), fake_clips.FakeSet("b", 24, size=(16, 40), 
 LABELS = [Labels.of([[0]] * 36 + [[1]] * 4), Labels.of([[2]] * 20 + [[]] * 4)]
 
 
-def training(rows=np.arange(8), seed=3, **config) -> pipeline.TrainingData:
+def training(rows=range(8), seed=3, **config) -> pipeline.TrainingData:
     return pipeline.TrainingData(
         [ClipSource(one.name, one) for one in SETS],
         fake_clips.small_config(**config),

@@ -97,7 +97,7 @@ def test_sound_of_an_edit_list_within_a_block_begins_in_time():
 
 def test_the_default_track_is_taken():
     clip = media.Media(CASES / "first_silent.mp4")
-    assert clip.audio.index == 2 and np.abs(clip.waveform(0.0, 2.0)[0]).max() > 0.01
+    assert clip.audio.number == 2 and np.abs(clip.waveform(0.0, 2.0)[0]).max() > 0.01
 
 
 def test_whole_numbers_as_floats_are_refused(tmp_path):
