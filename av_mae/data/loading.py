@@ -38,9 +38,9 @@ def batch_fields(data: DataConfig, image_size: tuple[int, int], audio_size: tupl
     """Shape and dtype, per clip, of the arrays in a batch.
 
     Besides `image`, `audio`, `label` and `start` those that `data.annotations` ask for. label: nothing, but a clip
-    whose class is unknown fails. labels: `label` int32 [classes], 1 for each class that the clip has, instead of its first
-    class. mask: `mask` uint8 [H, W], 1 (or the class) where something sounds. objects: `boxes` float32 [OBJECTS, 4]
-    (ymin, xmin, ymax, xmax in 0…1 of the image), int32 [OBJECTS] `object_labels`, `sounding` (1: sounds, 0: silent,
+    whose class is unknown fails. labels: `label` int32 [classes], 1 for each class that the clip has, instead of its
+    first class. mask: `mask` uint8 [H, W], 1 (or the class) where something sounds. objects: `boxes` float32 [OBJECTS,
+    4] (ymin, xmin, ymax, xmax in 0…1 of the image), int32 [OBJECTS] `object_labels`, `sounding` (1: sounds, 0: silent,
     -1: no box) and `box_annotators`, and int32 `annotators`, as in records. sources: `source` float32 [mels, frames],
     the log-mel of the sounding object's clean waveform. waveforms: `mixture` float32 [samples] and `sources` float32
     [SOURCES, samples], the sounding object's first.
