@@ -218,7 +218,7 @@ def _images(clip: SourceClip, files: Mapping[str, File], duration: float) -> Ite
     times = clip.image_times or (duration / 2,) * len(clip.images)
     with stage("frame"):
         for time, name in zip(times, clip.images, strict=True):
-            yield time, _rgb(Image.open(_opened(files[name])))
+            yield time, _rgb(Image.open(io.BytesIO(_content(files[name]))))
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
@@ -228,10 +228,6 @@ def _rgb(image: Image.Image) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
     grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)
-
-
-def _opened(file: File) -> io.BytesIO | str:
-    return io.BytesIO(file) if isinstance(file, bytes) else file
 
 
 def _content(file: File) -> bytes:

@@ -27,7 +27,7 @@ class Clip:
 
     `frames` uint8 [k, H, W, 3] · `sound` float32 [s] in -1…1 · `boxes` float32 [n, 4] as (ymin, xmin, ymax, xmax) in
     0…1 · `object_labels` int64 [n] · `sounding` index of the sounding object · `mask` bool [H, W], the pixels of the
-    sounding object in the middle frame · `sources` float32 [m, s] clean sounds, the sounding object's first.
+    sounding object in the middle frame · `sources` float32 [m, s] clean sources, the sounding object's first.
     """
 
     id: str

@@ -54,7 +54,7 @@ def perturb(sound: np.ndarray, tempo: float, pitch: float) -> np.ndarray:
 NAME = "spoken_digits"
 DESCRIPTION = (
     "Spoken Digits: handwriting from MNIST (CC BY-SA 3.0), speech from the Free Spoken Digit Dataset "
-    "(CC BY-SA 4.0), composed to clips with exact annotations (class, boxes, mask, clean sounds)."
+    "(CC BY-SA 4.0), composed to clips with exact annotations (class, boxes, mask, clean sources)."
 )
 CLASSES = tuple("zero one two three four five six seven eight nine".split())
 TEST_SPEAKER = "theo"

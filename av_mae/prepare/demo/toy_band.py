@@ -283,7 +283,7 @@ def _average(samples: np.ndarray) -> np.ndarray:
 
 
 NAME = "toy_band"
-DESCRIPTION = "Toy Band: procedural instruments with exact annotations (class, boxes, mask, clean sounds)."
+DESCRIPTION = "Toy Band: procedural instruments with exact annotations (class, boxes, mask, clean sources)."
 HUES = {"bell": 0, "flute": 135, "organ": 270, "string": 45, "drum": 180, "trumpet": 315, "maraca": 90, "siren": 225}
 CLASSES = tuple(HUES)
 HUE_SPREAD = 10.0  # degrees; the knob of difficulty

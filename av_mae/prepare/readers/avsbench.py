@@ -99,7 +99,7 @@ def _read_first(folder: Folder, table: str, files: list[str]) -> Catalogue:
             rows.append((name, row.get("category", ""), split_name(row["split"])))
     numbers = catalogue.set_classes(category for _, category, _ in rows if category)
     found: dict[tuple[str, str], dict[int, str]] = {}
-    sounds = {stem(file): file for file in files if "audio_wav" in file.split("/") and ending(file) in SOUNDS}
+    audio = {stem(file): file for file in files if "audio_wav" in file.split("/") and ending(file) in SOUNDS}
     for file in files:
         *_, below, _ = ("", "", *file.split("/"))
         kind = next((part for part in ("visual_frames", "gt_masks") if part in file.split("/")), "")
@@ -109,15 +109,15 @@ def _read_first(folder: Folder, table: str, files: list[str]) -> Catalogue:
     for name, category, split in rows:
         frames = dict(sorted(found.get(("visual_frames", name), {}).items()))
         masks = {second: mask for second, mask in found.get(("gt_masks", name), {}).items() if second in frames}
-        if name not in sounds or not frames:
-            catalogue.note("missing", name, "files", f"no {'frames' if name in sounds else 'audio'} of {name}", split)
+        if name not in audio or not frames:
+            catalogue.note("missing", name, "files", f"no {'frames' if name in audio else 'audio'} of {name}", split)
             continue
         order = list(frames)
         catalogue.clips.append(
             SourceClip(
                 name,
                 split,
-                sounds[name],
+                audio[name],
                 images=tuple(frames.values()),
                 image_times=tuple(second - 0.5 for second in order),
                 labels=(numbers[category],) if category else (),

@@ -54,7 +54,7 @@ def read_vggsound(folder: Folder) -> Catalogue:
 
 
 def read_vggsound_music(folder: Folder) -> Catalogue:
-    """Splits `train`, `test`, and `test_pairs`: the first clip of a pair with the sum of both sounds. Without the
+    """Splits `train`, `test`, and `test_pairs`: the first clip of a pair with the sum of both clips' audio. Without the
     subset's lists, all classes that begin with 'playing', and no pairs."""
     catalogue, files = Catalogue(), MediaFiles(folder.files())
     rows = [row for row in _vggsound_rows(folder, catalogue) if row[2].startswith(INSTRUMENT)]
