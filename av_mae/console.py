@@ -4,7 +4,8 @@ import logging
 import re
 import sys
 import time
-from typing import TextIO
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 import jax
 
@@ -18,11 +19,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def format_figures(figures: dict) -> str:
-    """Figures by name as `loss=0.123 rate=12.3`; numbers get four digits."""
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """Metrics by name as `loss=0.123 rate=12.3`; numbers get four digits."""
     return " ".join(
         f"{name}={value:.4g}" if isinstance(value, (int, float)) else f"{name}={value}"
-        for name, value in figures.items()
+        for name, value in metrics.items()
     )
 
 
@@ -40,7 +41,7 @@ class Progress:
         self.done = self.initial = initial
         self._stream = stream if stream is not None else sys.stderr
         self._bar = None
-        self._figures: dict = {}
+        self._metrics: dict[str, Any] = {}
         self._started = self._last_line = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first update came, and what was done then
         self._printed = -1
@@ -61,19 +62,19 @@ class Progress:
             )
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         elif self.done != self._printed:
             self._print_line()
 
-    def update(self, n: int = 1, **figures) -> None:
-        """Counts `n` more units; `figures` (name=number or text) are shown behind."""
+    def update(self, n: int = 1, **metrics: float | str) -> None:
+        """Counts `n` more units; `metrics` (name=number or text) are shown behind."""
         self.done += n
         self._first = self._first or (time.monotonic(), self.done)
-        self._figures.update(figures)
+        self._metrics.update(metrics)
         if self._bar is not None:
-            self._bar.set_postfix_str(format_figures(self._figures), refresh=False)
+            self._bar.set_postfix_str(format_metrics(self._metrics), refresh=False)
             self._bar.update(n)
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._print_line()
@@ -89,16 +90,17 @@ class Progress:
         """What a plain line says now."""
         now = time.monotonic()
         seconds = now - self._started
-        later = self._first is not None and self.done > self._first[1]
-        began, before = self._first if later else (self._started, self.initial)
+        first = self._first or (now, self.done)
+        later = self.done > first[1]
+        began, before = first if later else (self._started, self.initial)
         rate = (self.done - before) / (now - began) if now > began else 0.0
         known = later and rate > 0 and self.done < self.total
         left = f", {format_duration((self.total - self.done) / rate)} left" if known else ""
         share = f" ({100 * self.done / self.total:.0f} %)" if self.total > 0 else ""
-        figures = f" {format_figures(self._figures)}" if self._figures else ""
+        metrics = f" {format_metrics(self._metrics)}" if self._metrics else ""
         return (
             f"{self.description}: {self.done}/{self.total} {self.unit}{share}, {rate:.4g} {self.unit}/s, "
-            f"{format_duration(seconds)} elapsed{left}{figures}"
+            f"{format_duration(seconds)} elapsed{left}{metrics}"
         )
 
     def _print_line(self) -> None:

@@ -92,7 +92,7 @@ def batch_failures(batch: Mapping[str, Any]) -> list[ClipFailure]:
     return [ClipFailure(str(clip), str(where), str(cause)) for clip, where, cause in rows if where]
 
 
-def read_skipped(folder: str | os.PathLike) -> list[ClipFailure]:
+def read_skipped(folder: str | os.PathLike[str]) -> list[ClipFailure]:
     """What `skipped.jsonl` in a folder holds; lines that were cut off are left out. Empty where there is no file."""
     try:
         lines = (pathlib.Path(folder) / SKIPPED).read_text(errors="replace").splitlines()
@@ -118,7 +118,7 @@ class SkippedFile:
     Where the file cannot be written, e.g. on a full disk, `say` gets one warning and the work goes on.
     """
 
-    def __init__(self, folder: str | os.PathLike, say: Callable[[str], None] = _warn):
+    def __init__(self, folder: str | os.PathLike[str], say: Callable[[str], None] = _warn):
         self._path, self._say, self._warned = pathlib.Path(folder) / SKIPPED, say, False
         self._known = set(read_skipped(folder))
 
@@ -140,7 +140,7 @@ class SkippedFile:
 
 
 def write_skipped(
-    folder: str | os.PathLike, failures: Iterable[ClipFailure], say: Callable[[str], None] = _warn
+    folder: str | os.PathLike[str], failures: Iterable[ClipFailure], say: Callable[[str], None] = _warn
 ) -> None:
     """Writes `skipped.jsonl` anew, empty where nothing failed. A full disk is warned of."""
     path = pathlib.Path(folder) / SKIPPED

@@ -30,7 +30,9 @@ def write_card(workdir: pathlib.Path, config: TrainConfig, parameters: int) -> N
     """
     folder, known = find_checkpoint(os.fspath(workdir)), read_card(workdir) or {}
     metrics = workdir / "metrics.jsonl"
-    last = next(reversed(read_metrics(metrics)), {}) if metrics.is_file() else {}  # a full disk may have kept it out
+    last: Mapping[str, Any] = (
+        next(reversed(read_metrics(metrics)), {}) if metrics.is_file() else {}
+    )  # a full disk may have kept it out
     _save(
         workdir,
         {
@@ -68,9 +70,10 @@ def add_evaluation(checkpoint: str, workdir: pathlib.Path, task: str, data: str,
 
 
 def read_card(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The card of a run; None where it has none."""
+    """The card of a run; `None` where it has none."""
     try:
-        return json.loads((workdir / CARD).read_text())
+        card: dict[str, Any] = json.loads((workdir / CARD).read_text())
+        return card
     except (OSError, ValueError):
         return None
 
@@ -159,7 +162,7 @@ def render(card: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence]) -> list[str]:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     return [
         "| " + " | ".join(heads) + " |",
         "|" + "---|" * len(heads),

@@ -9,8 +9,7 @@ import numpy as np
 from av_mae.checkpoint import TrainState
 from av_mae.config import DataConfig, MeshConfig, OptimizerConfig, SoundConfig, TrainConfig
 from av_mae.models.config import AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig
-from av_mae.train import loop as feed
-from av_mae.train import optimizer, step
+from av_mae.train import loop, optimizer, step
 from av_mae.train import sharding as mesh
 
 ENCODER = dict(width=32, depth=1, heads=2)
@@ -110,6 +109,6 @@ def run_steps(train_step: step.TrainStep, host: list[dict[str, np.ndarray]], sta
     history = []
     for batch in host:
         local = {name: x[rows] for name, x in batch.items()}
-        state, metrics = compiled(state, feed.to_global(local, train_step.rows))
+        state, metrics = compiled(state, loop.to_global(local, train_step.rows))
         history.append({name: float(x) for name, x in metrics.items()})
     return state, history

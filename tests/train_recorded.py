@@ -13,16 +13,16 @@ import time
 from av_mae.errors import run_command
 from av_mae.train import __main__ as train
 from av_mae.train import run
-from av_mae.train.loop import Feed
+from av_mae.train.loop import Prefetch
 
 PACE = 0.05  # seconds
 
 
-def recording(folder: pathlib.Path, fault: str, victim: int, at: int) -> type[Feed]:
-    """Feed that records and fails as asked."""
+def recording(folder: pathlib.Path, fault: str, victim: int, at: int) -> type[Prefetch]:
+    """Prefetch that records and fails as asked."""
     import jax
 
-    class Recording(Feed):
+    class Recording(Prefetch):
         def __next__(self):
             host, batch = super().__next__()
             rows = len(host["id"])
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     folder = pathlib.Path(argv[0])
     folder.mkdir(exist_ok=True)
     fault, victim, at = argv[1].split(":") if len(argv) > 1 and argv[1].count(":") == 2 else ("", 0, 0)
-    run.Feed = recording(folder, fault, int(victim), int(at))
+    run.Prefetch = recording(folder, fault, int(victim), int(at))
     train.main(argv[2 if fault else 1 :])
 
 

@@ -23,9 +23,9 @@ from av_mae.config import TrainConfig
 from av_mae.errors import UserError
 from av_mae.models import flops
 from av_mae.models.fusion import FusionBlock
-from av_mae.train.loop import Feed
+from av_mae.train.loop import Prefetch
 from av_mae.train.optimizer import run_length
-from av_mae.train.run import train_from
+from av_mae.train.run import Run, train_from
 from av_mae.train.sharding import make_mesh
 from av_mae.train.step import Metrics, TrainStep
 
@@ -238,16 +238,8 @@ def looped(step: TrainStep, state: TrainState, host: dict[str, Any], steps: int,
     data: Any = SimpleNamespace(batches=lambda position: itertools.repeat(host), clips=1000)
     checkpoints = Checkpoints(folder / "checkpoints")
     began = clocks()
-    train_from(
-        step.config,
-        folder,
-        step,
-        Restored(state, {"step": 0, "position": 0, "skipped": 0}),
-        data,
-        steps,
-        checkpoints,
-        "loop",
-    )
+    run = Run(step.config, folder, step, data, steps, checkpoints, "loop")
+    train_from(run, Restored(state, {"step": 0, "position": 0, "skipped": 0}))
     seconds = clocks() - began
     checkpoints.close()
     return seconds
@@ -273,9 +265,9 @@ def measure_loop(config: TrainConfig, steps: int, block: int) -> dict[str, Any]:
     host = {name: np.asarray(x) for name, x in random_batch(config).items()}
     texts = {"id": "clip", "stage": "", "cause": ""}
     host |= {name: np.full(config.batch_size, text, object) for name, text in texts.items()}
-    feed = Feed(itertools.repeat(host), step.rows)
-    batch = next(feed)[1]
-    feed.close()
+    prefetch = Prefetch(itertools.repeat(host), step.rows)
+    batch = next(prefetch)[1]
+    prefetch.close()
     with tempfile.TemporaryDirectory() as folder:
         looped(step, step.init(), host, 3, pathlib.Path(folder) / "first")  # compiles, checkpoints too
         turns = Alternating(step.step, batch, block)

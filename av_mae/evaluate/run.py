@@ -1,6 +1,6 @@
 """One task run in a work directory: its head is trained by the loop of pretraining, then measured on held-out clips.
 
-clips → Feed → the task's forward pass on the mesh → scores of each clip on the host → metrics over resampled clips.
+clips → Prefetch → the task's forward pass on the mesh → scores of each clip on the host → metrics over resampled clips.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ from av_mae.evaluate.task import Condition, Measurable, Measured, Task, make_tas
 from av_mae.models.config import require
 from av_mae.models.kinds import Params
 from av_mae.train.hosts import Stopped
-from av_mae.train.loop import Feed
+from av_mae.train.loop import Prefetch
 from av_mae.train.optimizer import run_length
-from av_mae.train.run import first_state, open_run, train_from
+from av_mae.train.run import Run, first_state, open_run, train_from
 from av_mae.train.sharding import local_rows, make_mesh, row_shards
 from av_mae.train.step import TrainStep, fitted_mesh
 
@@ -38,10 +38,10 @@ REPEATS = 3
 
 
 class Rates:
-    """Times a forward pass in a loop over the batches of a feed; the first batch, which compiles, does not count."""
+    """Times a forward pass in a loop over the batches of `prefetch`; the first batch, which compiles, does not count."""
 
-    def __init__(self, feed: Feed):
-        self._feed, self._waited = feed, 0.0
+    def __init__(self, prefetch: Prefetch):
+        self._prefetch, self._waited = prefetch, 0.0
         self._seconds: list[float] = []
 
     def timed(self, forward: Callable, *args) -> Any:
@@ -50,7 +50,7 @@ class Rates:
         result = jax.block_until_ready(forward(*args))
         self._seconds.append(time.perf_counter() - start)
         if len(self._seconds) == 1:
-            self._waited = self._feed.wait_seconds
+            self._waited = self._prefetch.wait_seconds
         return result
 
     def metrics(self, batch_size: int, forward: Callable, *args) -> dict[str, float]:
@@ -59,7 +59,7 @@ class Rates:
         batches = len(self._seconds) - 1
         if batches < 1:
             return {}
-        seconds = sum(self._seconds[1:]) + self._feed.wait_seconds - self._waited
+        seconds = sum(self._seconds[1:]) + self._prefetch.wait_seconds - self._waited
         alone = []
         for _ in range(REPEATS):
             start = time.perf_counter()
@@ -116,7 +116,7 @@ def trained(task: Task, config: TrainConfig, workdir: pathlib.Path) -> tuple[Tra
         if begin.meta["step"] >= last:
             note(f"the head is trained: it has done {begin.meta['step']} of {last} steps")
             return step, begin.state
-        end = train_from(config, workdir, step, begin, data, last, checkpoints, f"training the {task.kind}")
+        end = train_from(Run(config, workdir, step, data, last, checkpoints, f"training the {task.kind}"), begin)
         if end.meta["step"] < last:
             raise Stopped
         return step, end.state
@@ -153,13 +153,13 @@ def measure(task: Task, step: TrainStep, state: TrainState, condition: Condition
             )
         )
         measured, items = Measured(name, data.plan), len(data.plan)
-        feed = stack.enter_context(Feed(data, step.rows, source.prefetch))
+        prefetch = stack.enter_context(Prefetch(data, step.rows, source.prefetch))
         what = "/".join(filter(None, (name, condition.name.rstrip("/") or "right")))
         progress = stack.enter_context(Progress(items, f"measuring {what}"))
         pictures = config.pictures if condition == task.conditions[0] else 0
         drawn = np.unique(np.linspace(0, items - 1, pictures).astype(int))
-        rates = Rates(feed)
-        for number, (host, batch) in enumerate(feed):
+        rates = Rates(prefetch)
+        for number, (host, batch) in enumerate(prefetch):
             arrays = jax.device_get(rates.timed(compiled, state, batch))
             rows = drawn[(drawn >= number * size) & (drawn < (number + 1) * size)] - number * size
             if len(rows):

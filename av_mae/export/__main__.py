@@ -7,7 +7,7 @@ import pathlib
 
 import jax
 
-from av_mae.console import format_figures, quiet_libraries
+from av_mae.console import format_metrics, quiet_libraries
 from av_mae.errors import UserError, run_command
 from av_mae.export.embeddings import Options, export_embeddings
 from av_mae.export.encoders import INPUTS, OUTPUTS, export_onnx, export_safetensors, export_stablehlo
@@ -160,7 +160,7 @@ def embed(arguments: argparse.Namespace) -> None:
 def summary(output: pathlib.Path, result: dict) -> str:
     """What was exported, and what failed and why, in lines."""
     rates = {name: x for name, x in result.items() if name.endswith("per_second")}
-    lines = [f"{output}: {result['windows']} windows of {result['clips']} clips {format_figures(rates)}".rstrip()]
+    lines = [f"{output}: {result['windows']} windows of {result['clips']} clips {format_metrics(rates)}".rstrip()]
     if result["failed"]:
         lines.append(
             f"{result['failed']} of {result['clips'] + result['failed']} clips failed, see "

@@ -30,7 +30,7 @@ from av_mae.export import tables
 from av_mae.export.inputs import Input, Shape, open_input
 from av_mae.loading import forward
 from av_mae.models.kinds import flat_values
-from av_mae.train.loop import Feed
+from av_mae.train.loop import Prefetch
 from av_mae.train.sharding import batch_sharding, gather_texts, make_mesh, replicated, row_shards
 
 Batch = dict[str, np.ndarray]
@@ -295,11 +295,11 @@ def write_shards(
     total = sum(min(options.shard_clips, len(clips) - shard * options.shard_clips) for shard in shards)
     with contextlib.ExitStack() as stack:
         reading = batches(clips, shards, options.shard_clips, size, options.workers)
-        feed = stack.enter_context(Feed(reading, embedder.rows))
+        prefetch = stack.enter_context(Prefetch(reading, embedder.rows))
         progress = stack.enter_context(Progress(len(clips), "exporting", initial=len(clips) - total))
         background = stack.enter_context(Background())
-        rates, windows, began = Rates(feed), 0, 0.0
-        for shard, own in itertools.groupby(feed, key=lambda item: shard_of(item[0], options.shard_clips)):
+        rates, windows, began = Rates(prefetch), 0, 0.0
+        for shard, own in itertools.groupby(prefetch, key=lambda item: shard_of(item[0], options.shard_clips)):
             writer = tables.ShardWriter(path_of(shard), layout)
             last = -1
             for host, batch in own:

@@ -7,7 +7,8 @@ import functools
 import math
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -19,10 +20,10 @@ from av_mae.convert.store import stream_arrays
 from av_mae.errors import UserError, run_command
 from av_mae.model_card import write_card
 from av_mae.models.kinds import Params
-from av_mae.train.hooks import Events, MetricsHook, PictureHook
+from av_mae.train.hooks import Events, MetricsHook, ReconstructionHook
 from av_mae.train.hosts import Stopped, add_process_arguments, check_processes, joined
 from av_mae.train.loop import Hook
-from av_mae.train.run import first_state, open_local, open_run, train_from
+from av_mae.train.run import Run, first_state, open_local, open_run, train_from
 from av_mae.train.step import TrainStep
 
 # What the system says where a run cannot begin to write; once it runs, hooks and checkpoints warn and go on.
@@ -47,8 +48,10 @@ def first_weights(step: TrainStep, config: TrainConfig) -> Params | None:
     that start from `init_image` and `init_audio`; all others are random."""
     if config.init:
         note(f"starting from the weights of {config.init}")
-        return load_params(config.init, step.abstract_state().model)
-    weights, shardings = {}, step.shardings.params
+        wanted: Mapping[str, Any] = step.abstract_state().model
+        return load_params(config.init, wanted)
+    weights: Params = {}
+    shardings: Mapping[str, Any] = step.shardings.params
     for stream, path in config.pretrained.items():
         note(f"starting the {stream} stream from {path}")
         weights |= {
@@ -67,7 +70,7 @@ def periodic(
     say: Callable[[str], None],
 ) -> list[Hook]:
     """What pretraining does besides training now and then."""
-    hooks = [PictureHook(config, step, workdir, events, say)]
+    hooks: list[Hook] = [ReconstructionHook(config, step, workdir, events, say)]
     if config.neighbours_every:
         from av_mae.evaluate.neighbours import NeighboursHook
 
@@ -93,18 +96,8 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
         if begin.meta["step"] >= last:
             note(f"this run is finished: it has done {begin.meta['step']} of {last} steps")
             return
-        end = train_from(
-            config,
-            workdir,
-            step,
-            begin,
-            data,
-            last,
-            checkpoints,
-            "pretraining",
-            functools.partial(periodic, config, step, workdir),
-            local,
-        )
+        hooks = functools.partial(periodic, config, step, workdir)
+        end = train_from(Run(config, workdir, step, data, last, checkpoints, "pretraining", local, hooks), begin)
         if end.meta["step"] < last:
             raise Stopped
         if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""Ends a run that hangs, with the stack of every thread on stderr, so that a launcher can start it again."""
+"""Where a run's time goes: its goodput, the process that holds up the others, and the end of a run that hangs."""
 
 import collections
 import contextlib
@@ -13,18 +13,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from av_mae.checkpoint import TrainState
 from av_mae.console import format_duration
 from av_mae.train.hosts import RESTART
-from av_mae.train.loop import Feed, Hook, Moment
+from av_mae.train.loop import Hook, Moment, Prefetch
 from av_mae.train.sharding import gather_texts
+from av_mae.train.step import Batch, Metrics
 
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 FILE = "run.json"
 # productive: steps that counted. repeated: steps done again after a restart. down: from the last sign of life to the
-# next start. start: imports, meeting the others, restoring. other: pictures and what else is periodic.
+# next start. start: imports, meeting the others, restoring. other: plots and what else is periodic.
 KINDS = ("productive", "start", "compilation", "input", "checkpoint", "other", "repeated", "down")
 WRITE_SECONDS = 10.0
 SLOW_SHARE = 0.05  # of its time that a host waits for input beyond the median host, from which on it is named
@@ -32,19 +36,20 @@ SLOW_SHARE = 0.05  # of its time that a host waits for input beyond the median h
 _began, _began_wall = time.monotonic(), time.time()
 
 
-def open_record(workdir: pathlib.Path) -> dict:
+def open_record(workdir: pathlib.Path) -> dict[str, Any]:
     """What earlier attempts left; a new record where there is none. All processes get that of the first."""
-    record = {}
+    record: dict[str, Any] = {}
     if jax.process_index() == 0:
         try:
             record = json.loads((workdir / FILE).read_text())
         except (OSError, ValueError):
             record = {"id": secrets.token_hex(8), "attempts": 0, "seconds": dict.fromkeys(KINDS, 0.0)}
             write_record(workdir, record)
-    return json.loads(gather_texts([json.dumps(record)])[0])
+    first: dict[str, Any] = json.loads(gather_texts([json.dumps(record)])[0])
+    return first
 
 
-def write_record(workdir: pathlib.Path, record: Mapping) -> None:
+def write_record(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Replaces the record; a disk that is full keeps the one of before (the hook that writes metrics tells of it)."""
     temporary = workdir / (FILE + ".tmp")
     try:
@@ -60,8 +65,8 @@ class Goodput(Hook):
     `first` is the step that this attempt goes on from.
     """
 
-    def __init__(self, record: Mapping, workdir: pathlib.Path, feed: Feed, first: int):
-        self.workdir, self.feed = workdir, feed
+    def __init__(self, record: Mapping[str, Any], workdir: pathlib.Path, prefetch: Prefetch, first: int):
+        self.workdir, self.prefetch = workdir, prefetch
         self._hooks: Sequence[Hook] = ()
         self._saver: Hook = self
         self.before = resumed(record, first)
@@ -81,10 +86,10 @@ class Goodput(Hook):
         yield
         self.save_seconds += time.monotonic() - began
 
-    def compiling(self, step_function: Callable) -> Callable:
+    def compiling(self, step_function: StepFunction) -> StepFunction:
         """The step, its first call counted as compilation."""
 
-        def run(state, batch):
+        def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             if self.compile_seconds:
                 return step_function(state, batch)
             began = time.monotonic()
@@ -100,7 +105,7 @@ class Goodput(Hook):
         ours = {
             "start": self.start_seconds,
             "compilation": self.compile_seconds,
-            "input": self.feed.wait_seconds,
+            "input": self.prefetch.wait_seconds,
             "checkpoint": saving + self.save_seconds,
             "other": periodic - saving,
         }
@@ -152,7 +157,7 @@ class Goodput(Hook):
         _began, _began_wall = time.monotonic(), time.time()  # of the process' next run, where it has one
 
 
-def resumed(record: Mapping, first: int) -> dict[str, float]:
+def resumed(record: Mapping[str, Any], first: int) -> dict[str, float]:
     """Seconds by kind of earlier attempts, seen from one that goes on after step `first`.
 
     Steps after it were in vain, and the time since the last sign of life is lost unless the run was ended on purpose.
@@ -173,17 +178,17 @@ class Stragglers(Hook):
     In a step all processes wait for the last one: where its input is late, the others' devices idle.
     """
 
-    def __init__(self, every: int, feed: Feed, say: Callable[[str], None]):
-        self.every, self.feed, self.say = every, feed, say
-        self._last = time.monotonic(), feed.wait_seconds
+    def __init__(self, every: int, prefetch: Prefetch, say: Callable[[str], None]):
+        self.every, self.prefetch, self.say = every, prefetch, say
+        self._last = time.monotonic(), prefetch.wait_seconds
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
         return jax.process_count() > 1 and step % self.every == 0
 
     def after_step(self, moment: Moment) -> None:
         now, (then, waited) = time.monotonic(), self._last
-        self._last = now, self.feed.wait_seconds
-        ours = [socket.gethostname(), self.feed.wait_seconds - waited, now - then]
+        self._last = now, self.prefetch.wait_seconds
+        ours = [socket.gethostname(), self.prefetch.wait_seconds - waited, now - then]
         message = slowest([json.loads(text) for text in gather_texts([json.dumps(ours)])])
         if message:
             self.say(f"warning: step {moment.step}: {message}")
@@ -222,14 +227,15 @@ def end_hung(seconds: float) -> None:
 
 
 class Watchdog(Hook):
-    """Calls `end(seconds)` where no step gets done for `factor` × the median step, at least `floor` seconds (0: never).
+    """Calls `end(seconds)` where no step gets done within the timeout: `factor` × the median step, at least `floor`
+    seconds (0: no timeout).
 
     A thread of its own watches; a step is done when its metrics are there.
     """
 
     def __init__(self, floor: float, factor: float, end: Callable[[float], None] = end_hung):
         self.floor, self.factor, self.end = floor, factor, end
-        self.limit = FIRST * floor
+        self.timeout = FIRST * floor
         self._durations: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._last, self._started = time.monotonic(), False
         self._closed = threading.Event()
@@ -240,7 +246,7 @@ class Watchdog(Hook):
         now = time.monotonic()
         if self._started:
             self._durations.append(now - self._last)
-            self.limit = max(self.floor, self.factor * statistics.median(self._durations))
+            self.timeout = max(self.floor, self.factor * statistics.median(self._durations))
         self._last, self._started = now, True
 
     def close(self) -> None:
@@ -249,6 +255,6 @@ class Watchdog(Hook):
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.floor / 4)):
             silent = time.monotonic() - self._last
-            if silent > self.limit:
+            if silent > self.timeout:
                 self.end(silent)
                 return

@@ -1,4 +1,4 @@
-"""What happens periodically in a run: metrics, checkpoints, pictures, failures, profile."""
+"""What happens periodically in a run: metrics, checkpoints, reconstructions, failures, profile."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ from av_mae.config import TrainConfig
 from av_mae.console import Progress, first_line
 from av_mae.errors import ClipFailure, FailureCount, SkippedFile, UserError, batch_failures
 from av_mae.train.local_checkpoint import LocalCheckpoints
-from av_mae.train.loop import Feed, Hook, Moment, NonFinite
+from av_mae.train.loop import Hook, Moment, NonFinite, Prefetch
 from av_mae.train.sharding import gather_failures
 from av_mae.train.step import Batch, TrainStep
 
@@ -45,11 +45,11 @@ class Events:
         entries = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=entries)))
 
-    def image(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Adds a picture, uint8 [height, width, 3]."""
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Adds an image, uint8 [height, width, 3]."""
         png = io.BytesIO()
-        Image.fromarray(picture).save(png, "png")
-        height, width, channels = picture.shape
+        Image.fromarray(pixels).save(png, "png")
+        height, width, channels = pixels.shape
         image = summary_pb2.Summary.Image(
             height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue()
         )
@@ -69,7 +69,7 @@ class Events:
             pass
 
 
-PICTURE_CLIPS = 4
+SHOWN_CLIPS = 4
 PROFILE_STEPS = 3
 SHOWN = ("loss", "image_loss", "audio_loss", "clips_per_second")
 
@@ -93,7 +93,7 @@ class MetricsFile:
     def _step(line: str) -> float:
         """The line's step; infinite for a line that was cut off."""
         try:
-            return json.loads(line)["step"]
+            return float(json.loads(line)["step"])
         except (ValueError, KeyError, TypeError):
             return float("inf")
 
@@ -117,26 +117,35 @@ class MetricsFile:
 class MetricsHook(Hook):
     """metrics.jsonl, TensorBoard and the progress bar.
 
-    `flops`: of one clip in one step (0: not counted). `skipped` counts clips that could not be read. `goodput` gives
-    the share of time that was productive so far.
+    Args:
+      config: the recipe.
+      workdir: metrics.jsonl goes here.
+      events: TensorBoard's, `None` where the process is not the first one.
+      progress: the bar.
+      prefetch: tells how long the loop has waited for its input.
+      last: the last step, which always has a line.
+      resumed: the step that this attempt goes on from; later lines of earlier attempts are dropped.
+      skipped: clips that could not be read before that.
+      flops: of one clip in one step, 0 where they are not counted.
+      goodput: gives the share of time that was productive so far.
     """
-
-    goodput: Callable[[], float] | None = None
 
     def __init__(
         self,
         config: TrainConfig,
         workdir: pathlib.Path,
         events: Events | None,
+        *,
         progress: Progress,
-        feed: Feed,
+        prefetch: Prefetch,
         last: int,
         resumed: int,
         skipped: int,
         flops: float = 0.0,
+        goodput: Callable[[], float] | None = None,
     ):
-        self.flops = flops
-        self.config, self.events, self.progress, self.feed, self.last = config, events, progress, feed, last
+        self.flops, self.goodput = flops, goodput
+        self.config, self.events, self.progress, self.prefetch, self.last = config, events, progress, prefetch, last
         self.skipped = skipped
         self._file = MetricsFile(workdir / "metrics.jsonl", resumed) if jax.process_index() == 0 else None
         self._window: tuple[int, float, float] | None = None
@@ -146,7 +155,7 @@ class MetricsHook(Hook):
         self.skipped += self.config.batch_size - round(metrics["valid"])
         if step % self.config.log_every and step != self.last:
             if self._window is None:
-                self._window = (step, time.perf_counter(), self.feed.wait_seconds)
+                self._window = (step, time.perf_counter(), self.prefetch.wait_seconds)
             self.progress.update(1)
             return
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON knows no other
@@ -161,7 +170,7 @@ class MetricsHook(Hook):
 
     def _rates(self, step: int) -> dict[str, float]:
         """Clips and FLOPs per second and the share of time spent waiting for input since the last line."""
-        now, waited, before = time.perf_counter(), self.feed.wait_seconds, self._window
+        now, waited, before = time.perf_counter(), self.prefetch.wait_seconds, self._window
         self._window = (step, now, waited)
         if before is None or now <= before[1]:
             return {}
@@ -171,12 +180,12 @@ class MetricsHook(Hook):
         return rates | {"flops_per_second": clips * self.flops} if self.flops else rates
 
     def write(self, line: Mapping[str, float]) -> None:
-        """Adds figures of a step, `step` among them, by name. A full disk is warned of once."""
-        if self._file is None:
+        """Adds metrics of a step, `step` among them, by name. A full disk is warned of once."""
+        if self._file is None or self.events is None:
             return
         try:
             self._file.write(line)
-            self.events.scalars(line["step"], {name: x for name, x in line.items() if name != "step"})
+            self.events.scalars(int(line["step"]), {name: x for name, x in line.items() if name != "step"})
         except OSError as error:
             if not self._warned:
                 self.progress.write(f"warning: metrics cannot be written ({error.strerror}); training goes on")
@@ -255,7 +264,7 @@ class CheckpointHook(Hook):
                     f"max_failed_saves={limit} checkpoints in a row could not be saved: make room in "
                     f"{self.checkpoints.folder}; the same command goes on from the last one"
                 )
-        else:
+        elif self.local is not None:
             self.local.save(step, moment.state, self.config, **meta)
 
 
@@ -286,7 +295,7 @@ def predict_first(model: models.AVMAE, batch: Batch, clips: int) -> tuple[jax.Ar
     return image, audio, model(models.normalize_image(image), audio, *noises)
 
 
-class PictureHook(Hook):
+class ReconstructionHook(Hook):
     """Reconstructions of the batch's first clips, every `images_every` steps and at the end."""
 
     def __init__(
@@ -298,7 +307,7 @@ class PictureHook(Hook):
         say: Callable[[str], None],
     ):
         self.config, self.folder, self.events, self.say = config, workdir / "images", events, say
-        clips = min(PICTURE_CLIPS, config.batch_size)
+        clips = min(SHOWN_CLIPS, config.batch_size)
         self.predict = step.forward(functools.partial(predict_first, clips=clips), drawn=True)
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
@@ -307,18 +316,16 @@ class PictureHook(Hook):
 
     def after_step(self, moment: Moment) -> None:
         outputs = self.predict(moment.state, moment.batch)
-        if jax.process_index() != 0:
+        if self.events is None:
             return
         image, audio, out = jax.device_get(outputs)
-        picture = plots.reconstructions(image, audio, out, self.config.model)
+        plot = plots.reconstructions(image, audio, out, self.config.model)
         try:
             self.folder.mkdir(exist_ok=True)
-            plots.save_png(self.folder / f"step_{moment.step:08d}.png", picture)
-            self.events.image(moment.step, "reconstructions", picture)
+            plots.save_png(self.folder / f"step_{moment.step:08d}.png", plot)
+            self.events.image(moment.step, "reconstructions", plot)
         except OSError as error:
-            self.say(
-                f"warning: the picture of step {moment.step} cannot be written ({error.strerror}); training goes on"
-            )
+            self.say(f"warning: the plot of step {moment.step} cannot be written ({error.strerror}); training goes on")
 
 
 class ProfileHook(Hook):

@@ -43,7 +43,7 @@ _SET_DEATH_SIGNAL = 1  # prctl(PR_SET_PDEATHSIG)
 class Stopped(SystemExit):
     """The run was asked to stop, and has saved its state, before its end."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(0)
 
 
@@ -183,11 +183,12 @@ def check_port(join: Join) -> None:
 def initialize(join: Join) -> None:
     """Makes the processes one run for JAX. Where they do not meet in time JAX aborts this process."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    timeouts = dict(initialization_timeout=join.start_timeout, heartbeat_timeout_seconds=join.host_timeout)
-    if join.coordinator == "auto":
-        jax.distributed.initialize(**timeouts)
-    else:
-        jax.distributed.initialize(join.coordinator, join.process_count, join.process_id, **timeouts)
+    known: tuple[str | None, int | None, int | None] = (None, None, None)
+    if join.coordinator != "auto":
+        known = join.coordinator, join.process_count, join.process_id
+    jax.distributed.initialize(
+        *known, initialization_timeout=join.start_timeout, heartbeat_timeout_seconds=join.host_timeout
+    )
 
 
 @contextlib.contextmanager

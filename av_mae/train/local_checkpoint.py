@@ -6,6 +6,7 @@ the shared store.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -62,24 +63,24 @@ class LocalCheckpoints:
         """Steps of which this process has its part, ascending."""
         return sorted(int(path.parent.name) for path in self.folder.glob(f"*/{jax.process_index()}.npz"))
 
-    def save(self, step: int, state: TrainState, config: TrainConfig, **meta) -> None:
+    def save(self, step: int, state: TrainState, config: TrainConfig, **position: int) -> None:
         """Copies this process' part of the state and writes it in the background."""
         self.wait()
         parts = list(own_parts(state))
         for _, data in parts:
             data.copy_to_host_async()
         arrays = {name: np.array(data) for name, data in parts}  # copies: the next step writes into the state
-        meta = {"step": step, "seed": config.seed, "config": recipes.to_dict(config), **meta}
+        meta = {"step": step, "seed": config.seed, "config": recipes.to_dict(config), **position}
         self._writer = threading.Thread(target=self._write, args=(step, arrays, meta), name="local checkpoint")
         self._writer.start()
 
-    def _write(self, step: int, arrays: Mapping[str, np.ndarray], meta: Mapping) -> None:
+    def _write(self, step: int, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         path = self._path(step)
         temporary = path.with_suffix(".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+                np.savez(file, **{"meta": np.array(json.dumps(meta)), **arrays})  # type: ignore[arg-type]  # of no array
             os.replace(temporary, path)
             for old in self.steps()[:-KEPT]:
                 self._path(old).unlink()
@@ -108,7 +109,7 @@ class LocalCheckpoints:
         steps = {step for step in self.steps() if step > after}
         for step in sorted(steps.intersection(*self._told(sorted(steps))), reverse=True):
             found = self._read(step, abstract)
-            if all(readable for readable in self._told(found is not None)):
+            if all(self._told(found is not None)) and found is not None:
                 check_same_run(found.meta["config"], config)
                 self._drop(step)
                 return found
@@ -126,16 +127,18 @@ class LocalCheckpoints:
                 shutil.rmtree(self._path(step).parent, ignore_errors=True)
 
     def _read(self, step: int, abstract: TrainState) -> Restored | None:
-        """This process' part as global arrays; None where it is damaged or does not fit the mesh."""
+        """This process' part as global arrays; `None` where it is damaged or does not fit the mesh."""
         try:
             with np.load(self._path(step)) as file:
                 meta = json.loads(str(file["meta"]))
                 arrays = {name: file[name] for name in file.files}  # reading them checks their CRCs
             flat = flat_state(abstract)
+
+            def part(name: str, index: tuple[slice, ...]) -> Any:
+                return arrays[f"{name}@{span(index, flat[name].shape)}"]
+
             made = {
-                name: jax.make_array_from_callback(
-                    x.shape, x.sharding, lambda index, name=name, x=x: arrays[f"{name}@{span(index, x.shape)}"]
-                )
+                name: jax.make_array_from_callback(x.shape, x.sharding, functools.partial(part, name))
                 for name, x in flat.items()
             }
             if any(made[name].dtype != x.dtype for name, x in flat.items()):

@@ -40,12 +40,12 @@ def host_fields(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: x for name, x in batch.items() if x.dtype == object}
 
 
-class Feed:
+class Prefetch:
     """Iterates over (host fields, device batch), `prefetch` batches ahead of the caller.
 
-    The host fields are the batch's objects, e.g. `id`, `stage` and `cause`, str [b]. `wait_seconds` sums up how long next() had
-    to wait: what the step loses to the input. What goes wrong in the background is raised by next(). close() also
-    closes `batches`.
+    The host fields are the batch's objects, e.g. `id`, `stage` and `cause`, str [b]. `wait_seconds` sums up how long
+    next() had to wait: what the step loses to the input. What goes wrong in the background is raised by next().
+    close() also closes `batches`.
     """
 
     def __init__(self, batches: Iterable[dict[str, np.ndarray]], sharding: jax.sharding.Sharding, prefetch: int = 2):
@@ -54,7 +54,7 @@ class Feed:
         self._sharding = sharding
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=max(1, prefetch))
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[tuple[dict[str, np.ndarray], dict[str, jax.Array]]]:
@@ -81,10 +81,10 @@ class Feed:
         if hasattr(self._batches, "close"):
             self._batches.close()
 
-    def __enter__(self) -> "Feed":
+    def __enter__(self) -> "Prefetch":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _drain(self) -> None:
@@ -150,7 +150,7 @@ class NonFinite(UserError):
     """A loss or gradient that is not a finite number."""
 
 
-def check_finite(step: int, metrics: Mapping[str, float], ids: Sequence[str]) -> None:
+def check_finite(step: int, metrics: Mapping[str, float], ids: Iterable[str]) -> None:
     """Raises NonFinite, naming the step and the clips, unless losses, gradient norm and all else are finite."""
     wrong = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
     if wrong:
@@ -166,7 +166,7 @@ class Pending:
 
     def __init__(self, hooks: Sequence[Hook]):
         self._hooks = hooks
-        self._steps: collections.deque[tuple[int, Metrics, Mapping]] = collections.deque()
+        self._steps: collections.deque[tuple[int, Metrics, Mapping[str, np.ndarray]]] = collections.deque()
 
     def add(self, step: int, metrics: Metrics, host: Mapping[str, np.ndarray]) -> None:
         """Takes a step's metrics, and gives out those of LAG steps before."""
@@ -188,7 +188,7 @@ class Pending:
 def train(
     step_function: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     state: TrainState,
-    feed: Feed,
+    prefetch: Prefetch,
     first: int,
     last: int,
     hooks: Sequence[Hook],
@@ -201,7 +201,7 @@ def train(
     """
     pending = Pending(hooks)
     for step in range(first + 1, last + 1):
-        host, batch = next(feed)
+        host, batch = next(prefetch)
         state, metrics = step_function(state, batch)
         pending.add(step, metrics, host)
         stopped = should_stop(step)

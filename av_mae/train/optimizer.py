@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,10 +116,12 @@ def pretrained_multipliers(names: Iterable[str], streams: Iterable[str], length:
 def scale_by_rates(schedule: Schedule, multipliers: Multipliers) -> optax.GradientTransformation:
     """Updates times -schedule(step) × multiplier(step) by name; a name without a multiplier has 1."""
 
-    def init(_) -> optax.ScaleByScheduleState:
+    def init(_: Any) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None):
+    def update(
+        updates: Mapping[str, jax.Array], state: optax.ScaleByScheduleState, params: Any = None
+    ) -> tuple[dict[str, jax.Array], optax.ScaleByScheduleState]:
         def rate(name: str) -> jax.Array:
             multiplier = multipliers.get(name, 1.0)
             return -schedule(state.count) * (multiplier(state.count) if callable(multiplier) else multiplier)
@@ -143,7 +146,7 @@ def make_optimizer(
     decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
     if config.kind == "lars":
         trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=config.trust), decayed)
-        direction = decay, trust, optax.trace(config.momentum)
+        direction: tuple[optax.GradientTransformation, ...] = decay, trust, optax.trace(config.momentum)
     else:
         direction = optax.scale_by_adam(config.b1, config.b2, eps=1e-8), decay
     return optax.chain(clip, *direction, scale_by_rates(schedule, multipliers or {}))

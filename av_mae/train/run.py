@@ -1,8 +1,10 @@
 """One run in a work directory: from its checkpoint or a first state, through the loop with all hooks, to the end."""
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -16,18 +18,47 @@ from av_mae.train import hooks
 from av_mae.train.goodput import Goodput, Stragglers, Watchdog, open_record
 from av_mae.train.hooks import Events
 from av_mae.train.local_checkpoint import LocalCheckpoints
-from av_mae.train.loop import Feed, Hook, stop_on_sigterm, train
+from av_mae.train.loop import Hook, Prefetch, stop_on_sigterm, train
 from av_mae.train.optimizer import run_length
 from av_mae.train.sharding import batch_sharding, check_batch, local_rows, make_mesh
 from av_mae.train.step import Objective, TrainStep, fitted_mesh
 
-# Further hooks of a run, made from its TensorBoard events (None: not the first process), its metrics and how to tell
-# the user.
+# Further hooks of a run, made from its TensorBoard events (`None` where the process is not the first one), its metrics
+# and the function that tells the user.
 MakeHooks = Callable[[Events | None, hooks.MetricsHook, Callable[[str], None]], Sequence[Hook]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is trained, on which clips, for how long, and where the files go.
+
+    Args:
+      config: the recipe.
+      workdir: metrics, events and `skipped.jsonl` go here.
+      step: the compiled step.
+      data: the clips.
+      last: number of steps to do.
+      checkpoints: those of `workdir`.
+      description: what the progress bar says, e.g. 'pretraining'.
+      local: fast checkpoints on the hosts' own disks, `None` where the recipe has none.
+      more_hooks: makes the hooks that only this kind of run has.
+    """
+
+    config: TrainConfig
+    workdir: pathlib.Path
+    step: TrainStep
+    data: TrainingData
+    last: int
+    checkpoints: Checkpoints
+    description: str
+    local: LocalCheckpoints | None = None
+    more_hooks: MakeHooks = lambda *_: ()
+
+
 @contextlib.contextmanager
-def open_run(config: TrainConfig, objective: Objective | None = None) -> Iterator[tuple[TrainStep, TrainingData, int]]:
+def open_run(
+    config: TrainConfig, objective: Objective[Any] | None = None
+) -> Iterator[tuple[TrainStep, TrainingData, int]]:
     """The compiled step of a recipe (`objective` None: pretraining), its data, and the number of steps to do.
 
     Raises:
@@ -43,7 +74,7 @@ def open_run(config: TrainConfig, objective: Objective | None = None) -> Iterato
 
 
 def open_local(config: TrainConfig, workdir: pathlib.Path) -> LocalCheckpoints | None:
-    """The run's fast checkpoints on the local disk, where the recipe has them."""
+    """The run's fast checkpoints on the local disk; `None` where the recipe has none."""
     if not config.checkpoint_local:
         return None
     return LocalCheckpoints(pathlib.Path(config.checkpoint_local).absolute(), open_record(workdir)["id"])
@@ -56,14 +87,20 @@ def first_state(
     begin: Callable[[], Params | None],
     local: LocalCheckpoints | None = None,
 ) -> Restored:
-    """The state of the run's own newest checkpoint, in the store or on the local disks, or the first state from the
-    weights that `begin` gives (None: random).
+    """The state that a run begins with: that of its newest checkpoint, else a first state.
+
+    Args:
+      step: the compiled step, which knows shapes and shardings.
+      checkpoints: the run's own.
+      config: the recipe.
+      begin: gives the weights of a first state, `None` for random ones; called where there is no checkpoint.
+      local: further checkpoints, on the hosts' own disks.
 
     Raises:
-      UserError: the checkpoint is of another run, or its position does not fit the batch size.
+      UserError: the checkpoint is of another run, or its position in the data does not fit the batch size.
     """
-    stored = checkpoints.steps()
-    restored = local.restore(step.abstract_state(), config, stored[-1] if stored else 0) if local else None
+    known = checkpoints.steps()
+    restored = local.restore(step.abstract_state(), config, known[-1] if known else 0) if local else None
     if restored is None:
         restored = checkpoints.restore(step.abstract_state(), config)
     if restored is None:
@@ -78,73 +115,74 @@ def first_state(
     return restored
 
 
-def train_from(
-    config: TrainConfig,
-    workdir: pathlib.Path,
-    step: TrainStep,
-    begin: Restored,
-    data: TrainingData,
-    last: int,
-    checkpoints: Checkpoints,
-    description: str,
-    more_hooks: MakeHooks = lambda *_: (),
-    local: LocalCheckpoints | None = None,
-) -> Restored:
-    """Runs the loop from a state to step `last` with all hooks; returns the state after the last step done.
+def train_from(run: Run, begin: Restored) -> Restored:
+    """Runs the loop from a state to the last step with all hooks; returns the state after the last step done.
 
-    It is before `last` where the process was asked to stop.
+    A process that was asked to stop returns an earlier state than that of `run.last`.
 
     Raises:
       UserError: the run went wrong, or its last checkpoint could not be saved.
     """
-    first, lead = begin.meta["step"], jax.process_index() == 0
+    config, step, first = run.config, run.step, begin.meta["step"]
+    batches = run.data.batches(begin.meta["position"])
     with contextlib.ExitStack() as stack:
-        feed = stack.enter_context(Feed(data.batches(begin.meta["position"]), step.rows, config.data.prefetch))
-        progress = stack.enter_context(Progress(last, description, "steps", initial=first))
-        checkpoints.say = say = progress.write if lead else (lambda _: None)
-        events = Events(workdir, first) if lead else None
-        metrics = hooks.MetricsHook(
-            config, workdir, events, progress, feed, last, first, begin.meta["skipped"], step.objective.flops
-        )
-        saving = hooks.CheckpointHook(config, checkpoints, metrics, first, begin.meta["position"], local)
-        goodput = Goodput(open_record(workdir), workdir, feed, first)
-        metrics.goodput = goodput.share
-        running = [
-            Watchdog(config.hang_seconds, config.hang_factor),
-            hooks.FailureHook(
-                FailureCount(config.data.max_failure_share),
-                SkippedFile(workdir, progress.write),
-                progress.write,
-                config.checkpoint_every,
-            ),
-            hooks.UpdateHook(config, say),
-            metrics,
-            *more_hooks(events, metrics, say),
-            hooks.ProfileHook(config.profile_at, workdir, say),
-            saving,
-            Stragglers(config.checkpoint_every, feed, say),
-            goodput,
-        ]
-        goodput.count(running, saving)
+        prefetch = stack.enter_context(Prefetch(batches, step.rows, config.data.prefetch))
+        progress = stack.enter_context(Progress(run.last, run.description, "steps", initial=first))
+        goodput = Goodput(open_record(run.workdir), run.workdir, prefetch, first)
+        running = make_hooks(run, begin, prefetch, progress, goodput)
         for hook in running:
             stack.callback(hook.close)
         should_stop = stack.enter_context(stop_on_sigterm())
-        say(
-            f"{data.clips} clips per epoch, {last} steps of {config.batch_size} clips on {step.mesh.size} "
+        run.checkpoints.say(
+            f"{run.data.clips} clips per epoch, {run.last} steps of {config.batch_size} clips on {step.mesh.size} "
             f"{jax.devices()[0].platform} devices; the first step compiles"
         )
-        state = train(goodput.compiling(step.step), begin.state, feed, first, last, running, should_stop)
+        state = train(goodput.compiling(step.step), begin.state, prefetch, first, run.last, running, should_stop)
         with goodput.saving():
-            checkpoints.wait()
+            run.checkpoints.wait()
         done = int(state.step)
         goodput.ended = True
-        say(goodput.report())
-        if done < last:
-            say(f"asked to stop: step {done} is saved, the same command goes on from there")
-    checkpoints.say = note
-    if checkpoints.failed is not None:
+        run.checkpoints.say(goodput.report())
+        if done < run.last:
+            run.checkpoints.say(f"asked to stop: step {done} is saved, the same command goes on from there")
+    run.checkpoints.say = note
+    if run.checkpoints.failed is not None:
         raise UserError(
-            f"the checkpoint of step {checkpoints.failed} could not be saved: make room for "
-            f"{workdir} and run the same command again"
+            f"the checkpoint of step {run.checkpoints.failed} could not be saved: make room for "
+            f"{run.workdir} and run the same command again"
         )
     return Restored(state, begin.meta | {"step": done})
+
+
+def make_hooks(run: Run, begin: Restored, prefetch: Prefetch, progress: Progress, goodput: Goodput) -> list[Hook]:
+    """All hooks of a run, in the order in which they are called; what they say does not break the progress bar."""
+    config, workdir, lead, first = run.config, run.workdir, jax.process_index() == 0, begin.meta["step"]
+    run.checkpoints.say = say = progress.write if lead else (lambda _: None)
+    events = Events(workdir, first) if lead else None
+    metrics = hooks.MetricsHook(
+        config,
+        workdir,
+        events,
+        progress=progress,
+        prefetch=prefetch,
+        last=run.last,
+        resumed=first,
+        skipped=begin.meta["skipped"],
+        flops=run.step.objective.flops,
+        goodput=goodput.share,
+    )
+    saving = hooks.CheckpointHook(config, run.checkpoints, metrics, first, begin.meta["position"], run.local)
+    count, skipped = FailureCount(config.data.max_failure_share), SkippedFile(workdir, progress.write)
+    made = [
+        Watchdog(config.hang_seconds, config.hang_factor),
+        hooks.FailureHook(count, skipped, progress.write, config.checkpoint_every),
+        hooks.UpdateHook(config, say),
+        metrics,
+        *run.more_hooks(events, metrics, say),
+        hooks.ProfileHook(config.profile_at, workdir, say),
+        saving,
+        Stragglers(config.checkpoint_every, prefetch, say),
+        goodput,
+    ]
+    goodput.count(made, saving)
+    return made

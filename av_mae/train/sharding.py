@@ -1,9 +1,10 @@
 """Where parameters and activations lie on a mesh.
 
-Tensor parallelism (Shoeybi et al. 2019, Megatron-LM, section 3): the projections to heads and into an MLP are cut over
-'tensor' by their outputs, those that lead back by their inputs, so that one sum over devices ends each attention and
-each MLP. Beyond that every large parameter, with its gradient and its moments, is stored cut over 'fsdp' (and over
-'tensor', where the layer itself is not), and gathered where it is read (Rajbhandari et al. 2020, ZeRO, stage 3).
+Tensor parallelism (Shoeybi et al. 2019, Megatron-LM, section 3): the projections to heads and into an MLP are
+sharded over 'tensor' by their outputs, those that lead back by their inputs, so that one sum over devices ends each
+attention and each MLP. Beyond that every large parameter, with its gradient and its moments, is sharded over 'fsdp'
+(and over 'tensor', where the layer itself is not), and gathered where it is read (Rajbhandari et al. 2020, ZeRO,
+stage 3).
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -38,7 +40,7 @@ def slices_of(config: MeshConfig, devices: Sequence[jax.Device]) -> list[list[ja
     Raises:
       UserError: config.slices contradicts the devices, or does not divide them.
     """
-    parts = {}
+    parts: dict[int, list[jax.Device]] = {}
     for device in devices:
         number = getattr(device, "slice_index", None) if device.platform == "tpu" else None
         parts.setdefault(number or 0, []).append(device)
@@ -79,12 +81,12 @@ def mesh_shape(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, 
             f"travel, got {shown}: mesh.fsdp × mesh.tensor must divide the {devices // slices} devices "
             "of one"
         )
-    return tuple(sizes)
+    return sizes[0], sizes[1], sizes[2]
 
 
 def memory_limit() -> int:
     """Bytes that a device of this process has for arrays; 0 where it tells nothing (CPUs)."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
 
 
 def fitted(config: MeshConfig, devices: Sequence[jax.Device], parameters: int, memory: int) -> MeshConfig:
@@ -104,7 +106,7 @@ def fitted(config: MeshConfig, devices: Sequence[jax.Device], parameters: int, m
         size = BYTES_PER_PARAMETER * parameters / 1e9
         raise UserError(
             f"{parameters / 1e6:.0f} million parameters need {size:.1f} GB for themselves, gradients and "
-            f"moments; cut over the {len(slices[0])} devices of a slice that is above {STATE_SHARE:.0%} "
+            f"moments; sharded over the {len(slices[0])} devices of a slice that is above {STATE_SHARE:.0%} "
             f"of the {memory / 1e9:.1f} GB of each: use more devices, or set mesh.fsdp yourself"
         )
     return dataclasses.replace(config, fsdp=fitting[0])
@@ -133,8 +135,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are cut."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """Into how many parts the rows of a batch are sharded."""
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation: int) -> None:
@@ -149,7 +151,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation: int) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over 'data' and 'fsdp', everything else whole."""
+    """Rows are sharded over 'data' and 'fsdp', everything else whole."""
     return NamedSharding(mesh, ROWS)
 
 
@@ -181,21 +183,24 @@ def gather_failures(failures: Sequence[ClipFailure]) -> list[ClipFailure]:
     return [ClipFailure(**json.loads(text)) for text in gather_texts([json.dumps(x.to_json()) for x in failures])]
 
 
-# What the names of dimensions (models/layers.py) mean on a mesh: the one place that says it. Names that are not here are
-# whole where they are computed with.
-RULES = {"batch": ROWS[0], "heads": "tensor", "mlp": "tensor"}
-# Over what parameters are stored cut, beyond the rules.
-STORED_OVER = ("fsdp", "tensor")
+# What the names of dimensions (models/layers.py) mean on a mesh: the one place that says it. Names that are not here
+# are whole where they are computed with.
+RULES: dict[str, str | tuple[str, ...]] = {"batch": ROWS[0], "heads": "tensor", "mlp": "tensor"}
+# Axes over which parameters are sharded in the state, beyond the rules.
+STATE_AXES = ("fsdp", "tensor")
 # Names of the parameters of encoder and decoder layers, which gather them when they run.
 LAYERS = re.compile(r"encoder\.(?:(?:image|audio)\.(?:blocks|bridges)|fusion_blocks)\.|_decoder\.blocks\.")
-# A parameter with fewer values than this may stay whole on every device: cutting a bias costs more than it saves.
+# A parameter with fewer values than this may stay whole on every device: sharding a bias costs more than it saves.
 SMALL = 2**12
-# A parameter with more values than this must be cut when there is an axis to cut it over.
+# A parameter with more values than this must be sharded when there is an axis to shard it over.
 LARGE = 2**16
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class ParamSharding:
     """How one parameter lies on the mesh: `stored` in the state, `read` by its layer."""
 
     stored: NamedSharding
@@ -203,11 +208,12 @@ class Placement:
 
     @property
     def gathered(self) -> bool:
+        """Whether the layer has to gather the parameter."""
         return self.stored != self.read
 
 
 def check_heads(model: AVMAEConfig, mesh: Mesh) -> None:
-    """Raises UserError unless mesh.tensor divides all heads, so that none is cut in two."""
+    """Raises UserError unless mesh.tensor divides all heads, so that no head is on two devices."""
     tensor = mesh.shape["tensor"]
     heads = {
         "model.image.heads": model.image.heads,
@@ -224,88 +230,95 @@ def check_heads(model: AVMAEConfig, mesh: Mesh) -> None:
             )
 
 
-def _spec(cuts: list[list[str]]) -> PartitionSpec:
+def _spec(axes: list[list[str]]) -> PartitionSpec:
     """Mesh axes of each dimension, as short as it goes."""
-    return PartitionSpec(*(axes[0] if len(axes) == 1 else tuple(axes) or None for axes in cuts))
+    return PartitionSpec(*(own[0] if len(own) == 1 else tuple(own) or None for own in axes))
 
 
-def place(name: str, initial: Initial, mesh: Mesh) -> Placement:
-    """How one parameter is cut: by RULES, then over each further axis of STORED_OVER where a dimension divides.
+def param_sharding(name: str, initial: Initial, mesh: Mesh) -> ParamSharding:
+    """How one parameter is sharded: by RULES, then over each further axis of STATE_AXES where a dimension divides.
 
     Of a kernel the inputs are tried first, then the outputs; of tokens [1, N, D] the tokens, then the width. A
     parameter that nothing fits stays whole on every device if it is not large.
 
+    Args:
+      name: dotted, for errors.
+      initial: has the shape and the names of the dimensions.
+      mesh: with the axes of AXES.
+
     Raises:
-      UserError: the rules do not divide it, or a large parameter would stay whole.
+      UserError: the rules do not divide the parameter, or a large one would stay whole.
     """
     shape, size = initial.shape, mesh.shape
-    cuts = [[RULES[axis]] if size.get(RULES.get(axis), 1) > 1 else [] for axis in initial.axes or [None] * len(shape)]
-    for length, axes in zip(shape, cuts, strict=True):
-        if axes and length % size[axes[0]]:
+    rules = [RULES.get(dimension or "", "") for dimension in initial.axes or [None] * len(shape)]
+    axes = [[str(rule)] if size.get(rule, 1) > 1 else [] for rule in rules]
+    for length, own in zip(shape, axes, strict=True):
+        if own and length % size[own[0]]:
             raise UserError(
-                f"mesh.{axes[0]}={size[axes[0]]} must divide the {length} of parameter {name} {shape}: "
-                f"choose a mesh.{axes[0]} that divides the model's widths"
+                f"mesh.{own[0]}={size[own[0]]} must divide the {length} of parameter {name} {shape}: "
+                f"choose a mesh.{own[0]} that divides the model's widths"
             )
-    read = _spec(cuts)
-    for axis in STORED_OVER:
-        if size[axis] == 1 or any(axis in axes for axes in cuts) or math.prod(shape) < SMALL:
+    read = _spec(axes)
+    for axis in STATE_AXES:
+        if size[axis] == 1 or any(axis in own for own in axes) or math.prod(shape) < SMALL:
             continue
-        parts = [size[axis] * math.prod(size[other] for other in axes) for axes in cuts]
+        parts = [size[axis] * math.prod(size[other] for other in own) for own in axes]
         fitting = [i for i in range(len(shape))[-2:] if shape[i] % parts[i] == 0]
         if fitting:
-            cuts[min(fitting, key=lambda i: len(cuts[i]))].append(axis)
+            axes[min(fitting, key=lambda i: len(axes[i]))].append(axis)
         elif math.prod(shape) > LARGE:
             raise UserError(
                 f"mesh.{axis}={size[axis]} divides no dimension of parameter {name} {shape}, which is too "
                 f"large to stay whole on every device: choose a mesh.{axis} that divides the model's "
                 "widths"
             )
-    return Placement(NamedSharding(mesh, _spec(cuts)), NamedSharding(mesh, read))
+    return ParamSharding(NamedSharding(mesh, _spec(axes)), NamedSharding(mesh, read))
 
 
-def place_all(initials: Mapping[str, Initial], mesh: Mesh) -> dict[str, Placement]:
-    """The placement of each parameter by name."""
-    return {name: place(name, initial, mesh) for name, initial in initials.items()}
+def param_shardings(initials: Mapping[str, Initial], mesh: Mesh) -> dict[str, ParamSharding]:
+    """The sharding of each parameter by name."""
+    return {name: param_sharding(name, initial, mesh) for name, initial in initials.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather_one(x: jax.Array, placement: Placement) -> jax.Array:
-    # First where it is stored, or the slices of a loop over stacked layers might be gathered all at once.
-    stored = jax.lax.with_sharding_constraint(x, placement.stored)
-    return jax.lax.with_sharding_constraint(stored, placement.read)
+def _gather_one(x: jax.Array, sharding: ParamSharding) -> jax.Array:
+    # First as it is stored, or the slices of a loop over stacked layers might be gathered all at once.
+    stored = jax.lax.with_sharding_constraint(x, sharding.stored)
+    read: jax.Array = jax.lax.with_sharding_constraint(stored, sharding.read)
+    return read
 
 
-def _gather_one_forward(x: jax.Array, placement: Placement):
-    return _gather_one(x, placement), None
+def _gather_one_forward(x: jax.Array, sharding: ParamSharding) -> tuple[jax.Array, None]:
+    return _gather_one(x, sharding), None
 
 
-def _gather_one_backward(placement: Placement, _, gradient: jax.Array):
-    # First the sum over devices, then the cut (together a reduce-scatter): asked for the cut alone, the compiler
-    # moves activations to where the cut is.
-    whole = jax.lax.with_sharding_constraint(gradient, placement.read)
-    return (jax.lax.with_sharding_constraint(whole, placement.stored),)
+def _gather_one_backward(sharding: ParamSharding, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # First the sum over devices, then the shards (together a reduce-scatter): asked for the shards alone, the compiler
+    # moves activations to them.
+    whole = jax.lax.with_sharding_constraint(gradient, sharding.read)
+    return (jax.lax.with_sharding_constraint(whole, sharding.stored),)
 
 
 _gather_one.defvjp(_gather_one_forward, _gather_one_backward)
 
 
-def gather(params: Mapping[str, jax.Array], placements: Mapping[str, Placement]) -> dict[str, jax.Array]:
-    """Parameters as their layers read them; their gradients are cut again.
+def gather(params: Mapping[Name, jax.Array], shardings: Mapping[Name, ParamSharding]) -> dict[Name, jax.Array]:
+    """Parameters as their layers read them; their gradients are sharded again.
 
     Said explicitly because the compiler, left alone, moves activations between devices instead of weights.
     """
-    return {name: _gather_one(x, placements[name]) if placements[name].gathered else x for name, x in params.items()}
+    return {name: _gather_one(x, shardings[name]) if shardings[name].gathered else x for name, x in params.items()}
 
 
-def gather_layer(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """`gather` for the values of one layer, by what stays with each of how it began (models/layers.py)."""
+def gather_layer(state: nnx.State[Any, Any], mesh: Mesh) -> nnx.State[Any, Any]:
+    """`gather` for the values of one layer; each value keeps with it how it began (models/layers.py)."""
     values = nnx.to_flat_state(state)
-    placements = {path: place(".".join(map(str, path)), variable.initial, mesh) for path, variable in values}
-    gathered = gather({path: variable[...] for path, variable in values}, placements)
+    shardings = {path: param_sharding(".".join(map(str, path)), variable.initial, mesh) for path, variable in values}
+    gathered = gather({path: variable[...] for path, variable in values}, shardings)
     return nnx.from_flat_state([(path, variable.replace(gathered[path])) for path, variable in values])
 
 
-def keep_all_but_gathered(primitive, *_, **parameters) -> bool:
+def keep_all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
     """Policy of jax.checkpoint: gathered weights are gathered again in the backward pass, not kept until then."""
     jaxpr = parameters.get("call_jaxpr")
     inside = [equation.primitive.name for equation in jaxpr.eqns] if jaxpr is not None else []

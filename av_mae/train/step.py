@@ -6,6 +6,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +33,18 @@ from av_mae.train.sharding import (
     gather_layer,
     keep_all_but_gathered,
     memory_limit,
-    place_all,
+    param_shardings,
     replicated,
     row_shards,
 )
 
 Rows = dict[str, jax.Array]
+Model = TypeVar("Model", bound=nnx.Module)
 # Forward and backward pass cost three forward passes.
 PASSES = 3
 
 
-class Objective(abc.ABC):
+class Objective(abc.ABC, Generic[Model]):
     """A model and its loss, for `TrainStep`. Everything here is pure and traced under jit.
 
     `flops`: matrix products of one clip, forward and backward, in FLOPs; 0 where they are not counted.
@@ -51,7 +53,7 @@ class Objective(abc.ABC):
     flops: float = 0.0
 
     @abc.abstractmethod
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, rngs: nnx.Rngs) -> Model:
         """The model with random weights."""
 
     def draw(self, key: jax.Array, batch_size: int) -> Rows:
@@ -60,12 +62,12 @@ class Objective(abc.ABC):
 
     def prepare(self, rows: Rows) -> Rows:
         """The fields of a whole batch and those of `draw` → what `losses` takes, before the rows are split for gradient
-        accumulation: the place for what joins rows."""
+        accumulation. What joins rows belongs here."""
         return rows
 
     @abc.abstractmethod
-    def losses(self, model: nnx.Module, rows: Rows) -> tuple[jax.Array, Rows]:
-        """Loss [b] of each row of (a part of) a batch that `prepare` made, and further figures [b]."""
+    def losses(self, model: Model, rows: Rows) -> tuple[jax.Array, Rows]:
+        """Loss [b] of each row of (a part of) a batch that `prepare` made, and further metrics [b]."""
 
     def trained(self, name: str) -> bool:
         """Whether the parameter of this dotted name is trained; others stay as they are, without optimizer state."""
@@ -75,12 +77,12 @@ class Objective(abc.ABC):
         """What the learning rates of single parameters are multiplied by; others have the full rate."""
         return {}
 
-    def run_layers(self, model: nnx.Module, run) -> None:
+    def run_layers(self, model: Model, run: Callable[..., Any]) -> None:
         """Lets the model's layers be run by `run` (models/encoder.py)."""
-        model.encoder.run = run
+        model.encoder.run = run  # type: ignore[attr-defined]  # a model without an encoder overrides this
 
 
-class Pretraining(Objective):
+class Pretraining(Objective[models.AVMAE]):
     """Masked reconstruction: the sum of both streams' losses, each times its `loss_weight` (paper section 3.3: 1).
 
     `pretrained` streams ('image', 'audio') come from unimodal encoders: their learning rates rise over the first half.
@@ -110,7 +112,7 @@ class Pretraining(Objective):
     def multipliers(self, params: Rows, length: Length) -> Multipliers:
         return pretrained_multipliers(params, self.pretrained, length)
 
-    def run_layers(self, model: models.AVMAE, run) -> None:
+    def run_layers(self, model: models.AVMAE, run: Callable[..., Any]) -> None:
         model.encoder.run = model.image_decoder.run = model.audio_decoder.run = run
 
 
@@ -128,12 +130,12 @@ REMAT = {
 INIT_STREAM = 2**32 - 1
 
 
-def count_parameters(objective: Objective) -> int:
+def count_parameters(objective: Objective[Any]) -> int:
     """Values of all parameters of an objective's model."""
     return sum(math.prod(x.shape) for x in define_model(objective.build)[1].values())
 
 
-def fitted_mesh(config: TrainConfig, objective: Objective | None = None) -> MeshConfig:
+def fitted_mesh(config: TrainConfig, objective: Objective[Any] | None = None) -> MeshConfig:
     """The recipe's mesh, its fsdp=0 replaced by what the model needs on this machine's devices.
 
     Raises:
@@ -159,7 +161,7 @@ def draw_values(initials: dict[str, Initial], shardings: dict[str, NamedSharding
     return {name: programs[initials[name], sharding](keys[name]) for name, sharding in shardings.items()}
 
 
-def draw_rows(objective: Objective, seed: int, step: jax.Array, batch_size: int, rows: NamedSharding) -> Batch:
+def draw_rows(objective: Objective[Any], seed: int, step: jax.Array, batch_size: int, rows: NamedSharding) -> Batch:
     """The step's random numbers; row b of step s depends on (seed, s, b) alone, never on the mesh."""
     drawn = objective.draw(jax.random.fold_in(jax.random.key(seed), step), batch_size)
     return {name: jax.lax.with_sharding_constraint(x, rows) for name, x in drawn.items()}
@@ -169,17 +171,18 @@ def split_rows(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
     """[B, …] → [parts, shards, B / (parts · shards), …] so that every device keeps its own rows."""
     shards = row_shards(mesh)
     x = x.reshape(shards, parts, x.shape[0] // (shards * parts), *x.shape[1:]).swapaxes(0, 1)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *ROWS)))
+    split: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *ROWS)))
+    return split
 
 
-def accumulate(gradient: Callable, params: Params, rows: Batch, parts: int, mesh: Mesh):
+def accumulate(gradient: Callable[[Params, Batch], Any], params: Params, rows: Batch, parts: int, mesh: Mesh) -> Any:
     """Sums of `gradient(params, rows)` over `parts` parts of the rows, one after the other."""
     if parts == 1:
         return gradient(params, rows)
     shapes = jax.eval_shape(gradient, params, rows)
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    def add_part(total, part: Batch):
+    def add_part(total: Any, part: Batch) -> tuple[Any, None]:
         part = {name: x.reshape(-1, *x.shape[2:]) for name, x in part.items()}
         part = jax.lax.with_sharding_constraint(part, batch_sharding(mesh))
         return jax.tree.map(jnp.add, total, gradient(params, part)), None
@@ -192,7 +195,7 @@ class TrainStep:
 
     `step(state, batch)` takes the global batch (`image` uint8 [B, H, W, 3], `audio` float32 [B, mels, frames],
     `valid` bool [B], rows over 'data' and 'fsdp'), donates the state and returns the next state and float32 scalars
-    `loss` and the objective's figures (means over valid clips), `grad_norm`, `learning_rate`, `valid` (clips).
+    `loss` and the objective's metrics (means over valid clips), `grad_norm`, `learning_rate`, `valid` (clips).
 
     `objective` None: masked reconstruction with `config.model`.
 
@@ -200,17 +203,18 @@ class TrainStep:
       UserError: the batch, the heads or a parameter do not divide over the mesh.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, length: Length, objective: Objective | None = None):
+    def __init__(self, config: TrainConfig, mesh: Mesh, length: Length, objective: Objective[Any] | None = None):
         check_batch(mesh, config.batch_size, config.grad_accumulation)
         check_heads(config.model, mesh)
         self.config, self.mesh = config, mesh
-        self.objective = objective or Pretraining(config.model, config.pretrained)
+        self.objective: Objective[Any] = objective or Pretraining(config.model, config.pretrained)
         self.definition, shapes, statistics = define_model(self.objective.build)
-        self.shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, statistics, None)
+        count: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        self.shapes = TrainState(count, shapes, statistics, None)
         self.schedule = learning_rate(config, length)
         self.optimizer = make_optimizer(config.optimizer, self.schedule, self.objective.multipliers(shapes, length))
         self.rows = batch_sharding(mesh)
-        self.placements = place_all({name: self.definition.initials[name] for name in shapes}, mesh)
+        self.param_shardings = param_shardings({name: self.definition.initials[name] for name in shapes}, mesh)
         self.shardings = self._state_shardings()
         whole = replicated(mesh)
         self.step = jax.jit(
@@ -220,30 +224,33 @@ class TrainStep:
             donate_argnums=0,
         )
 
-    def forward(self, function: Callable, drawn: bool = False) -> Callable:
+    def forward(self, function: Callable[[Any, Batch], Any], drawn: bool = False) -> Callable[[TrainState, Batch], Any]:
         """`function(model, batch) -> arrays` as compiled forward(state, batch); what comes out is whole everywhere.
 
         With `drawn` the batch also holds the random rows of the step after `state`.
         """
 
-        def run(state: TrainState, batch: Batch):
+        def run(state: TrainState, batch: Batch) -> Any:
             if drawn:
                 batch = self._prepared(state.step, batch)
             with activation_sharding(self.mesh, RULES):
                 return function(self._model(state.params, state.statistics), batch)
 
-        return jax.jit(run, in_shardings=(self.shardings, self.rows), out_shardings=replicated(self.mesh))
+        compiled: Callable[[TrainState, Batch], Any] = jax.jit(
+            run, in_shardings=(self.shardings, self.rows), out_shardings=replicated(self.mesh)
+        )
+        return compiled
 
     def init(self, params: Params | None = None) -> TrainState:
         """The state of step 0, every value born in its shards; `params`: weights and statistics to begin with."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), INIT_STREAM)
-        known, cut = params or {}, self.shardings.model
-        drawn = draw_values(self.definition.initials, {name: cut[name] for name in cut if name not in known}, key)
-        return self._start({name: (known | drawn)[name] for name in cut})
-
-    def _start(self, values: Params) -> TrainState:
-        start = jax.jit(self._first_state, in_shardings=(self.shardings.model,), out_shardings=self.shardings)
-        return start(values)
+        known: Params = params or {}
+        shardings: Any = self.shardings.model
+        missing = {name: sharding for name, sharding in shardings.items() if name not in known}
+        values = known | draw_values(self.definition.initials, missing, key)
+        start = jax.jit(self._first_state, in_shardings=(shardings,), out_shardings=self.shardings)
+        state: TrainState = start({name: values[name] for name in shardings})
+        return state
 
     def _first_state(self, values: Params) -> TrainState:
         params, statistics = (
@@ -256,12 +263,11 @@ class TrainStep:
 
     def _state_shardings(self) -> TrainState:
         """Optimizer moments lie as their parameters do, scalars and statistics on every device."""
-        params = {name: placement.stored for name, placement in self.placements.items()}
-        whole = replicated(self.mesh)
+        params: dict[str, Any] = {name: sharding.stored for name, sharding in self.param_shardings.items()}
+        whole: Any = replicated(self.mesh)
 
-        def of(path, _) -> NamedSharding:
-            name = getattr(path[-1], "key", None)
-            return params.get(name, whole)
+        def of(path: tuple[Any, ...], _: Any) -> Any:
+            return params.get(getattr(path[-1], "key", ""), whole)
 
         moments = jax.eval_shape(self.optimizer.init, self._trained(self.shapes.params))
         return TrainState(
@@ -271,14 +277,15 @@ class TrainStep:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to."""
         shapes = jax.eval_shape(self._first_state, self.shapes.model)
-        return jax.tree.map(
+        abstract: TrainState = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, self.shardings
         )
+        return abstract
 
-    def _keeps(self) -> Callable | None:
-        """What stays for the backward pass where parameters are gathered; None: they are not, and everything stays."""
-        cut = any(placement.gathered for placement in self.placements.values())
-        return keep_all_but_gathered if cut else None
+    def _keeps(self) -> Callable[..., bool] | None:
+        """What stays for the backward pass where parameters are gathered; `None` (everything) where they are not."""
+        gathered = any(sharding.gathered for sharding in self.param_shardings.values())
+        return keep_all_but_gathered if gathered else None
 
     def _scan(self) -> bool:
         """Whether equal layers are a loop; by default where they gather their weights, but on CPUs
@@ -291,7 +298,7 @@ class TrainStep:
         """The model in the dtype of the computation; statistics keep theirs. Layers gather their own weights."""
         cast = {name: x.astype(DTYPES[self.config.dtype]) for name, x in params.items()}
         around = {name: x for name, x in cast.items() if not LAYERS.search(name)}
-        model = self.definition.merge(cast | gather(around, self.placements) | statistics)
+        model = self.definition.merge(cast | gather(around, self.param_shardings) | statistics)
         policy = REMAT[self.config.remat] or self._keeps()
         remat = None if policy is None else functools.partial(jax.checkpoint, policy=policy)
         read = functools.partial(gather_layer, mesh=self.mesh)
@@ -322,7 +329,7 @@ class TrainStep:
         rows = self._prepared(state.step, batch) | {"weight": valid / jnp.maximum(count, 1)}
         trained = self._trained(state.params)
         frozen = {name: x for name, x in state.params.items() if name not in trained}
-        loss = functools.partial(self.weighted_loss, state.statistics, frozen)
+        loss: Callable[..., Any] = functools.partial(self.weighted_loss, state.statistics, frozen)
         if self._keeps():
             loss = jax.checkpoint(loss, policy=self._keeps())
         (loss, (metrics, statistics)), gradients = accumulate(

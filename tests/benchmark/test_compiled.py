@@ -224,7 +224,7 @@ def test_weights_stay_no_longer_than_their_layer(shape, scan):
     stacked over its turns."""
     train_step, text = program(shape, scan)
     every = {name: math.prod(x.shape) * 4 for name, x in train_step.shapes.params.items()}
-    whole = sum(n for name, n in every.items() if train_step.placements[name].gathered)
+    whole = sum(n for name, n in every.items() if train_step.param_shardings[name].gathered)
     layer = sum(n for name, n in every.items() if ".1." in name and name.startswith("encoder."))
     alive = compiled.most_alive(text, compiled.gathers)
     assert layer < whole / 4

@@ -15,8 +15,7 @@ from av_mae.errors import UserError
 from av_mae.evaluate.classification import ClassificationObjective, class_weights, degrade, row_keys
 from av_mae.models.config import ClassificationSettings, ClassifierConfig
 from av_mae.models.kinds import define_model
-from av_mae.train import loop as feed
-from av_mae.train import optimizer, step
+from av_mae.train import loop, optimizer, step
 from av_mae.train import sharding as mesh
 
 CLASSES = 5
@@ -59,7 +58,7 @@ class Run:
         self.first = {name: np.array(x) for name, x in self.state.model.items()}
         compiled, self.history = compile_step(self.step), []
         for batch in host:
-            self.state, metrics = compiled(self.state, feed.to_global(batch, self.step.rows))
+            self.state, metrics = compiled(self.state, loop.to_global(batch, self.step.rows))
             self.history.append({name: float(x) for name, x in metrics.items()})
         self.flops = compiled.cost_analysis()["flops"]
 
@@ -242,7 +241,7 @@ def test_invalid_clips_do_not_leak_through_mixup(tuned):
     dirty = {name: x.copy() for name, x in clean.items()}
     dirty["image"][2], dirty["audio"][2], dirty["label"][2] = 0, 9, 4
     run = tuned.step.forward(lambda model, rows: tuned.made.losses(model, rows)[0], drawn=True)
-    before, after = (np.asarray(run(tuned.state, feed.to_global(batch, tuned.step.rows))) for batch in (clean, dirty))
+    before, after = (np.asarray(run(tuned.state, loop.to_global(batch, tuned.step.rows))) for batch in (clean, dirty))
     np.testing.assert_array_equal(np.delete(before, 2), np.delete(after, 2))
     assert before[2] != after[2]
 

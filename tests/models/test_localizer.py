@@ -20,8 +20,7 @@ from av_mae.errors import UserError
 from av_mae.evaluate.localization import LocalizationObjective
 from av_mae.models import kinds
 from av_mae.models import losses as objectives
-from av_mae.train import loop as feed
-from av_mae.train import optimizer, sharding, step
+from av_mae.train import loop, optimizer, sharding, step
 from av_mae.train import sharding as mesh
 
 HEAD = models.LocalizerConfig(width=10, temperature=0.2)
@@ -190,7 +189,7 @@ def steps(made, compiled, host):
     state, history = jax.device_put(dataclasses.replace(zeros, params=params), made.shardings), []
     rows = mesh.local_rows(made.rows, made.config.batch_size)
     for batch in host:
-        placed = feed.to_global({name: x[rows] for name, x in batch.items()}, made.rows)
+        placed = loop.to_global({name: x[rows] for name, x in batch.items()}, made.rows)
         state, metrics = compiled(state, placed)
         history.append({name: float(x) for name, x in metrics.items()})
     return state, history

@@ -68,7 +68,7 @@ def run(config, params, gradients, multipliers):
 
 @pytest.mark.parametrize(
     "changes, multipliers",
-    [(dict(), {}), (dict(weight_decay=0.2, clip_norm=0.5, trust=0.03, momentum=0.5), MULTIPLIERS)],
+    [({}, {}), ({"weight_decay": 0.2, "clip_norm": 0.5, "trust": 0.03, "momentum": 0.5}, MULTIPLIERS)],
 )
 def test_against_numpy(changes, multipliers):
     config = OptimizerConfig(**{"kind": "lars", "weight_decay": 0.0, **changes})
@@ -109,9 +109,9 @@ def test_checkpoints_hold_its_state(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(kind="sgd"), "optimizer.kind='sgd' must be one of adamw, lars"),
-        (dict(momentum=1.0), "optimizer.momentum=1.0 must be at least 0 and below 1"),
-        (dict(trust=0.0), "optimizer.trust=0.0 must be above 0"),
+        ({"kind": "sgd"}, "optimizer.kind='sgd' must be one of adamw, lars"),
+        ({"momentum": 1.0}, "optimizer.momentum=1.0 must be at least 0 and below 1"),
+        ({"trust": 0.0}, "optimizer.trust=0.0 must be above 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):

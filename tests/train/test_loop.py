@@ -20,7 +20,7 @@ from av_mae.train import hooks, loop
 from av_mae.train.hooks import Events
 
 
-class FakeFeed:
+class FakePrefetch:
     """Endless (host, batch) pairs; clips are named after their step."""
 
     wait_seconds = 0.0
@@ -42,7 +42,14 @@ def counting_step(bad=()):
     def step(state, batch):
         assert batch["number"] == state + 1
         loss = math.nan if state + 1 in bad else 1.0 / (state + 1)
-        values = dict(loss=loss, image_loss=0.5, audio_loss=0.25, grad_norm=2.0, learning_rate=0.1, valid=15.0)
+        values = {
+            "loss": loss,
+            "image_loss": 0.5,
+            "audio_loss": 0.25,
+            "grad_norm": 2.0,
+            "learning_rate": 0.1,
+            "valid": 15.0,
+        }
         return state + 1, {name: jnp.float32(x) for name, x in values.items()}
 
     return step
@@ -70,7 +77,7 @@ def never(_):
 
 def test_metrics_come_once_in_order_and_before_the_state():
     recorder = Recorder()
-    assert loop.train(counting_step(), 0, FakeFeed(), 0, 7, [recorder], never) == 7
+    assert loop.train(counting_step(), 0, FakePrefetch(), 0, 7, [recorder], never) == 7
     assert recorder.seen == [
         ("metrics", 1),
         ("metrics", 2),
@@ -87,13 +94,13 @@ def test_metrics_come_once_in_order_and_before_the_state():
 
 def test_goes_on_from_a_step():
     recorder = Recorder(every=100)
-    loop.train(counting_step(), 4, FakeFeed(4), 4, 6, [recorder], never)
+    loop.train(counting_step(), 4, FakePrefetch(4), 4, 6, [recorder], never)
     assert recorder.seen == [("metrics", 5), ("metrics", 6), ("state", 6, 6, True, False)]
 
 
 def test_stops_after_the_step_and_says_so():
     recorder = Recorder(every=100)
-    state = loop.train(counting_step(), 0, FakeFeed(), 0, 50, [recorder], lambda step: step == 5)
+    state = loop.train(counting_step(), 0, FakePrefetch(), 0, 50, [recorder], lambda step: step == 5)
     assert state == 5 and recorder.seen[-1] == ("state", 5, 5, False, True)
     assert [entry[1] for entry in recorder.seen[:-1]] == [1, 2, 3, 4, 5]
 
@@ -101,7 +108,7 @@ def test_stops_after_the_step_and_says_so():
 def test_non_finite_loss_names_step_and_clips_and_nothing_later_is_saved():
     recorder = Recorder(every=4)
     with pytest.raises(UserError) as caught:
-        loop.train(counting_step(bad=(7,)), 0, FakeFeed(), 0, 50, [recorder], never)
+        loop.train(counting_step(bad=(7,)), 0, FakePrefetch(), 0, 50, [recorder], never)
     message = str(caught.value)
     assert message.startswith("step 7: loss=nan must be finite; the run stops and keeps its last checkpoint")
     assert "step7-0, step7-1" in message and "step8" not in message
@@ -111,7 +118,7 @@ def test_non_finite_loss_names_step_and_clips_and_nothing_later_is_saved():
 def test_non_finite_loss_at_a_checkpoint_is_seen_before_saving():
     recorder = Recorder(every=4)
     with pytest.raises(UserError, match="step 4: loss=nan"):
-        loop.train(counting_step(bad=(4,)), 0, FakeFeed(), 0, 50, [recorder], never)
+        loop.train(counting_step(bad=(4,)), 0, FakePrefetch(), 0, 50, [recorder], never)
     assert not [entry for entry in recorder.seen if entry[0] == "state"]
 
 
@@ -140,11 +147,21 @@ def metrics_run(workdir, first, last, **changes):
     """Runs the counting step with the metrics hook."""
     config = recipe(log_every=2, **changes)
     progress = Progress(last, "test", "steps", initial=first, stream=io.StringIO())
-    feed = FakeFeed(first)
+    prefetch = FakePrefetch(first)
     events = Events(workdir, first)
-    hook = hooks.MetricsHook(config, workdir, events, progress, feed, last, first, skipped=first, flops=3e6)
+    hook = hooks.MetricsHook(
+        config,
+        workdir,
+        events,
+        progress=progress,
+        prefetch=prefetch,
+        last=last,
+        resumed=first,
+        skipped=first,
+        flops=3e6,
+    )
     with progress:
-        loop.train(counting_step(), first, feed, first, last, [hook], never)
+        loop.train(counting_step(), first, prefetch, first, last, [hook], never)
     events.close()
     return progress
 
@@ -262,7 +279,7 @@ def test_profile_is_taken_once(tmp_path, monkeypatch):
     due = []
     original = hook.due
     monkeypatch.setattr(hook, "due", lambda *moment: due.append(moment[0]) is None and original(*moment))
-    loop.train(counting_step(), 0, FakeFeed(), 0, 20, [hook], never)
+    loop.train(counting_step(), 0, FakePrefetch(), 0, 20, [hook], never)
     hook.close()
     assert calls == ["start", "stop"] and "steps 5 to 7" in said[0]
 
@@ -272,7 +289,7 @@ def test_position_counts_clips_since_the_resumed_one():
     saved = []
     checkpoints = SimpleNamespace(save=lambda step, state, config, **meta: saved.append((step, meta)))
     hook = hooks.CheckpointHook(recipe(checkpoint_every=2), checkpoints, SimpleNamespace(skipped=3), 4, 800)
-    loop.train(counting_step(), 4, FakeFeed(4), 4, 7, [hook], never)
+    loop.train(counting_step(), 4, FakePrefetch(4), 4, 7, [hook], never)
     assert saved == [(6, {"position": 832, "skipped": 3}), (7, {"position": 848, "skipped": 3})]
 
 
@@ -283,5 +300,7 @@ def test_profile_on_a_full_disk_is_a_warning(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(hooks.jax.profiler, "start_trace", lambda folder: None)
     monkeypatch.setattr(hooks.jax.profiler, "stop_trace", fail)
-    assert loop.train(counting_step(), 0, FakeFeed(), 0, 9, [hooks.ProfileHook(4, tmp_path, said.append)], never) == 9
+    assert (
+        loop.train(counting_step(), 0, FakePrefetch(), 0, 9, [hooks.ProfileHook(4, tmp_path, said.append)], never) == 9
+    )
     assert len(said) == 1 and "the profile cannot be written" in said[0] and "no space left" in said[0]

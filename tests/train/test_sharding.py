@@ -21,7 +21,7 @@ from av_mae.train import sharding as mesh
 # Every factorisation of 8 into data × fsdp × tensor.
 MESHES = [(data, fsdp, 8 // (data * fsdp)) for data in (8, 4, 2, 1) for fsdp in (1, 2, 4, 8) if data * fsdp <= 8]
 DEFAULT_MESHES = [(2, 2, 2), (1, 1, 8)]
-ENCODER = dict(width=32, depth=1, heads=8)
+ENCODER = {"width": 32, "depth": 1, "heads": 8}
 # As the tiny model, with as many heads as there are devices.
 HEADS_8 = AVMAEConfig(
     image=StreamConfig(size=(32, 48), patch=16, mask_ratio=0.5, **ENCODER),
@@ -72,11 +72,9 @@ def base_definition():
 @pytest.mark.parametrize("shape", MESHES)
 def test_memory_of_base_is_divided(base_definition, shape):
     """Parameters of one device, which moments follow: the total / (fsdp · tensor), within 5 %."""
-    placements = sharding.place_all(base_definition, of_mesh(shape))
+    shardings = sharding.param_shardings(base_definition, of_mesh(shape))
     total = sum(math.prod(initial.shape) for initial in base_definition.values())
-    own = sum(
-        math.prod(placements[name].stored.shard_shape(initial.shape)) for name, initial in base_definition.items()
-    )
+    own = sum(math.prod(shardings[name].stored.shard_shape(initial.shape)) for name, initial in base_definition.items())
     assert total > 5e7
     assert own == pytest.approx(total / (shape[1] * shape[2]), rel=0.05)
 
@@ -122,7 +120,7 @@ def test_state_is_born_in_shards(monkeypatch, shape):
     ],
 )
 def test_placement(devices, shape, axes, stored, read):
-    placed = sharding.place("name", Initial("normal", shape, axes=axes), of_mesh(devices))
+    placed = sharding.param_sharding("name", Initial("normal", shape, axes=axes), of_mesh(devices))
     assert placed.stored.is_equivalent_to(jax.NamedSharding(of_mesh(devices), PartitionSpec(*stored)), len(shape))
     assert placed.read.is_equivalent_to(jax.NamedSharding(of_mesh(devices), PartitionSpec(*read)), len(shape))
 
@@ -143,8 +141,8 @@ def test_placement(devices, shape, axes, stored, read):
 def test_large_parameter_left_whole_is_refused(devices, shape, axes, message):
     initial = Initial("normal", shape, axes=axes)
     with pytest.raises(UserError, match=message):
-        sharding.place("encoder.x", initial, of_mesh(devices))
-    assert not sharding.place("encoder.x", initial, of_mesh((8, 1, 1))).gathered
+        sharding.param_sharding("encoder.x", initial, of_mesh(devices))
+    assert not sharding.param_sharding("encoder.x", initial, of_mesh((8, 1, 1))).gathered
 
 
 def test_heads_cut_in_two_are_refused():
@@ -159,7 +157,7 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass(monkeypatch):
     """The gradient gathers the cut weights that it needs a second time; a policy that saves everything keeps them."""
     monkeypatch.setattr(sharding, "SMALL", 64)
     train_step = on_mesh(recipe(), 2, 4)
-    cut = sum(placement.gathered for placement in train_step.placements.values())
+    cut = sum(one.gathered for one in train_step.param_shardings.values())
     batch = {
         "image": jax.ShapeDtypeStruct((16, 32, 48, 3), np.uint8),
         "audio": jax.ShapeDtypeStruct((16, 32, 32), np.float32),

@@ -24,8 +24,7 @@ from tiny_training import (
 
 from av_mae import models
 from av_mae.models.kinds import define_model, flat_values
-from av_mae.train import loop as feed
-from av_mae.train import sharding, step
+from av_mae.train import loop, sharding, step
 from av_mae.train import sharding as mesh
 from av_mae.train import step as objective
 
@@ -107,7 +106,7 @@ def test_invalid_clips_change_nothing():
     dirty = {**clean, "image": clean["image"].copy(), "audio": clean["audio"].copy()}
     dirty["image"][0], dirty["audio"][0] = 0, 0  # what the input puts in the place of a clip that failed
     empty = {**clean, "valid": np.zeros(config.batch_size, bool)}
-    placed = [feed.to_global(batch, train_step.rows) for batch in (clean, dirty, empty)]
+    placed = [loop.to_global(batch, train_step.rows) for batch in (clean, dirty, empty)]
     compiled = compile_step(train_step)
     (a, ours), (b, theirs), (c, nothing) = (compiled(first_state(train_step), batch) for batch in placed)
     assert jax.device_get(ours) == jax.device_get(theirs)
@@ -161,7 +160,7 @@ def test_rematerialisation_keeps_less():
             )
         }
         loss = functools.partial(train_step.weighted_loss, {}, {})
-        gradient = jax.make_jaxpr(jax.grad(lambda params: loss(params, rows)[0]))
+        gradient = jax.make_jaxpr(jax.grad(lambda params, loss=loss, rows=rows: loss(params, rows)[0]))
         products[remat] = str(gradient(train_step.abstract_state().params)).count("dot_general")
     assert products["none"] < products["dots"] < products["full"]
 
@@ -182,7 +181,7 @@ def test_compiles_once_and_moves_nothing_between_host_and_devices():
     state = first_state(train_step)
     host = batches(config, 4)
     host[3]["valid"][5:] = False
-    placed = [feed.to_global(batch, train_step.rows) for batch in host]
+    placed = [loop.to_global(batch, train_step.rows) for batch in host]
     for number in range(50):
         with jax.transfer_guard("disallow"):
             state, metrics = train_step.step(state, placed[3 if number == 49 else number % 3])

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from test_checkpoint import CONFIG, abstract, assert_same, state_on
-from test_loop import FakeFeed, Recorder, counting_step, never
+from test_loop import FakePrefetch, Recorder, counting_step, never
 from tiny_training import batches, make_step, recipe, run_steps, unfused
 
 from av_mae import recipes
@@ -124,7 +124,7 @@ def test_saves_go_to_the_tier_that_is_due():
     }
     config = recipe(checkpoint_every=6, checkpoint_local_every=2)
     hook = hooks.CheckpointHook(config, tiers["store"], SimpleNamespace(skipped=0), 0, 0, tiers["disk"])
-    loop.train(counting_step(), 0, FakeFeed(), 0, 9, [hook], never)
+    loop.train(counting_step(), 0, FakePrefetch(), 0, 9, [hook], never)
     assert calls == [("disk", 2), ("disk", 4), ("store", 6), ("disk", 8), ("store", 9)]
 
 
@@ -138,7 +138,7 @@ def test_failed_saves_end_the_run_where_they_are_limited():
     with pytest.raises(
         UserError, match="max_failed_saves=3 checkpoints in a row could not be saved: make room in /sto"
     ):
-        loop.train(counting_step(), 0, FakeFeed(), 0, 50, [recorder, hook], never)
+        loop.train(counting_step(), 0, FakePrefetch(), 0, 50, [recorder, hook], never)
     assert recorder.seen[-1][1] == 6
 
 
@@ -206,7 +206,7 @@ def bad_updates(steps, **changes):
         return state, metrics | {"skipped_update": np.float32(state in steps)}
 
     hook = hooks.UpdateHook(recipe(**changes), said.append)
-    assert loop.train(step, 0, FakeFeed(), 0, 20, [hook], never) == 20
+    assert loop.train(step, 0, FakePrefetch(), 0, 20, [hook], never) == 20
     return said
 
 
@@ -220,7 +220,7 @@ def test_skipped_updates_are_named_and_limited():
 def test_a_spike_stops_where_nothing_may_be_skipped():
     hook = hooks.UpdateHook(recipe(max_grad_norm=1.9), print)
     with pytest.raises(loop.NonFinite, match="step 1: loss=1, grad_norm=2, with max_grad_norm=1.9: more than"):
-        loop.train(counting_step(), 0, FakeFeed(), 0, 20, [hook], never)
+        loop.train(counting_step(), 0, FakePrefetch(), 0, 20, [hook], never)
 
 
 def test_metrics_are_json_without_what_is_not_finite(tmp_path):
@@ -232,13 +232,13 @@ def test_metrics_are_json_without_what_is_not_finite(tmp_path):
         recipe(log_every=1),
         tmp_path,
         SimpleNamespace(scalars=lambda *_: None),
-        SimpleNamespace(update=lambda *_, **__: None),
-        FakeFeed(),
-        9,
-        0,
-        0,
+        progress=SimpleNamespace(update=lambda *_, **__: None),
+        prefetch=FakePrefetch(),
+        last=9,
+        resumed=0,
+        skipped=0,
+        goodput=lambda: 0.75,
     )
-    hook.goodput = lambda: 0.75
     hook.after_metrics(1, {"loss": math.nan, "grad_norm": 2.0, "valid": 16.0}, {})
     written = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert written == {"step": 1, "grad_norm": 2.0, "skipped": 0, "goodput": 0.75}
@@ -250,11 +250,11 @@ def test_time_is_counted_by_kind(tmp_path, monkeypatch):
     monkeypatch.setattr(goodput, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now + 5e8))
     monkeypatch.setattr(goodput, "_began", 1000.0)
     monkeypatch.setattr(goodput, "_began_wall", 5e8 + 1000.0)
-    feed, saver, other = SimpleNamespace(wait_seconds=0.0), loop.Hook(), loop.Hook()
+    prefetch, saver, other = SimpleNamespace(wait_seconds=0.0), loop.Hook(), loop.Hook()
 
     def attempt(first, start):
         clock.now += start
-        made = goodput.Goodput(goodput.open_record(tmp_path), tmp_path, feed, first)
+        made = goodput.Goodput(goodput.open_record(tmp_path), tmp_path, prefetch, first)
         made.count([saver, other, made], saver)
         return made
 
@@ -263,7 +263,7 @@ def test_time_is_counted_by_kind(tmp_path, monkeypatch):
     for number in range(12):  # of 2 s each, the first one compiles
         step(None, None)
         one.after_metrics(number + 1, {}, {})
-    feed.wait_seconds, saver.seconds, other.seconds = 3.0, 1.0, 0.5
+    prefetch.wait_seconds, saver.seconds, other.seconds = 3.0, 1.0, 0.5
     one.write()
     expected = {
         "start": 7.0,
@@ -282,7 +282,7 @@ def test_time_is_counted_by_kind(tmp_path, monkeypatch):
     clock.now += 100.0
     monkeypatch.setattr(goodput, "_began", clock.now)
     monkeypatch.setattr(goodput, "_began_wall", clock.now + 5e8)
-    feed.wait_seconds, saver.seconds, other.seconds = 0.0, 0.0, 0.0
+    prefetch.wait_seconds, saver.seconds, other.seconds = 0.0, 0.0, 0.0
     two = attempt(10, 4.0)
     clock.now += 6.0
     with two.saving():

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from av_mae.data import loading, pipeline
-from av_mae.train import loop as feed
+from av_mae.train import loop
 
 
 def sharding(*shape: int) -> NamedSharding:
@@ -39,7 +39,7 @@ def host_batches(count: int, rows: int = 8):
 @pytest.mark.parametrize("shape", [(4,), (2, 2), (1, 4), (2, 1, 2)])
 def test_rows_keep_their_order_in_the_global_arrays(shape):
     target = sharding(*shape)
-    with feed.Feed(host_batches(3), target) as batches:
+    with loop.Prefetch(host_batches(3), target) as batches:
         for step, (host, batch) in enumerate(batches):
             assert set(host) == {"id", "stage", "cause"} and host["id"][0] == f"clip{8 * step}"
             assert set(batch) == {"image", "audio", "label", "start", "valid"}
@@ -56,8 +56,8 @@ def test_rows_keep_their_order_in_the_global_arrays(shape):
 
 
 def test_transfers_are_explicit():
-    with jax.transfer_guard("disallow"):  # of this thread, so without Feed's
-        batch = feed.to_global(next(host_batches(1)), sharding(4))
+    with jax.transfer_guard("disallow"):  # of this thread, so without Prefetch's
+        batch = loop.to_global(next(host_batches(1)), sharding(4))
     assert batch["image"].shape == (8, 4, 4, 3)
 
 
@@ -67,7 +67,7 @@ def test_waiting_is_counted_and_hidden_by_the_prefetch():
             time.sleep(0.1)
             yield batch
 
-    with feed.Feed(slow(), sharding(4), prefetch=2) as batches:
+    with loop.Prefetch(slow(), sharding(4), prefetch=2) as batches:
         next(batches)
         waited = batches.wait_seconds
         assert waited > 0.05
@@ -82,7 +82,7 @@ def test_errors_reach_the_caller_and_the_end_is_an_end():
         yield from host_batches(1)
         raise OSError("the disk is gone")
 
-    batches = feed.Feed(failing(), sharding(4))
+    batches = loop.Prefetch(failing(), sharding(4))
     next(batches)
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
@@ -102,11 +102,11 @@ def test_close_stops_the_thread_and_the_batches():
             self.closed = True
 
     source = Endless()
-    batches = feed.Feed(source, sharding(4), prefetch=1)
+    batches = loop.Prefetch(source, sharding(4), prefetch=1)
     next(batches)
     batches.close()
     batches.close()
-    assert source.closed and not any(thread.name == "feed" for thread in threading.enumerate())
+    assert source.closed and not any(thread.name == "prefetch" for thread in threading.enumerate())
     with pytest.raises(StopIteration):
         next(batches)
 
@@ -117,7 +117,7 @@ def test_batches_of_a_worker_survive_on_the_devices():
     source = loading.ClipSource("a", fake_clips.FakeSet("a", 40))
     data = pipeline.EvaluationData([source], config, *fake_clips.SMALL, 8, np.arange(8))
     plain = pipeline.EvaluationData([source], fake_clips.small_config(), *fake_clips.SMALL, 8, np.arange(8))
-    with feed.Feed(data, sharding(4)) as batches:
+    with loop.Prefetch(data, sharding(4)) as batches:
         kept = [batch for _, batch in batches]
     assert len(kept) == 5
     for one, expected in zip(kept, plain):
