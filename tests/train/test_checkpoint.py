@@ -10,57 +10,13 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
-from tiny_training import MODEL, recipe
+from fake_training import CONFIG, abstract, assert_same, shardings, state_of, state_on
+from tiny_training import MODEL
 
 from av_mae import checkpoint
-from av_mae.checkpoint import TrainState
-from av_mae.config import MeshConfig
 from av_mae.errors import UserError
 from av_mae.models.config import FusionConfig
-from av_mae.train import sharding as mesh
-
-SHAPES = {"encoder.kernel": (8, 16), "encoder.bias": (16,), "token": (1, 1, 4)}
-CONFIG = recipe()
-OPTIMIZER = optax.adamw(0.1)
-
-
-def shardings(data: int, fsdp: int) -> TrainState:
-    """Kernels cut over fsdp on data × fsdp devices, the rest whole."""
-    made = mesh.make_mesh(MeshConfig(data, fsdp), jax.devices()[: data * fsdp])
-    shapes = jax.eval_shape(lambda: state_of(0))
-    return jax.tree.map(
-        lambda x: NamedSharding(made, PartitionSpec("fsdp") if x.shape == (8, 16) else PartitionSpec()), shapes
-    )
-
-
-def state_of(step: int) -> TrainState:
-    """A state whose numbers tell its step."""
-    params = {
-        name: jnp.full(shape, step, jnp.float32) + jnp.arange(np.prod(shape)).reshape(shape) / 7
-        for name, shape in SHAPES.items()
-    }
-    opt_state = jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), OPTIMIZER.init(params))
-    return TrainState(jnp.int32(step), params, {}, opt_state)
-
-
-def state_on(step: int, data: int = 1, fsdp: int = 1) -> TrainState:
-    return jax.device_put(state_of(step), shardings(data, fsdp))
-
-
-def abstract(data: int = 1, fsdp: int = 1) -> TrainState:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(lambda: state_of(0)),
-        shardings(data, fsdp),
-    )
-
-
-def assert_same(restored: checkpoint.Restored, step: int) -> None:
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.state), jax.device_get(state_of(step)))
-    assert restored.meta["step"] == step and restored.meta["position"] == 16 * step
 
 
 @pytest.fixture

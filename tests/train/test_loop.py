@@ -8,9 +8,9 @@ import os
 import signal
 from types import SimpleNamespace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_training import FakePrefetch, Recorder, counting_step, never
 from tensorboardX.proto import event_pb2
 from tiny_training import recipe
 
@@ -18,61 +18,6 @@ from av_mae.console import Progress
 from av_mae.errors import FailureCount, SkippedFile, UserError, read_skipped
 from av_mae.train import hooks, loop
 from av_mae.train.hooks import Events
-
-
-class FakePrefetch:
-    """Endless (host, batch) pairs; clips are named after their step."""
-
-    wait_seconds = 0.0
-
-    def __init__(self, first=0):
-        self.number = first
-
-    def __next__(self):
-        self.number += 1
-        ids = np.array([f"step{self.number}-{row}" for row in range(16)], object)
-        return {"id": ids, "stage": np.array([""] * 16, object), "cause": np.array([""] * 16, object)}, {
-            "number": self.number
-        }
-
-
-def counting_step(bad=()):
-    """A step whose state is the number of steps done; losses of the steps `bad` are NaN."""
-
-    def step(state, batch):
-        assert batch["number"] == state + 1
-        loss = math.nan if state + 1 in bad else 1.0 / (state + 1)
-        values = {
-            "loss": loss,
-            "image_loss": 0.5,
-            "audio_loss": 0.25,
-            "grad_norm": 2.0,
-            "learning_rate": 0.1,
-            "valid": 15.0,
-        }
-        return state + 1, {name: jnp.float32(x) for name, x in values.items()}
-
-    return step
-
-
-class Recorder(loop.Hook):
-    """Writes down what it is told."""
-
-    def __init__(self, every=3):
-        self.every, self.seen = every, []
-
-    def due(self, step, finished, stopped):
-        return finished or stopped or step % self.every == 0
-
-    def after_step(self, moment):
-        self.seen.append(("state", moment.step, moment.state, moment.finished, moment.stopped))
-
-    def after_metrics(self, step, metrics, host):
-        self.seen.append(("metrics", step))
-
-
-def never(_):
-    return False
 
 
 def test_metrics_come_once_in_order_and_before_the_state():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_training import numpy_adamw
 from tiny_training import recipe
 
 from av_mae.config import OptimizerConfig
@@ -38,24 +39,6 @@ def test_no_warmup_starts_at_the_full_rate():
     config = recipe(steps=10, batch_size=256, optimizer=OptimizerConfig(base_lr=1e-3, warmup=0.0))
     schedule = optimizer.learning_rate(config, optimizer.run_length(config, 7))
     np.testing.assert_allclose(schedule(0), 1e-3, rtol=1e-6)
-
-
-def numpy_adamw(params, gradients, rate, config):
-    """Decoupled AdamW with global clipping, written out; float64."""
-    first, second = ({name: np.zeros_like(x) for name, x in params.items()} for _ in range(2))
-    for number, gradient in enumerate(gradients, 1):
-        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
-        scale = min(1.0, config.clip_norm / norm) if config.clip_norm else 1.0
-        for name, g in gradient.items():
-            g = g * scale
-            first[name] = config.b1 * first[name] + (1 - config.b1) * g
-            second[name] = config.b2 * second[name] + (1 - config.b2) * g**2
-            update = first[name] / (1 - config.b1**number)
-            update = update / (np.sqrt(second[name] / (1 - config.b2**number)) + 1e-8)
-            if params[name].ndim > 1:
-                update = update + config.weight_decay * params[name]
-            params[name] = params[name] - rate(number - 1) * update
-    return params
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])

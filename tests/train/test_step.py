@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_training import numpy_adamw
 from flax import nnx
-from test_optimizer import numpy_adamw
 from tiny_training import (
     FAST_COMPILE,
     batches,

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from test_checkpoint import CONFIG, abstract, assert_same, state_on
-from test_loop import FakePrefetch, Recorder, counting_step, never
+from fake_training import CONFIG, FakePrefetch, Recorder, abstract, assert_same, counting_step, never, state_on
 from tiny_training import batches, make_step, recipe, run_steps, unfused
 
 from av_mae import recipes
