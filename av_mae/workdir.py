@@ -1,0 +1,166 @@
+"""The folder that a command writes into: made, and held by one run at a time.
+
+The holder's name lies in `.lock.json` in the folder. A process that ends takes the file away; one that is killed leaves
+it, and the next run sees that nobody holds it any more: on the same machine because the process is gone, on others
+because its signs of life (the file's time) have ended.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from av_mae.errors import UserError
+
+LOCK = ".lock.json"
+HEARTBEAT = 10.0  # seconds between signs of life
+STALE = 90.0  # seconds without one after which a process of another machine counts as dead
+LOST = 75  # exit status of a run whose folder another has taken over: EX_TEMPFAIL of sysexits.h
+
+
+def make_workdir(path: str) -> pathlib.Path:
+    """Makes the work directory. Raises UserError where nothing can be written in it."""
+    workdir = pathlib.Path(path).absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            return workdir
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --workdir={path}: {error.strerror}; name a folder that you may write to"
+        ) from error
+
+
+@contextlib.contextmanager
+def held(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds a folder, which is made where it is missing, for this process alone. A store (URL) is not held.
+
+    Where the lock cannot be written (a full disk) the run goes on without it, with a warning.
+
+    Raises:
+      UserError: another process holds the folder; the message says which.
+    """
+    if "://" in os.fspath(folder):
+        yield
+        return
+    path, own = pathlib.Path(folder).absolute() / LOCK, _describe()
+    ended = threading.Event()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _take(path, own)
+    except OSError as error:
+        print(f"warning: {path} cannot be written ({error.strerror or error}): nothing keeps others out of this folder",
+              file=sys.stderr, flush=True)  # fmt: skip
+        yield
+        return
+    beat = threading.Thread(target=_show_life, args=(path, own, ended), name="workdir", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beat.join()
+        with contextlib.suppress(OSError), _locked(path) as file:
+            if _read(file) == own:
+                path.unlink()
+
+
+def _describe() -> dict[str, Any]:
+    """Who this process is. `system` tells whether process numbers mean the same: one boot, one container."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        system = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        system = socket.gethostname()
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "system": system, "started": _started(pid), "since": time.time()}
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the kernel's own count; numbers of processes come again. '' where that is not known."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[TextIO]:
+    """The file at `path`, made where it is missing, that nobody else reads or writes meanwhile."""
+    while True:
+        with path.open("a+") as file:
+            with contextlib.suppress(OSError):  # some network file systems have no flock
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                same = False
+            if same:  # else its holder has just taken it away
+                yield file
+                return
+
+
+def _read(file: TextIO) -> dict[str, Any]:
+    """The holder that the file names; empty where it names none."""
+    file.seek(0)
+    try:
+        found = json.load(file)
+        return found if isinstance(found, dict) else {}
+    except ValueError:
+        return {}
+
+
+def _take(path: pathlib.Path, own: dict[str, Any]) -> None:
+    with _locked(path) as file:
+        holder = _read(file)
+        with tempfile.TemporaryFile(dir=path.parent) as now:  # the time of the file's machine, whatever ours says
+            silent = os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
+        if holder and _lives(holder, own, silent):
+            since = datetime.datetime.fromtimestamp(float(holder.get("since", 0))).isoformat(" ", "seconds")
+            raise UserError(
+                f"{path.parent} is held by process {holder.get('pid')} on {holder.get('host')} since {since}: wait "
+                "for its end, stop it, or name another folder"
+            )
+        file.truncate(0)
+        file.write(json.dumps(own))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _lives(holder: dict[str, Any], own: dict[str, Any], silent: float) -> bool:
+    """Whether the holder still works, `silent` seconds after its last sign of life."""
+    if holder.get("system") != own["system"]:
+        return silent < STALE
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except PermissionError:
+        pass  # another user's
+    except (OSError, KeyError, ValueError, TypeError):
+        return False
+    return _started(int(holder["pid"])) == holder.get("started")
+
+
+def _show_life(path: pathlib.Path, own: dict[str, Any], ended: threading.Event) -> None:
+    """Gives signs of life; ends the process where another has taken the folder over, e.g. after a long suspension."""
+    while not ended.wait(HEARTBEAT):
+        try:
+            with path.open() as file:
+                holder = _read(file)
+            if holder == own:
+                os.utime(path)
+                continue
+        except OSError:  # a file system that is away for a moment
+            continue
+        if holder and not ended.is_set():
+            print(f"error: process {holder.get('pid')} on {holder.get('host')} has taken {path.parent} over; "
+                  "this one ends", file=sys.stderr, flush=True)  # fmt: skip
+            os._exit(LOST)

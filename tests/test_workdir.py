@@ -1,0 +1,110 @@
+"""A folder is held by one run at a time: refusal, takeover of what the dead left, races."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from av_mae import workdir
+from av_mae.errors import UserError
+from av_mae.workdir import LOCK, held
+
+HOLD = """
+import sys, time
+from av_mae.errors import UserError
+from av_mae.workdir import held
+
+try:
+    with held(sys.argv[1]):
+        print("held", flush=True)
+        time.sleep(float(sys.argv[2]))
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+def hold(folder: pathlib.Path, seconds: float) -> subprocess.Popen:
+    """A process that holds the folder so long, or says why not."""
+    return subprocess.Popen([sys.executable, "-c", HOLD, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True)
+
+
+def test_the_second_says_who_holds_the_folder(tmp_path):
+    first = hold(tmp_path, 60)
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(UserError) as refused, held(tmp_path):
+        pass
+    message = (
+        rf"^{re.escape(str(tmp_path))} is held by process {first.pid} on {re.escape(os.uname().nodename)} since 20"
+    )
+    assert re.search(message, str(refused.value)) and "\n" not in str(refused.value)
+    first.kill()
+    first.wait()
+    with held(tmp_path):  # what a killed process left counts no more
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError, match=f"held by process {os.getpid()} "), held(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_many_at_once_one_holds_it(tmp_path):
+    (tmp_path / LOCK).write_text(json.dumps(workdir._describe() | {"pid": 2**22 + 1}))  # stale, for all of them
+    processes = [hold(tmp_path, 8) for _ in range(6)]
+    said = [process.stdout.readline() for process in processes]
+    assert said.count("held\n") == 1
+    assert sum("is held by process" in line for line in said) == 5
+    for process in processes:
+        process.wait()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change, silent, taken",
+    [
+        ({"system": "another boot", "host": "other"}, 10, False),
+        ({"system": "another boot", "host": "other"}, workdir.STALE + 5, True),
+        ({"started": "1"}, 0, True),  # the number of the process came again
+        ({"pid": "?"}, 0, True),
+    ],
+)
+def test_other_machines_and_old_numbers(tmp_path, change, silent, taken):
+    path = tmp_path / LOCK
+    path.write_text(json.dumps(workdir._describe() | change))
+    os.utime(path, (time.time() - silent,) * 2)
+    if taken:
+        with held(tmp_path):
+            pass
+    else:
+        with pytest.raises(UserError, match="on other since"), held(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_damaged_lock_holds_nobody(tmp_path, content):
+    (tmp_path / LOCK).write_text(content)
+    with held(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_signs_of_life_and_their_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "HEARTBEAT", 0.05)
+    ended = []
+    monkeypatch.setattr(workdir.os, "_exit", lambda status: ended.append(status))
+    with held(tmp_path / "new"):
+        path = tmp_path / "new" / LOCK
+        os.utime(path, (1, 1))
+        time.sleep(0.5)
+        assert time.time() - path.stat().st_mtime < 5 and not ended
+        path.write_text(json.dumps(workdir._describe() | {"host": "other"}))
+        time.sleep(0.3)
+    assert set(ended) == {workdir.LOST} and path.exists()  # the other's lock stays
+
+
+def test_a_store_is_not_held():
+    with held("memory://bucket/run"), held("memory://bucket/run"):
+        pass
