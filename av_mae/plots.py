@@ -257,7 +257,7 @@ def save_png(path: str | os.PathLike[str], plot: np.ndarray) -> None:
 def _panels(original: np.ndarray, prediction: ArrayLike, mask: ArrayLike, stream: StreamConfig) -> Panels:
     """`Panels` [n, H, W, C] in the model's input space."""
     # Rearranging keeps NumPy's arrays what they are: nothing goes to a device here.
-    patches = np.asarray(patchify(original, stream.patch_size))  # type: ignore[arg-type]
+    patches = np.asarray(patchify(original, stream.patch_size))
     predicted = np.asarray(prediction, np.float32)
     removed = np.asarray(mask, bool)[..., None]
     if stream.normalize_targets:
@@ -265,7 +265,7 @@ def _panels(original: np.ndarray, prediction: ArrayLike, mask: ArrayLike, stream
         predicted = predicted * deviation + patches.mean(-1, keepdims=True)
     visible = np.where(removed, np.nan, patches)
     rebuilt = np.where(removed, predicted, patches)
-    images = [np.asarray(unpatchify(part, stream)) for part in (visible, rebuilt)]  # type: ignore[arg-type]
+    images = [np.asarray(unpatchify(part, stream)) for part in (visible, rebuilt)]
     return Panels(original, *images)
 
 

@@ -127,18 +127,14 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[a
     `--config.KEY VALUE` is understood too. Anything else that the parser does not know ends the program.
     """
     arguments, rest = parser.parse_known_args(argv)
-    overrides, position = [], 0
-    while position < len(rest):
-        word = rest[position]
+    overrides = []
+    while rest:
+        word = rest.pop(0)
         if not word.startswith(PREFIX):
             parser.error(f"unrecognized argument: {word}")
-        if "=" not in word:
-            position += 1
-            if position == len(rest):
-                parser.error(f"{word} needs a value: {word}=VALUE")
-            word = f"{word}={rest[position]}"
-        overrides.append(word)
-        position += 1
+        if "=" not in word and not rest:
+            parser.error(f"{word} needs a value: {word}=VALUE")
+        overrides.append(word if "=" in word else f"{word}={rest.pop(0)}")
     return arguments, overrides
 
 
