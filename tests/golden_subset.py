@@ -1,4 +1,4 @@
-"""The golden tensors in tests/data/golden: packed files, models that hold a part of published weights, and stand-ins."""
+"""The golden tensors in tests/data/golden: packed files, and models that hold a part of published weights."""
 
 import functools
 import json
