@@ -7,9 +7,9 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from published import names_of
 
 from av_mae import models
-from published import names_of
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "golden"
 STREAMS = ("image", "audio", "fusion")
@@ -22,8 +22,12 @@ def pack(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     floats = {name: x for name, x in arrays.items() if x.dtype == np.float32}
     values = np.concatenate([x.astype("<f4").ravel() for x in floats.values()] or [np.zeros(0, "<f4")])
     index = json.dumps({name: x.shape for name, x in floats.items()})
-    np.savez_compressed(path, index=index, planes=np.ascontiguousarray(values.view(np.uint8).reshape(-1, 4).T),
-                        **{name: x for name, x in arrays.items() if name not in floats})
+    np.savez_compressed(
+        path,
+        index=index,
+        planes=np.ascontiguousarray(values.view(np.uint8).reshape(-1, 4).T),
+        **{name: x for name, x in arrays.items() if name not in floats},
+    )
 
 
 @functools.cache
@@ -55,9 +59,11 @@ def config(kind: str = "factorized", decoder: str = "plain", normalize: bool = T
     return models.AVMAEConfig(
         image=models.StreamConfig(size=tuple(inputs["image"]), channels=3, mask_ratio=c["mask"][0], **stream),
         audio=models.StreamConfig(size=tuple(inputs["audio"]), channels=1, mask_ratio=c["mask"][1], **stream),
-        fusion=models.FusionConfig(kind=kind, tokens=tuple(c["tokens"]), heads=c["heads"], attention_ratio=c["attn"],
-                                   mlp_ratio=c["mlp"]),
-        decoder=models.DecoderConfig(kind=decoder, **c["dec"]))
+        fusion=models.FusionConfig(
+            kind=kind, tokens=tuple(c["tokens"]), heads=c["heads"], attention_ratio=c["attn"], mlp_ratio=c["mlp"]
+        ),
+        decoder=models.DecoderConfig(kind=decoder, **c["dec"]),
+    )
 
 
 def with_weights(model: nnx.Module, tensors: dict[str, np.ndarray]) -> nnx.Module:
@@ -90,8 +96,12 @@ def sample(x: np.ndarray) -> np.ndarray:
 
 def model_inputs(arrays: dict[str, np.ndarray]) -> tuple:
     """image [B, H, W, 3], audio [B, mels, frames] and the noise of both masks."""
-    return (jnp.asarray(arrays["image"]).transpose(0, 2, 3, 1), jnp.asarray(arrays["audio"])[:, 0],
-            jnp.asarray(arrays["image_noise"]), jnp.asarray(arrays["audio_noise"]))
+    return (
+        jnp.asarray(arrays["image"]).transpose(0, 2, 3, 1),
+        jnp.asarray(arrays["audio"])[:, 0],
+        jnp.asarray(arrays["image_noise"]),
+        jnp.asarray(arrays["audio_noise"]),
+    )
 
 
 def with_tokens(model: nnx.Module, tokens: models.Tokens) -> nnx.Module:

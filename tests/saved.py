@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 import av_mae
 from av_mae.data.records import open_source
-from av_mae.exporting.index import Index
+from av_mae.search import Index
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "saved"
 ROOT = pathlib.Path(__file__).parent.parent
@@ -47,9 +47,12 @@ def move(folder: pathlib.Path) -> None:
 def inputs() -> dict[str, np.ndarray]:
     """Two clips of the saved models' sizes, and the noise that masks them."""
     random = np.random.default_rng(0)
-    return {"image": random.standard_normal((2, 16, 16, 3), np.float32),
-            "audio": random.standard_normal((2, 16, 32), np.float32),
-            "image_noise": random.random((2, 4), np.float32), "audio_noise": random.random((2, 8), np.float32)}
+    return {
+        "image": random.standard_normal((2, 16, 16, 3), np.float32),
+        "audio": random.standard_normal((2, 16, 32), np.float32),
+        "image_noise": random.random((2, 4), np.float32),
+        "audio_noise": random.random((2, 8), np.float32),
+    }
 
 
 def outputs(folder: pathlib.Path, name: str) -> dict[str, np.ndarray]:
@@ -66,8 +69,10 @@ def outputs(folder: pathlib.Path, name: str) -> dict[str, np.ndarray]:
 
 def sound_settings(folder: pathlib.Path, name: str) -> dict:
     """Of the log-mel features that a model was trained on."""
-    return {key: getattr(av_mae.load(folder / name).sound, key)
-            for key in ("rate", "n_fft", "hop", "mels", "log_floor", "mean", "std")}
+    return {
+        key: getattr(av_mae.load(folder / name).sound, key)
+        for key in ("rate", "n_fft", "hop", "mels", "log_floor", "mean", "std")
+    }
 
 
 def plain(value):
@@ -85,8 +90,11 @@ def records(folder: pathlib.Path, name: str, split: str) -> dict:
     """How many records a split has, their ids and labels, and all fields of the first."""
     source = open_source(folder / name, split)
     every = [source[number] for number in range(len(source))]
-    return {"ids": [plain(record["id"]) for record in every], "labels": [plain(record["labels"]) for record in every],
-            "first": {key: plain(value) for key, value in every[0].items()}}
+    return {
+        "ids": [plain(record["id"]) for record in every],
+        "labels": [plain(record["labels"]) for record in every],
+        "first": {key: plain(value) for key, value in every[0].items()},
+    }
 
 
 def table(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -105,8 +113,13 @@ def search(folder: pathlib.Path, stream: str) -> tuple[dict[str, np.ndarray], li
 def run(folder: pathlib.Path, module: str, *options: str) -> str:
     """A command in a process of its own, in a folder with the saved files; returns what it says. One device."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, "-m", f"av_mae.{module}", *options], cwd=folder, text=True,
-                          capture_output=True, env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(
+        [sys.executable, "-m", f"av_mae.{module}", *options],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -120,8 +133,14 @@ def resume(folder: pathlib.Path) -> tuple[str, dict]:
     """The pretraining goes on for a step more: what it says, and that step's figures."""
     recipe = folder / "resumed.py"
     recipe.write_text(RECIPE.format(path=str(folder / "pretraining" / "config.json")))
-    said = run(folder, "train", f"--config={recipe}", "--workdir=pretraining", "--config.steps=5",
-               "--config.checkpoint_every=5")
+    said = run(
+        folder,
+        "train",
+        f"--config={recipe}",
+        "--workdir=pretraining",
+        "--config.steps=5",
+        "--config.checkpoint_every=5",
+    )
     line = read_metrics(folder / "pretraining")[-1]
     return said, {key: line[key] for key in ("step", "loss", "image_loss", "audio_loss", "grad_norm")}
 
@@ -141,8 +160,10 @@ def read_all(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     """Everything that tests compare."""
     arrays = {f"{name}/{key}": x for name in MODELS for key, x in outputs(folder, name).items()}
     arrays |= {f"table/{key}": x for key, x in table(folder).items()}
-    told = {"sound": sound_settings(folder, "pretraining"),
-            "records": {f"{name}:{split}": records(folder, name, split) for name, split in SPLITS}}
+    told = {
+        "sound": sound_settings(folder, "pretraining"),
+        "records": {f"{name}:{split}": records(folder, name, split) for name, split in SPLITS},
+    }
     for stream in STREAMS:
         hits, told["rows"] = search(folder, stream)
         arrays |= {f"search/{stream}/{key}": x for key, x in hits.items()}

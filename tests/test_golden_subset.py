@@ -7,25 +7,24 @@ import dataclasses
 import functools
 import json
 
+import golden_subset
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-
-import golden_subset
-from av_mae import models
-from av_mae.config import OptimizerConfig, SoundConfig
-from av_mae.data.masked_sound import apply_mask
-from av_mae.data.sound import log_mel, mel_filter_bank
-from av_mae.evaluation.figures import Bootstrap
-from av_mae.evaluation.metrics import neighbours
-from av_mae.evaluation.metrics.segmentation import score_clip, segmentation_figures
-from av_mae.models import objectives
-from av_mae.models.positions import sin_cos_2d
-from av_mae.training import optimizer
 from golden_subset import STREAMS, load, part, sample
 from published import names_of, read_state_dict
 from tiny_training import recipe
+
+from av_mae import cosine, models
+from av_mae.config import OptimizerConfig, SoundConfig
+from av_mae.data.audio import apply_mask, log_mel, mel_filter_bank
+from av_mae.evaluate import neighbours
+from av_mae.evaluate.bootstrap import Bootstrap
+from av_mae.evaluate.segmentation import score_clip, segmentation_metrics
+from av_mae.models import losses as objectives
+from av_mae.models.layers import sin_cos_2d
+from av_mae.train import optimizer
 
 PAIRS = ("separable", "chunked", "materialized")
 
@@ -56,6 +55,7 @@ def near_gradients(found, arrays):
 
 
 # The whole model: factorized fusion, plain decoders
+
 
 @functools.cache
 def whole(normalize=True, pair="separable"):
@@ -114,6 +114,7 @@ def test_gradients(pair):
 
 # The other kinds of fusion: the last fusion block
 
+
 @pytest.mark.parametrize("name, kind", [("dense_mmi", "dense"), ("token", "token")])
 def test_fusion_block(name, kind):
     arrays = load(name)
@@ -137,6 +138,7 @@ def test_fusion_block(name, kind):
 
 # Swin decoder of the sound
 
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_swin_decoder(normalize):
     arrays = load("factorized_mmi_swin")
@@ -147,20 +149,24 @@ def test_swin_decoder(normalize):
         np.testing.assert_array_equal(mask.keep, arrays[f"{stream}_ids_keep"])
         np.testing.assert_array_equal(mask.mask, arrays[f"{stream}_mask"])
     image = jnp.zeros((len(audio), *model.config.image.size, 3))
-    tokens = models.Tokens(jnp.zeros((*masks[0].keep.shape, model.config.image.width)),
-                           *(jnp.asarray(arrays[f"masked_{stream}_tokens"]) for stream in ("audio", "fusion")))
+    tokens = models.Tokens(
+        jnp.zeros((*masks[0].keep.shape, model.config.image.width)),
+        *(jnp.asarray(arrays[f"masked_{stream}_tokens"]) for stream in ("audio", "fusion")),
+    )
     given = golden_subset.with_tokens(model, tokens)
     out, losses = given(image, audio, *noise), given.losses(image, audio, *noise)
     near(out.audio_prediction[:, ::4, ::8], arrays["pred_audio"])
     for loss in (out.audio_loss, losses[1].mean()):
         near(loss, arrays["loss_audio_norm" if normalize else "loss_audio_raw"], 1e-6)
     if normalize:
-        gradients = nnx.grad(lambda model: golden_subset.with_tokens(model, tokens).losses(
-            image, audio, *noise)[1].mean())(model)
+        gradients = nnx.grad(
+            lambda model: golden_subset.with_tokens(model, tokens).losses(image, audio, *noise)[1].mean()
+        )(model)
         near_gradients(golden_subset.as_published(gradients, model), arrays)
 
 
 # Heads
+
 
 @pytest.mark.parametrize("name", ["classifier_plain", "classifier_norm"])
 def test_classifier(name):
@@ -179,11 +185,14 @@ def test_separator():
     """Evaluation mode with all four masks and losses, then a training batch."""
     arrays, mixture = load("heads"), jnp.asarray(load("factorized_mmi")["audio"])[:, 0]
     source, clips = jnp.asarray(arrays["separation/target_spec"])[:, 0], len(mixture)
-    model = with_weights(made(models.Separator, golden_subset.config(), models.SeparatorConfig()), arrays,
-                         "separation/weight/")
+    model = with_weights(
+        made(models.Separator, golden_subset.config(), models.SeparatorConfig()), arrays, "separation/weight/"
+    )
     image = jnp.asarray(arrays["ours/separation/last_image"])
-    layers = tuple(models.Tokens(image, jnp.asarray(arrays[f"ours/separation/layer{number}_audio"]), image[:, :0])
-                   for number in range(3))
+    layers = tuple(
+        models.Tokens(image, jnp.asarray(arrays[f"ours/separation/layer{number}_audio"]), image[:, :0])
+        for number in range(3)
+    )
     model = golden_subset.with_tokens(model, models.Tokens(image, layers[-1].audio, image[:, :0], layers))
     logits = model(jnp.zeros((clips, *model.config.image.size, 3)), mixture)
     near(logits[:, ::4, ::4], arrays["separation/logits"])
@@ -208,13 +217,14 @@ def test_segmentation_loss():
 
 # Training: learning rates, positions
 
+
 def test_learning_rates():
     """Of the schedule, and of pretrained encoders."""
     rows, clips = load("heads")["schedule/epoch_lr_pretrainedlr"], 1000
     config = recipe(steps=0, epochs=200.0, batch_size=8, optimizer=OptimizerConfig(base_lr=3e-4 * 32, warmup=40.0))
     length = optimizer.run_length(config, clips)
     schedule = optimizer.learning_rate(config, length)
-    multiplier, = optimizer.pretrained_multipliers(["encoder.image.norm.bias"], ["image"], length).values()
+    (multiplier,) = optimizer.pretrained_multipliers(["encoder.image.norm.bias"], ["image"], length).values()
     rates = np.array([(schedule(step), schedule(step) * multiplier(step)) for step in rows[:, 0] * clips / 8])
     np.testing.assert_allclose(rates, rows[:, 1:], rtol=2e-5, atol=1e-10)
 
@@ -223,8 +233,7 @@ def test_layer_decay():
     table = json.loads((golden_subset.FOLDER / "separation_layer_decay.json").read_text())
     config = golden_subset.config()
     model = nnx.eval_shape(lambda: made(models.Separator, config, models.SeparatorConfig()))
-    parameters = {".".join(map(str, path)): x.get_value()
-                  for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    parameters = {".".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     rules, seen = names_of(model).rules, []
     scales, decayed = optimizer.layer_multipliers(parameters, 0.75, config.layers), optimizer.decayed(parameters)
     for published, (scale, weight_decay) in table.items():
@@ -240,6 +249,7 @@ def test_positions(key, grid, width):
 
 
 # Sound
+
 
 def waveform(name):
     return load("audio")[f"{name}/waveform"][0] / np.float32(32768)
@@ -263,12 +273,15 @@ def test_masked_sound():
 
 # Metrics
 
+
 @pytest.mark.parametrize("classes", [1, 5])
-def test_segmentation_figures(classes):
+def test_segmentation_metrics(classes):
     golden = part(load("metrics"), f"segmentation{classes}/")
-    scores = [score_clip(logits, target.astype(int))
-              for logits, target in zip(np.moveaxis(golden["logits"], 1, -1), golden["target"], strict=True)]
-    found = segmentation_figures(scores, Bootstrap(6, 0, 100))
+    scores = [
+        score_clip(logits, target.astype(int))
+        for logits, target in zip(np.moveaxis(golden["logits"], 1, -1), golden["target"], strict=True)
+    ]
+    found = segmentation_metrics(scores, Bootstrap(6, 0, 100))
     for ours, theirs in {"miou": "miou", "precision": "precision", "recall": "recall", "f_score": "fscore"}.items():
         expected = [golden[f"{theirs}{end}"] for end in ("", "_noBg")]
         np.testing.assert_allclose([found[ours].value, found[f"{ours}_without_background"].value], expected, rtol=1e-6)
@@ -276,7 +289,7 @@ def test_segmentation_figures(classes):
 
 def test_nearest_neighbours():
     golden = part(load("metrics"), "knn/")
-    found = neighbours.nearest({stream: golden[f"{stream}_features"] for stream in STREAMS}, block=64)
+    found = cosine.nearest({stream: golden[f"{stream}_features"] for stream in STREAMS}, block=64)
     assert set(found) == {*STREAMS, "all"}
     for name, neighbour in found.items():
         accuracy = np.mean(neighbours.accuracies(neighbour, golden["labels"]))
@@ -284,6 +297,7 @@ def test_nearest_neighbours():
 
 
 # The files
+
 
 def test_weights_are_stored_bit_for_bit(shared):
     """Where the whole set is there: weights here are those there."""

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-
 import saved
 
 
@@ -56,8 +55,13 @@ def test_embeddings_are_searched_alike(folder, stream):
 
 def test_embeddings_are_those_of_the_checkpoint(folder, tmp_path):
     """Exported anew, after which the same command on the old folder finds nothing to do."""
-    arguments = ("--checkpoint=pretraining", "--data=toy_band:train", "--shard_clips=2", "--batch_size=2",
-                 "--workers=0")
+    arguments = (
+        "--checkpoint=pretraining",
+        "--data=toy_band:train",
+        "--shard_clips=2",
+        "--batch_size=2",
+        "--workers=0",
+    )
     saved.run(folder, "export", *arguments, f"--output={tmp_path}/embeddings")
     found, wanted = saved.table(tmp_path), saved.table(folder)
     for key, x in wanted.items():

@@ -7,15 +7,27 @@ import sys
 
 import jax
 import numpy as np
+from golden_subset import FOLDER, STREAMS, config, model_inputs, pack, part, sample, with_tokens
+from published import read_state_dict
 from safetensors.numpy import load_file
 
 from av_mae import convert, models
-from golden_subset import FOLDER, STREAMS, config, model_inputs, pack, part, sample, with_tokens
-from published import read_state_dict
 
-MASKED = ("image_noise", "audio_noise", "image_ids_keep", "audio_ids_keep", "image_mask", "audio_mask",
-          "masked_image_tokens", "masked_audio_tokens", "masked_fusion_tokens", "loss_image_norm", "loss_audio_norm",
-          "loss_image_raw", "loss_audio_raw")
+MASKED = (
+    "image_noise",
+    "audio_noise",
+    "image_ids_keep",
+    "audio_ids_keep",
+    "image_mask",
+    "audio_mask",
+    "masked_image_tokens",
+    "masked_audio_tokens",
+    "masked_fusion_tokens",
+    "loss_image_norm",
+    "loss_audio_norm",
+    "loss_image_raw",
+    "loss_audio_raw",
+)
 FULL = tuple(f"full_{stream}_tokens" for stream in STREAMS)
 
 
@@ -39,11 +51,20 @@ def weights(tensors, prefix=""):
 def whole(golden):
     """The factorized model: all weights; layers, predictions and gradients as samples."""
     arrays = dict(np.load(golden / "factorized_mmi.npz"))
-    layers = {f"layer{number}_{stream}": sample(arrays[f"layer{number}_{stream}"])
-              for number in range(3) for stream in STREAMS}
+    layers = {
+        f"layer{number}_{stream}": sample(arrays[f"layer{number}_{stream}"])
+        for number in range(3)
+        for stream in STREAMS
+    }
     predictions = {name: arrays[name][:, ::4, ::8] for name in ("pred_image", "pred_audio")}
-    pack(FOLDER / "factorized_mmi.npz", chosen(arrays, "image", "audio", *MASKED, *FULL) | layers | predictions
-         | gradients(arrays) | weights(read_state_dict(golden / "factorized_mmi.pth")))
+    pack(
+        FOLDER / "factorized_mmi.npz",
+        chosen(arrays, "image", "audio", *MASKED, *FULL)
+        | layers
+        | predictions
+        | gradients(arrays)
+        | weights(read_state_dict(golden / "factorized_mmi.pth")),
+    )
 
 
 def fusion_block(golden, name, kind):
@@ -61,10 +82,21 @@ def fusion_block(golden, name, kind):
 
     ours["ours/loss_by_fusion"] = jax.grad(loss)(tokens.fusion)
     tensors = read_state_dict(golden / f"{name}.pth")
-    pack(FOLDER / f"{name}.npz", chosen(arrays, *(f"layer1_{stream}" for stream in STREAMS), "layer2_fusion",
-                                        "full_fusion_tokens", "masked_fusion_tokens") | ours
-         | gradients(arrays, block) | gradients(arrays, "encoder.fusion_norm.")
-         | weights(tensors, block) | weights(tensors, "encoder.fusion_norm."))
+    pack(
+        FOLDER / f"{name}.npz",
+        chosen(
+            arrays,
+            *(f"layer1_{stream}" for stream in STREAMS),
+            "layer2_fusion",
+            "full_fusion_tokens",
+            "masked_fusion_tokens",
+        )
+        | ours
+        | gradients(arrays, block)
+        | gradients(arrays, "encoder.fusion_norm.")
+        | weights(tensors, block)
+        | weights(tensors, "encoder.fusion_norm."),
+    )
 
 
 def swin(golden):
@@ -72,15 +104,28 @@ def swin(golden):
     name = "factorized_mmi_swin"
     arrays = dict(np.load(golden / f"{name}.npz"))
     keep = [name for name in MASKED if name not in ("masked_image_tokens", "loss_image_norm", "loss_image_raw")]
-    pack(FOLDER / f"{name}.npz", chosen(arrays, "audio", *keep) | {"pred_audio": arrays["pred_audio"][:, ::4, ::8]}
-         | gradients(arrays, "audio_decoder") | weights(read_state_dict(golden / f"{name}.pth"), "audio_decoder"))
+    pack(
+        FOLDER / f"{name}.npz",
+        chosen(arrays, "audio", *keep)
+        | {"pred_audio": arrays["pred_audio"][:, ::4, ::8]}
+        | gradients(arrays, "audio_decoder")
+        | weights(read_state_dict(golden / f"{name}.pth"), "audio_decoder"),
+    )
 
 
 def heads(golden):
     """Classifiers and separator without their encoders, whose tokens are ours; segmentation without weights."""
     arrays = dict(np.load(golden / "heads.npz"))
-    found = chosen(arrays, "schedule/epoch_lr_pretrainedlr", "posembed/2d_8x12_d64", "posembed/2d_14x14_d48",
-                   "separation/target_spec", "separation/train_mode/loss", "segmentation5/logits", "segmentation5/loss")
+    found = chosen(
+        arrays,
+        "schedule/epoch_lr_pretrainedlr",
+        "posembed/2d_8x12_d64",
+        "posembed/2d_14x14_d48",
+        "separation/target_spec",
+        "separation/train_mode/loss",
+        "segmentation5/logits",
+        "segmentation5/loss",
+    )
     found["segmentation5/target"] = arrays["segmentation5/target"].astype(np.uint8)
     for name, x in arrays.items():
         if name.startswith("separation/weighted"):
@@ -112,12 +157,16 @@ def sound_and_metrics(golden):
         found[f"{name}/log_mel"] = arrays[f"{name}/log_mel"][:, ::4, ::2]
     mixture = arrays["demo1/waveform"] + arrays["demo2/waveform"]
     np.testing.assert_array_equal(arrays["masking/mixture"], mixture)
-    found |= {"masking/mask_logits": arrays["masking/mask_logits"],
-              "masking/waveform": arrays["masking/waveform"][:, ::16]}
+    found |= {
+        "masking/mask_logits": arrays["masking/mask_logits"],
+        "masking/waveform": arrays["masking/waveform"][:, ::16],
+    }
     pack(FOLDER / "audio.npz", found)
     arrays = dict(np.load(golden / "metrics.npz"))
-    pack(FOLDER / "metrics.npz", {name: x.astype(np.uint8) if name.endswith("target") else x
-                                  for name, x in arrays.items()})
+    pack(
+        FOLDER / "metrics.npz",
+        {name: x.astype(np.uint8) if name.endswith("target") else x for name, x in arrays.items()},
+    )
 
 
 if __name__ == "__main__":

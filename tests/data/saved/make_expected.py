@@ -5,7 +5,6 @@ import pathlib
 import sys
 
 import numpy as np
-
 import saved
 
 if __name__ == "__main__":
