@@ -74,7 +74,7 @@ def test_evaluate_in_the_readme_needs_its_checkpoint(tmp_path):
 def test_python_runs(capsys):
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), {})
-    assert "'fusion': (2, 128)" in capsys.readouterr().out
+    assert "'fusion': (1, 128)" in capsys.readouterr().out
 
 
 def test_files_that_the_readme_names_are_there():
