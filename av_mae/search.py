@@ -16,8 +16,8 @@ from pyarrow import parquet
 
 from av_mae import preprocess
 from av_mae.console import note, one_line, quiet_libraries
-from av_mae.cosine import Hits, closest, unit
 from av_mae.errors import ClipFailure, UserError, run_command
+from av_mae.evaluate.cosine import Hits, closest, unit
 from av_mae.export import tables
 from av_mae.export.embeddings import Embedder, model_identity
 from av_mae.export.inputs import open_input
@@ -123,7 +123,8 @@ class Index:
 
     def write_vectors(self, path: pathlib.Path, column: str) -> None:
         """All rows of a column, of length 1, as FAISS and others read them: float32 `.npy` [n, D], or `.fvecs` (before
-        each row its length as int32). Inner products are cosines. Their ids, a line each, go to `PATH.ids.txt`, control characters and line ends as escapes.
+        each row its length as int32). Inner products are cosines. Their ids, a line each, go to `PATH.ids.txt`, control
+        characters and line ends as escapes.
 
         Raises:
           UserError: another suffix, or no such column.

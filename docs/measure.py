@@ -46,7 +46,7 @@ def imports(trees: dict[str, ast.Module], lazy: bool = True) -> dict[str, set[st
             elif isinstance(node, ast.Import):
                 wanted |= {alias.name for alias in node.names}
         full = wanted & modules
-        # `from package import module` needs the module; the package's own file counts only if nothing else of it is named
+        # `from package import module` needs the module; the package's own file counts if nothing else of it is named
         found[module_name(path)] = {name for name in full if not any(other.startswith(name + ".") for other in full)}
         found[module_name(path)].discard(module_name(path))
     return found

@@ -74,8 +74,8 @@ def write(
                 container.mux(
                     stream.encode(_block(stream, sound[number * block : (number + 1) * block], number * block))
                 )
-        for stream in filter(None, (picture, stream)):
-            container.mux(stream.encode(None))
+        for track in filter(None, (picture, stream)):
+            container.mux(track.encode(None))
 
 
 def _picture(container, codec: str, fps: int, shape: tuple, gop: int, aspect: Fraction):

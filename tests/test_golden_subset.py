@@ -16,10 +16,10 @@ from golden_subset import STREAMS, load, part, sample
 from published import names_of, read_state_dict
 from tiny_training import recipe
 
-from av_mae import cosine, models
+from av_mae import models
 from av_mae.config import OptimizerConfig, SoundConfig
 from av_mae.data.audio import apply_mask, log_mel, mel_filter_bank
-from av_mae.evaluate import neighbours
+from av_mae.evaluate import cosine, neighbours
 from av_mae.evaluate.bootstrap import Bootstrap
 from av_mae.evaluate.segmentation import score_clip, segmentation_metrics
 from av_mae.models import losses as objectives

@@ -22,7 +22,7 @@ esac
 
 @pytest.fixture
 def launch(root, tmp_path):
-    """launch(script, *arguments, pythons={name: version}) → (exit status, stderr, calls of the environment's Python)."""
+    """launch(script, *arguments, pythons={name: version}) → exit status, stderr, calls of the environment's Python."""
     (tmp_path / "bin").mkdir()
     calls = tmp_path / "calls"
 

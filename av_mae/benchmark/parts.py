@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from av_mae import benchmark, cosine, models
+from av_mae import benchmark, models
 from av_mae.benchmark.step import random_batch
 from av_mae.checkpoint import Checkpoints, Restored, TrainState
 from av_mae.config import TrainConfig
 from av_mae.errors import UserError
+from av_mae.evaluate import cosine
 from av_mae.models import flops
 from av_mae.models.fusion import FusionBlock
 from av_mae.train.loop import Prefetch

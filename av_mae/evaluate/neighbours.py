@@ -18,10 +18,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from av_mae import cosine, models, plots
+from av_mae import models, plots
 from av_mae.checkpoint import Checkpoint
 from av_mae.config import DataConfig, TrainConfig
 from av_mae.data.pipeline import open_evaluation_data
+from av_mae.evaluate import cosine
 from av_mae.evaluate.bootstrap import Bootstrap, Metric, Values
 from av_mae.evaluate.task import Clip, Condition, Measured, Task, TaskConfig, Untrained, common_classes, set_names
 from av_mae.models import kinds

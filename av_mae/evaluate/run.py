@@ -38,7 +38,7 @@ REPEATS = 3
 
 
 class Rates:
-    """Times a forward pass in a loop over the batches of `prefetch`; the first batch, which compiles, does not count."""
+    """Times a forward pass in a loop over the batches of `prefetch`; the first batch compiles and does not count."""
 
     def __init__(self, prefetch: Prefetch):
         self._prefetch, self._waited = prefetch, 0.0

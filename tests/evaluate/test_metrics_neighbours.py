@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from av_mae import cosine
 from av_mae.benchmark import __main__ as benchmark
 from av_mae.config import MeshConfig
 from av_mae.errors import UserError
+from av_mae.evaluate import cosine
 from av_mae.evaluate.neighbours import accuracies
 from av_mae.train.sharding import make_mesh
 

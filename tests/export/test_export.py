@@ -31,7 +31,8 @@ CLIPS = 15
 def one_device():
     """What is compiled for one device is compiled sooner."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedder.jax, "local_devices", lambda devices=jax.local_devices()[:1]: devices)
+        devices = jax.local_devices()[:1]
+        patch.setattr(embedder.jax, "local_devices", lambda: devices)
         yield
 
 
@@ -346,7 +347,8 @@ def test_inputs_that_are_not_there(checkpoint, tmp_path):
 
 def test_all_devices_share_the_rows(checkpoint, clips, exported, tmp_path, monkeypatch):
     """Batches are rounded up to the devices."""
-    monkeypatch.setattr(embedder.jax, "local_devices", lambda devices=jax.devices()[:4]: devices)
+    devices = jax.devices()[:4]
+    monkeypatch.setattr(embedder.jax, "local_devices", lambda: devices)
     export(checkpoint, f"{clips}:test", tmp_path / "out", batch_size=6, shard_clips=100)
     found, wanted = read(tmp_path / "out"), read(exported[0])
     for stream in STREAMS:
