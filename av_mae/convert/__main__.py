@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from av_mae.checkpoint import open_checkpoint
-from av_mae.console import quiet_libraries
+from av_mae.console import one_line, quiet_libraries
 from av_mae.convert import store
 from av_mae.convert.deepavfusion import DeepAVFusionFile, complaints, load_published, summarize
 from av_mae.convert.infer import AS_TOLD, Options, infer
@@ -42,7 +42,7 @@ def convert(source: str | os.PathLike, output: str | os.PathLike, options: Optio
     weights = DeepAVFusionFile(file, infer(file.tensors, str(source), options))
     survey = weights.survey()
     for complaint in complaints(weights, survey):
-        print(f"warning: {complaint}", file=sys.stderr)
+        print(f"warning: {one_line(complaint)}", file=sys.stderr)
     with store.whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
         store.write_checkpoint(unfinished, weights, survey, between)
     return summarize(weights, options)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from av_mae.console import one_line
 from av_mae.convert.infer import POSITION_TOLERANCE, Found, Options, identify, infer, learned_positions
 from av_mae.convert.names import names_of
 from av_mae.convert.tensors import shown
@@ -219,7 +220,7 @@ def summarize(weights: DeepAVFusionFile, options: Options) -> str:
         ("missing", ["decoders"] * (found.kind == kinds.ENCODER) + [f"{name} (computed)" for name in weights.missing]),
         ("not told by the file", assumed(weights, options)),
     ):
-        lines.append(f"  {title}: {', '.join(entries) or 'nothing'}")
+        lines.append(f"  {title}: {one_line(', '.join(entries)) or 'nothing'}")
     if found.kind == "audio_encoder":
         lines.append(
             "  patches as they are: AudioMAE has time in rows, here they are mels; DeepAVFusion does not "
