@@ -128,11 +128,12 @@ class Reader:
 
     def model(self, kind: str, prefix: str) -> AVMAEConfig:
         image, audio = (self.stream(name, f"{prefix}{name}.", self.grid) for name in ("image", "audio"))
+        fusion = self.fusion(prefix, image)
         decoder = self.decoder() if kind == kinds.PRETRAINING else DecoderConfig()
         if kind == kinds.PRETRAINING:
             for name, stream in (("image_decoder", image), ("audio_decoder", audio)):
                 self.positions_of(f"{name}_pos_embed", stream.tokens, decoder.width)
-        return self.checked(AVMAEConfig, image=image, audio=audio, fusion=self.fusion(prefix, image), decoder=decoder)
+        return self.checked(AVMAEConfig, image=image, audio=audio, fusion=fusion, decoder=decoder)
 
     def unimodal(self, kind: str) -> AVMAEConfig:
         stream = kinds.STREAMS[kind]

@@ -7,7 +7,7 @@ import pathlib
 
 import jax
 
-from av_mae.console import format_metrics, quiet_libraries
+from av_mae.console import format_metrics, one_line, quiet_libraries
 from av_mae.errors import UserError, run_command
 from av_mae.export.embeddings import Options, export_embeddings
 from av_mae.export.encoders import INPUTS, OUTPUTS, export_onnx, export_safetensors, export_stablehlo
@@ -166,7 +166,7 @@ def summary(output: pathlib.Path, result: dict) -> str:
             f"{result['failed']} of {result['clips'] + result['failed']} clips failed, see "
             f"{output / 'failures.parquet'}:"
         )
-        lines += [f"  {count} × {cause}" for cause, count in result["causes"].items()]
+        lines += [f"  {count} × {one_line(cause)}" for cause, count in result["causes"].items()]
     return "\n".join(lines)
 
 

@@ -58,7 +58,7 @@ class Groups(grain.MapDataset):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        return stack([window for place in range(*self._groups[index]) for window in self._clips.windows(place)])
+        return stack([window for position in range(*self._groups[index]) for window in self._clips.windows(position)])
 
 
 def stack(windows: list) -> Batch:
@@ -95,7 +95,7 @@ def batches(
 
 def shard_of(batch: Batch, shard_clips: int) -> int:
     """The shard that a batch belongs to."""
-    return batch["row"][0].place // shard_clips
+    return batch["row"][0].position // shard_clips
 
 
 def _of_one_size(groups: Iterator[Batch], size: int) -> Iterator[Batch]:
@@ -206,8 +206,8 @@ FORMAT = 1  # counts changes of what the files of an export hold
 class Options:
     """What is embedded, and how; `batch_size` and `workers` change nothing but the time.
 
-    stride: seconds from window to window (None: one window in the middle of each clip). missing: 'error' or 'zeros'
-    for what has no sound or no picture. dtype, tokens, layers: what is stored (exporting.embedder). shard_clips: clips
+    stride: seconds from window to window, `None` for one window in the middle of each clip. missing: 'error' or 'zeros'
+    for what has no sound or no picture. dtype, tokens, layers: what is stored, see Embedder. shard_clips: clips
     in a file, which is what a stopped export repeats at most.
     """
 
@@ -305,9 +305,9 @@ def write_shards(
             for host, batch in own:
                 columns = jax.device_get(rates.timed(embedder, batch["image"], batch["audio"]))
                 background.run(writer.add, host["row"], columns)
-                places = [row.place for row in host["row"] if row is not None]
-                progress.update(len(set(places) - {last}))
-                windows, last = windows + len(places) if began else 0, places[-1]
+                positions = [row.position for row in host["row"] if row is not None]
+                progress.update(len(set(positions) - {last}))
+                windows, last = windows + len(positions) if began else 0, positions[-1]
                 began = began or time.perf_counter()
             background.run(writer.close)
         background.wait()
@@ -346,21 +346,21 @@ def finish(output: pathlib.Path, own: list[pathlib.Path], total: int, rates: dic
     read = [tables.read_failures(path) for path in own]
     parts = [json.loads(text) for text in gather_texts([json.dumps([read, rates])])]
     found = [shard for shards, _ in parts for shard in shards]
-    failures = sorted(failure for _, failed in found for failure in failed)
+    failures = sorted(tables.Failed(*failure) for _, failed in found for failure in failed)
     result = {
         "clips": total - len(failures),
         "windows": sum(windows for windows, _ in found),
         "failed": len(failures),
-        "causes": dict(collections.Counter(cause for *_, cause in failures).most_common(5)),
+        "causes": dict(collections.Counter(failure.error for failure in failures).most_common(5)),
         **{name: sum(part[name] for _, part in parts if part) for name in rates},
     }
     if jax.process_index() == 0:
         tables.write_failures(output, failures)
-        record = tables.read_record(output)
+        record = tables.read_record(output) or {}
         tables.write_record(output, record | {"result": record.get("result", {}) | result})
     if not result["clips"]:
         raise UserError(
-            f"none of the {total} clips can be read; the first error: {failures[0][2] or failures[0][1]}: "
-            f"{failures[0][3]}"
+            f"none of the {total} clips can be read; the first error: {failures[0].path or failures[0].id}: "
+            f"{failures[0].error}"
         )
     return result

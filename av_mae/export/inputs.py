@@ -1,4 +1,4 @@
-"""What is embedded: the clips of a prepared set, of a folder of media, or of a list of files, by their place.
+"""What is embedded: the clips of a prepared set, of a folder of media, or of a list of files, by their index.
 
 An input is pickled and read in worker processes. It knows nothing of the model but the sizes in `Shape`.
 """
@@ -18,16 +18,18 @@ import soundfile
 
 from av_mae import preprocess
 from av_mae.config import DataConfig, SoundConfig
+from av_mae.console import note, one_line
 from av_mae.data.loading import FIELDS, ClipLoader
 from av_mae.data.plans import MIDDLE
 from av_mae.errors import ClipFailure, UserError, stage
 from av_mae.media import MEDIA, ending
+from av_mae.storage import Folder
 
 COLUMNS = ("path", "start", "end", "label", "id")
 
 
 class Entry(NamedTuple):
-    """A file, or the part of it from `start` to `end` seconds (None: its beginning, its end)."""
+    """A file, or the part of it from `start` to `end` seconds ; `None` means its beginning, its end."""
 
     path: str
     id: str
@@ -39,20 +41,21 @@ class Entry(NamedTuple):
 def list_folder(folder: str) -> list[Entry]:
     """All media files in a folder and below it, in the order of their names; the id is the path below it.
 
-    Raises UserError where there are none.
+    Links are followed, but no folder is entered twice; hidden files and folders are left out. Raises UserError where
+    there are no media.
     """
-    found = [
-        os.path.relpath(os.path.join(place, name), folder)
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if not name.startswith(".") and ending(name) in MEDIA
-    ]
+    found = [name for name in Folder(os.path.abspath(folder)).files() if ending(name) in MEDIA]
     if not found:
         raise UserError(
             f"--data={folder} holds no media: no file below it ends in {', '.join(sorted(MEDIA))}; a "
             "list of files (csv or parquet) takes any name"
         )
-    return [Entry(os.path.join(folder, name), name) for name in sorted(found)]
+    return [Entry(os.path.join(folder, name), readable(name)) for name in found]
+
+
+def readable(name: str) -> str:
+    """A file's name as UTF-8 whatever the locale; bytes that are no UTF-8 become escapes such as \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def read_list(path: str) -> tuple[list[Entry], str | None]:
@@ -77,7 +80,7 @@ def read_list(path: str) -> tuple[list[Entry], str | None]:
             raise UserError(f"--data={path}: row {row + 1} has no path")
         start, end = (_seconds(path, row, column, cells[column][row]) for column in ("start", "end"))
         start = 0.0 if start is None and end is not None else start
-        if end is not None and end <= start:
+        if start is not None and end is not None and end <= start:
             raise UserError(
                 f"--data={path}: row {row + 1} ends at {end:g} s, but must end after its start, {start:g} s"
             )
@@ -86,6 +89,9 @@ def read_list(path: str) -> tuple[list[Entry], str | None]:
         entries.append(
             Entry(os.path.join(folder, str(name)), unique if known is None else str(known), start, end, labels[row])
         )
+    twice = [name for name, number in collections.Counter(entry.id for entry in entries).items() if number > 1]
+    if twice:
+        note(f"warning: --data={path} has {len(twice)} ids more than once: {one_line(', '.join(map(repr, twice[:5])))}")
     return entries, label
 
 
@@ -134,7 +140,7 @@ def _labels(values: list[Any]) -> tuple[str | None, list[int | str | None]]:
     try:
         return "int64", [None if text is None else int(text) for text in texts]
     except ValueError:
-        return "string", texts
+        return "string", [*texts]
 
 
 def _seconds(path: str, row: int, column: str, value: Any) -> float | None:
@@ -153,18 +159,17 @@ MISSING_FILE = "there is no such file"
 class Row(NamedTuple):
     """What a table says of a window beside its embeddings.
 
-    place: the clip's number in the input. start: of the window, in seconds. error: 'stage: cause' of a clip that
-    cannot be read, '' of the others.
+    position: the clip's number in the input. start: of the window, in seconds. failure: why the clip cannot be read.
     """
 
-    place: int
+    position: int
     id: str
     path: str
     start: float
     label: int | str | None
     has_image: bool = True
     has_audio: bool = True
-    error: str = ""
+    failure: ClipFailure | None = None
 
 
 class Window(NamedTuple):
@@ -195,12 +200,13 @@ class Shape:
 
     def starts(self, begin: float, end: float) -> list[float]:
         """Starts of the windows of a clip from `begin` to `end`: at least one, the others wholly inside."""
-        count = 1 + max(0, int((end - begin - self.seconds + 1e-6) // self.stride))
-        return [begin + number * self.stride for number in range(count)]
+        stride = self.stride or math.inf
+        count = 1 + max(0, int((end - begin - self.seconds + 1e-6) // stride))
+        return [begin + (number and number * stride) for number in range(count)]
 
 
 class Input(abc.ABC):
-    """Clips by place. label: the type of labels ('int64', 'string') or None; classes: their names, if known."""
+    """Clips by position. label: the type of labels ('int64', 'string') or None; classes: their names, if known."""
 
     label: str | None = None
     classes: tuple[str, ...] = ()
@@ -217,26 +223,26 @@ class Input(abc.ABC):
         """A checksum of which clips there are, in which order."""
 
     @abc.abstractmethod
-    def find(self, place: int) -> tuple[Row, Any]:
+    def find(self, position: int) -> tuple[Row, Any]:
         """What is known of a clip before its media are decoded, and what `read` takes. Raises ClipFailure."""
 
     @abc.abstractmethod
     def read(self, row: Row, clip: Any) -> list[Window]:
         """The windows of a clip. Raises ClipFailure."""
 
-    def window(self, place: int, start: float) -> Window:
+    def window(self, position: int, start: float) -> Window:
         """The window of a clip that begins at `start` seconds, or nearest to it. Raises ClipFailure."""
-        return min(self.read(*self.find(place)), key=lambda window: abs(window.row.start - start))
+        return min(self.read(*self.find(position)), key=lambda window: abs(window.row.start - start))
 
-    def windows(self, place: int) -> list[Window]:
+    def windows(self, position: int) -> list[Window]:
         """The windows of a clip; of one that cannot be read a single one with the reason."""
-        row = Row(place, f"[{place}]", "", 0.0, None)
+        row = Row(position, f"[{position}]", "", 0.0, None)
         try:
-            row, clip = self.find(place)
+            row, clip = self.find(position)
             return self.read(row, clip)
         except ClipFailure as failure:
             image, audio = np.zeros((*self.shape.image, 3), np.uint8), np.zeros(self.shape.audio, np.float32)
-            return [Window(row._replace(error=str(failure), has_image=False, has_audio=False), image, audio)]
+            return [Window(row._replace(failure=failure.named(row.id), has_image=False, has_audio=False), image, audio)]
 
 
 class PreparedInput(Input):
@@ -261,29 +267,29 @@ class PreparedInput(Input):
         described = (pathlib.Path(self.path) / "dataset_info.json").read_bytes()
         return hashlib.sha256(described + self._split.encode()).hexdigest()
 
-    def find(self, place: int) -> tuple[Row, dict[str, Any]]:
+    def find(self, position: int) -> tuple[Row, dict[str, Any]]:
         with stage("read"):
-            record = self._records[place]
+            record = self._records[position]
         label = int(record["label"])
-        return Row(place, record["id"], self.path, 0.0, label if label >= 0 else None), record
+        return Row(position, record["id"], self.path, 0.0, label if label >= 0 else None), record
 
     def read(self, row: Row, clip: dict[str, Any]) -> list[Window]:
-        return [self._window(row, clip, place) for place in self._window_places(clip["sound"])]
+        return [self._window(row, clip, where) for where in self._window_positions(clip["sound"])]
 
-    def _window_places(self, sound: bytes) -> list[float]:
-        """Places of the windows among all that the sound holds: 0 is the first, 1 the last."""
+    def _window_positions(self, audio: bytes) -> list[float]:
+        """Where the windows lie among all that the audio holds: 0 is the first, 1 the last."""
         if self.shape.stride is None:
             return [0.5]
         with stage("sound"):
             try:
-                spare = soundfile.info(io.BytesIO(sound)).duration - self.shape.seconds
+                spare = soundfile.info(io.BytesIO(audio)).duration - self.shape.seconds
             except soundfile.LibsndfileError as error:  # its own text holds an address
                 raise ValueError(error.error_string) from error
         starts = self.shape.starts(0.0, spare + self.shape.seconds)
         return [start / spare if spare > 0 else 0.0 for start in starts]
 
-    def _window(self, row: Row, record: dict[str, Any], place: float) -> Window:
-        view = MIDDLE | {"window": place}
+    def _window(self, row: Row, record: dict[str, Any], where: float) -> Window:
+        view = MIDDLE | {"window": where}
         clip = self._loader.random_map(record | {"view": view}, np.random.default_rng(0))
         if clip["stage"]:
             raise ClipFailure("", clip["stage"], clip["cause"])
@@ -306,9 +312,9 @@ class MediaInput(Input):
             digest.update(repr(tuple(entry)).encode())
         return digest.hexdigest()
 
-    def find(self, place: int) -> tuple[Row, Entry]:
-        entry = self._entries[place]
-        return Row(place, entry.id, entry.path, entry.start or 0.0, entry.label), entry
+    def find(self, position: int) -> tuple[Row, Entry]:
+        entry = self._entries[position]
+        return Row(position, entry.id, readable(entry.path), entry.start or 0.0, entry.label), entry
 
     def read(self, row: Row, clip: Entry) -> list[Window]:
         if not os.path.isfile(clip.path):
@@ -321,14 +327,14 @@ class MediaInput(Input):
             raise
 
     def _starts(self, entry: Entry) -> list[float | None]:
-        """Where the windows of an entry begin (None: in its middle, which reading finds)."""
+        """Where the windows of an entry begin (`None`: in its middle, which reading finds)."""
         begin, end, shape = entry.start, entry.end, self.shape
         if shape.stride is None:
-            return [begin if end is None else begin + max(0.0, (end - begin - shape.seconds) / 2)]
+            return [begin if begin is None or end is None else begin + max(0.0, (end - begin - shape.seconds) / 2)]
         if end is None:
             first, end = preprocess.span(entry.path)
             begin = first if begin is None else begin
-        return shape.starts(begin, end)
+        return [*shape.starts(begin or 0.0, end)]
 
     def _window(self, row: Row, entry: Entry, start: float | None) -> Window:
         shape = self.shape
@@ -348,8 +354,10 @@ class MediaInput(Input):
 
 
 def open_input(data: str, shape: Shape) -> Input:
-    """The clips that `data` names: a prepared set (DIR[:split], split train if none is given), a folder of media, or
-    a csv, tsv or parquet list of files.
+    """The clips that `data` names.
+
+    That is a prepared set (DIR[:split], split train if none is given), a folder of media, or a csv, tsv or parquet list
+    of files.
 
     Raises:
       UserError: there is nothing of that name, no media in the folder, or the list cannot be read.

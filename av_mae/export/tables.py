@@ -1,7 +1,8 @@
 """Embeddings as Parquet: one file per shard, written under another name and renamed when whole.
 
-`embeddings/00000-of-00008.parquet` … hold the windows in input order; `failures.parquet` the clips that could not be
-read; `export.json` what the export is. A shard's footer holds its failures too, as JSON, until all shards are there.
+`embeddings/00000-of-00008.parquet` … hold the windows in input order; `failures.parquet` and `skipped.jsonl` the clips
+that could not be read; `export.json` what the export is. A shard's footer holds its failures too, as JSON, until all
+shards are there.
 """
 
 import dataclasses
@@ -9,14 +10,14 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
 from av_mae.checkpoint import first_difference
-from av_mae.errors import UserError
+from av_mae.errors import ClipFailure, UserError, write_skipped
 from av_mae.export.inputs import Row
 
 FOLDER, FAILURES, RECORD = "embeddings", "failures.parquet", "export.json"
@@ -61,7 +62,7 @@ class Layout:
 
 
 class ShardWriter:
-    """One shard: rows and embeddings are added batch by batch, `close` puts the file in its place.
+    """One shard: rows and embeddings are added batch by batch, `close` gives the file its name.
 
     Raises OSError where the file system refuses; what is unfinished then stays under its other name.
     """
@@ -77,8 +78,8 @@ class ShardWriter:
 
     def add(self, rows: np.ndarray, embeddings: Mapping[str, np.ndarray]) -> None:
         """Adds windows: Rows [n] and arrays [n, …]; those that failed are kept apart, None is padding."""
-        fine = np.array([row is not None and not row.error for row in rows])
-        self.failures += [row for row in rows if row is not None and row.error]
+        fine = np.array([row is not None and row.failure is None for row in rows])
+        self.failures += [row for row in rows if row is not None and row.failure]
         self._tables.append(make_table(self._layout, rows[fine], {name: x[fine] for name, x in embeddings.items()}))
         size = self._layout.group_rows
         if sum(map(len, self._tables)) >= size:
@@ -91,7 +92,7 @@ class ShardWriter:
         """Writes what is left and renames the file."""
         if any(map(len, self._tables)):
             self._writer.write_table(pa.concat_tables(self._tables))
-        failed = [(row.place, row.id, row.path, row.error) for row in self.failures]
+        failed = [(x.position, x.id, x.path, x.failure.stage, x.failure.cause) for x in self.failures if x.failure]
         self._writer.add_key_value_metadata({FAILED_KEY: json.dumps(failed)})
         self._writer.close()
         self._file.flush()
@@ -105,7 +106,8 @@ def make_table(layout: Layout, rows: Sequence[Row], embeddings: Mapping[str, np.
     schema, columns = layout.schema, []
     for field in schema:
         if field.name not in layout.columns:
-            columns.append(pa.array([getattr(row, field.name) for row in rows], field.type))
+            name = "position" if field.name == "place" else field.name
+            columns.append(pa.array([getattr(row, name) for row in rows], field.type))
             continue
         x = embeddings[field.name]
         column = pa.array(np.asarray(x, layout.dtype).reshape(-1))
@@ -128,17 +130,39 @@ def is_finished(path: pathlib.Path) -> bool:
         return False
 
 
-def read_failures(path: pathlib.Path) -> tuple[int, list]:
-    """How many windows a shard holds, and its failures as (place, id, path, error)."""
+class Failed(NamedTuple):
+    """A clip that could not be read."""
+
+    position: int
+    id: str
+    path: str
+    stage: str
+    cause: str
+
+    @property
+    def error(self) -> str:
+        """The failure without the clip."""
+        return str(ClipFailure("", self.stage, self.cause))
+
+
+def read_failures(path: pathlib.Path) -> tuple[int, list[Failed]]:
+    """How many windows a shard holds, and its failures."""
     footer = parquet.read_metadata(path)
-    return footer.num_rows, json.loads(footer.metadata[FAILED_KEY])
+    rows = json.loads(footer.metadata[FAILED_KEY])
+    # Shards of earlier versions have stage and cause in one text.
+    return footer.num_rows, [
+        Failed(*row) if len(row) == 5 else Failed(*row[:3], *row[3].split(": ", 1)) for row in rows
+    ]
 
 
-def write_failures(output: pathlib.Path, failures: Sequence[Sequence]) -> None:
-    """The table of clips that could not be read, which may be empty."""
-    columns = list(zip(*failures)) or [[]] * len(FAILURE_SCHEMA)
+def write_failures(output: pathlib.Path, failures: Sequence[Failed]) -> None:
+    """The table of clips that could not be read, which may be empty, and `skipped.jsonl`."""
+    write_skipped(output, [ClipFailure(row.id, row.stage, row.cause) for row in failures])
+    rows = [(row.position, row.id, row.path, row.error) for row in failures]
+    columns: list = list(zip(*rows, strict=True)) or [()] * len(FAILURE_SCHEMA)
     table = pa.Table.from_arrays(
-        [pa.array(values, field.type) for values, field in zip(columns, FAILURE_SCHEMA)], schema=FAILURE_SCHEMA
+        [pa.array(values, field.type) for values, field in zip(columns, FAILURE_SCHEMA, strict=True)],
+        schema=FAILURE_SCHEMA,
     )
     unfinished = output / f".{FAILURES}.unfinished"
     parquet.write_table(table, unfinished)
@@ -154,8 +178,8 @@ def begin_output(output: pathlib.Path, settings: Mapping[str, Any], source: Mapp
       UserError: the folder holds another export, or other files.
     """
     (output / FOLDER).mkdir(parents=True, exist_ok=True)
-    stored = read_record(output)
-    if stored is None:
+    record = read_record(output)
+    if record is None:
         others = [child.name for child in output.iterdir() if not child.name.startswith(".") and child.name != FOLDER]
         if others or any((output / FOLDER).glob("*.parquet")):
             raise UserError(
@@ -164,7 +188,7 @@ def begin_output(output: pathlib.Path, settings: Mapping[str, Any], source: Mapp
             )
         write_record(output, {"settings": settings, "source": source})
         return
-    difference = first_difference(settings, stored["settings"])
+    difference = first_difference(settings, record["settings"])
     if difference is not None:
         name, ours, theirs = difference
         raise UserError(
@@ -174,7 +198,7 @@ def begin_output(output: pathlib.Path, settings: Mapping[str, Any], source: Mapp
 
 
 def read_record(output: pathlib.Path) -> dict[str, Any] | None:
-    """What the export in a folder is: its `settings`, and its `result` where it is finished. None: there is none."""
+    """What the export in a folder is: its `settings`, and its `result` once it is finished. `None` without one."""
     try:
         record = json.loads((output / RECORD).read_text())
     except (OSError, ValueError):

@@ -342,7 +342,7 @@ def test_files_that_claim_a_large_model_are_refused_without_building_it(golden, 
     deep = golden() | {f"encoder.image.blocks.{n}.x": np.zeros(0, np.float32) for n in range(3000)}
     assert "64 at most; it has 3000" in refused(tmp_path, deep)
     os.remove(tmp_path / "changed.safetensors")
-    width, tables = 400_000, {}
+    width, tables = 65_536, {}
     for stream, channels in (("image", 3), ("audio", 1)):
         begin = f"encoder.{stream}."
         tables |= {
@@ -353,11 +353,11 @@ def test_files_that_claim_a_large_model_are_refused_without_building_it(golden, 
     assert "lacks the parameter encoder.image.patch_embed.proj.bias" in wide
     os.remove(tmp_path / "changed.safetensors")
     table = golden() | {
-        "image_decoder_embed.weight": np.zeros((100_000, 48), np.float32),
-        "audio_decoder_embed.weight": np.zeros((100_000, 48), np.float32),
+        "image_decoder_embed.weight": np.zeros((65_536, 48), np.float32),
+        "audio_decoder_embed.weight": np.zeros((65_536, 48), np.float32),
     }
     said = refused(tmp_path, table)
-    assert "image_decoder_pos_embed of shape (1, 16, 32), but the rest of the file needs (1, 16, 100000)" in said
+    assert "image_decoder_pos_embed of shape (1, 16, 32), but the rest of the file needs (1, 16, 65536)" in said
 
 
 def test_other_window_shift_is_refused(golden, tmp_path):

@@ -19,7 +19,7 @@ from av_mae.config import DataConfig
 from av_mae.data.pipeline import open_evaluation_data
 from av_mae.errors import UserError
 from av_mae.export import __main__ as command
-from av_mae.export import embeddings, tables
+from av_mae.export import embeddings, inputs, tables
 from av_mae.export import embeddings as embedder
 from av_mae.prepare import __main__ as prepare
 from av_mae.train import __main__ as train
@@ -217,7 +217,7 @@ def test_stopped_twice_it_goes_on(checkpoint, clips, exported, tmp_path, monkeyp
     add, replace, added = tables.ShardWriter.add, os.replace, []
 
     def stopping_add(self, rows, columns):
-        added.append(rows[0].place)
+        added.append(rows[0].position)
         if len(added) == 4:
             raise Killed
         add(self, rows, columns)
@@ -394,3 +394,40 @@ def test_a_run_of_the_demo_exports_what_encode_gives(tmp_path):
             np.testing.assert_allclose(
                 found[stream], np.concatenate([wanted[path.name][stream] for path in order]), rtol=0, atol=1e-5
             )
+
+
+def test_skipped_clips_are_named_by_field(exported):
+    assert [json.loads(line) for line in (exported[0] / "skipped.jsonl").read_text().splitlines()] == [
+        {"clip": "c-7", "stage": "sound", "cause": "Format not recognised."}
+    ]
+
+
+def test_links_and_hidden_files_of_a_folder(media, tmp_path):
+    """A link to the folder itself, one to its parent, two to each other's folders: each file once."""
+    folder = tmp_path / "clips"
+    (folder / "x").mkdir(parents=True)
+    (folder / "y").mkdir()
+    (folder / ".cache").mkdir()
+    for name in ("a.mp4", "x/b.mp4", ".cache/c.mp4", ".d.mp4"):
+        (folder / name).write_bytes((media / "a.mp4").read_bytes())
+    for link, target in (("loop", "."), ("x/up", ".."), ("x/y", "../y"), ("y/x", "../x")):
+        (folder / link).symlink_to(target)
+    assert len([entry.id for entry in inputs.list_folder(str(folder))]) == 2
+
+
+def test_a_name_that_is_no_utf8(checkpoint, media, tmp_path):
+    """Its id and path are escaped; the other clips are exported too."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in (b"plain.mp4", b"latin1_\xe9.mp4", b"damaged_\xff.mp4"):
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            file.write(b"" if name.startswith(b"damaged") else (media / "a.mp4").read_bytes())
+    result = export(checkpoint, folder, tmp_path / "out")
+    assert read(tmp_path / "out")["id"].tolist() == ["latin1_\\xe9.mp4", "plain.mp4"]
+    assert result["failed"] == 1 and "damaged_\\\\xff.mp4" in (tmp_path / "out" / "skipped.jsonl").read_text()
+
+
+def test_ids_that_occur_twice_are_named(media, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text(f"path,id\n{media}/a.mp4,x\n{media}/b/1.mp4,x\n{media}/b/2.mp4,y\n")
+    inputs.read_list(str(tmp_path / "list.csv"))
+    assert "has 1 ids more than once: 'x'" in capsys.readouterr().err
