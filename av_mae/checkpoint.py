@@ -7,10 +7,12 @@ of its `head` (av_mae.models.kinds).
 
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import pathlib
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,6 +74,41 @@ def checksum(arrays: Arrays) -> jax.Array:
     """The sum of all 32-bit words of the arrays, uint32, which is the same on every mesh."""
     words = [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in arrays.values()]
     return sum((x.sum(dtype=jnp.uint32) for x in words), jnp.uint32(0))
+
+
+@jax.jit
+def _digest_words(arrays: Arrays) -> jax.Array:
+    """Two sums over all 32-bit words, each word mixed with its array's name and its index: uint32 [2]."""
+    sums = jnp.zeros(2, jnp.uint32)
+    for name, x in arrays.items():
+        index = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+        word = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        for lane, seed in enumerate((0x9E3779B9, 0x7F4A7C15)):
+            salt = np.uint32(zlib.crc32(name.encode(), seed))
+            sums = sums.at[lane].add(_mix(_mix(index ^ salt) + word).sum(dtype=jnp.uint32))
+    return sums
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The finalizer of MurmurHash3: every bit of a word changes about half the bits of the result."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+
+def digest(arrays: Arrays) -> str:
+    """64 bits in hexadecimal that tell arrays of 32-bit values: names, values and the order of the values.
+
+    The digest is a sum over the values, so that it is the same on every mesh and each device reads only its own shards.
+    A hash of the bytes, as SHA-256, would need every array whole on one host.
+    """
+    return "".join(f"{word:08x}" for word in jax.device_get(_digest_words(arrays)).tolist())
+
+
+def meta_hash(meta: Mapping[str, Any]) -> str:
+    """SHA-256 of all of a checkpoint's meta but the hash itself."""
+    text = json.dumps({name: value for name, value in meta.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def arrays_handler() -> ocp.PyTreeCheckpointHandler:
@@ -149,18 +186,17 @@ class Checkpoints:
         if step in self.steps():
             return
         optimizer = flat_optimizer(state)
-        sums = {
-            name: int(jax.device_get(checksum(arrays)))
-            for name, arrays in (("model", state.model), ("optimizer", optimizer))
-        }
+        items = {"model": state.model, "optimizer": optimizer}
         meta = {
             "step": step,
             "seed": config.seed,
             "config": recipes.to_dict(config),
-            "checksums": sums,
+            "checksums": {name: int(jax.device_get(checksum(arrays))) for name, arrays in items.items()},
+            "digests": {name: digest(arrays) for name, arrays in items.items()},
             **self.labels,
             **meta,
         }
+        meta["sha256"] = meta_hash(meta)
         try:
             self._pending, self.failed = step, None
             self._manager.save(
@@ -258,8 +294,18 @@ class Checkpoints:
 
 
 def read_meta(folder: pathlib.Path) -> dict[str, Any]:
-    """The meta of the checkpoint in `folder`."""
-    return json.loads((folder / "meta" / "metadata").read_text())
+    """The meta of the checkpoint in `folder`.
+
+    Raises:
+      ValueError: the meta is not the one that was saved, or of another step than the folder's name. Checkpoints of
+        earlier versions have no hash to compare with.
+    """
+    meta: dict[str, Any] = json.loads((folder / "meta" / "metadata").read_text())
+    if folder.name.isdecimal() and meta["step"] != int(folder.name):
+        raise ValueError(f"its meta is of step {meta['step']}")
+    if ("digests" in meta or "sha256" in meta) and meta.get("sha256") != meta_hash(meta):
+        raise ValueError("its meta has changed since it was saved")
+    return meta
 
 
 def read_layout(folder: pathlib.Path, item: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -304,6 +350,8 @@ def read_arrays(folder: pathlib.Path, item: str, abstract: Abstract, meta: Mappi
     found, saved = int(jax.device_get(checksum(arrays))), meta["checksums"][item]
     if found != saved:
         raise ValueError(f"checksum of {item} is {found}, it was {saved} when saved")
+    if "digests" in meta and digest(arrays) != meta["digests"][item]:  # earlier versions have none
+        raise ValueError(f"checksum of {item} fits, but not the order of its values: they were swapped after saving")
     return {name: arrays[name] for name in abstract}
 
 

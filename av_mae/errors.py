@@ -14,9 +14,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+RESTART = 75  # exit status: try again later (EX_TEMPFAIL of sysexits.h)
+
 
 class UserError(ValueError):
     """A rule that the user's input broke. The message states the rule, the value and what to do."""
+
+
+class WorkerKilled(Exception):
+    """A process that reads clips was ended from outside. The message says how, and what it was most likely."""
 
 
 def check_name(option: str, name: str, known: tuple[str, ...]) -> None:
@@ -29,12 +35,15 @@ def check_name(option: str, name: str, known: tuple[str, ...]) -> None:
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(argv)` of a command; a UserError becomes one line on stderr and exit status 2."""
+    """Runs `main(argv)` of a command; what a user can mend becomes one line on stderr, with status 2 or RESTART."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except WorkerKilled as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(RESTART)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)

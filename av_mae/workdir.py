@@ -19,12 +19,11 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from av_mae.errors import UserError
+from av_mae.errors import RESTART, UserError
 
 LOCK = ".lock.json"
 HEARTBEAT = 10.0  # seconds between signs of life
 STALE = 90.0  # seconds without one after which a process of another machine counts as dead
-LOST = 75  # exit status of a run whose folder another has taken over: EX_TEMPFAIL of sysexits.h
 
 
 def make_workdir(path: str) -> pathlib.Path:
@@ -163,4 +162,4 @@ def _show_life(path: pathlib.Path, own: dict[str, Any], ended: threading.Event) 
         if holder and not ended.is_set():
             print(f"error: process {holder.get('pid')} on {holder.get('host')} has taken {path.parent} over; "
                   "this one ends", file=sys.stderr, flush=True)  # fmt: skip
-            os._exit(LOST)
+            os._exit(RESTART)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from av_mae import workdir
-from av_mae.errors import UserError
+from av_mae.errors import RESTART, UserError
 from av_mae.workdir import LOCK, held
 
 HOLD = """
@@ -102,7 +102,7 @@ def test_signs_of_life_and_their_end(tmp_path, monkeypatch):
         assert time.time() - path.stat().st_mtime < 5 and not ended
         path.write_text(json.dumps(workdir._describe() | {"host": "other"}))
         time.sleep(0.3)
-    assert set(ended) == {workdir.LOST} and path.exists()  # the other's lock stays
+    assert set(ended) == {RESTART} and path.exists()  # the other's lock stays
 
 
 def test_a_store_is_not_held():

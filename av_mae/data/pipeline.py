@@ -31,7 +31,7 @@ from av_mae.data.audio import check_sound
 from av_mae.data.loading import ANNOTATION_FIELDS, FIELDS, ClipLoader, ClipSource, HostBatches, WithOthers, batch_fields
 from av_mae.data.plans import MIDDLE, Clips, MakePlan, usual_plan
 from av_mae.data.records import Labels
-from av_mae.errors import UserError
+from av_mae.errors import UserError, WorkerKilled
 
 _GOLDEN = (5**0.5 - 1) / 2
 _ENDLESS = sys.maxsize
@@ -105,7 +105,15 @@ class BatchIterator:
     def __next__(self) -> dict[str, np.ndarray]:
         if self._batches is None:
             raise StopIteration
-        batch: dict[str, np.ndarray] = next(self._batches)
+        try:
+            batch: dict[str, np.ndarray] = next(self._batches)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise WorkerKilled(
+                "a process that reads clips was killed from outside, most likely because memory ran out (fewer "
+                "data.workers need less); the same command goes on from the last checkpoint"
+            ) from error
         for array in batch.values():
             # The memory lives as long as the array; without its name nothing is left behind however the process ends.
             if isinstance(array, grain.multiprocessing.SharedMemoryArray):

@@ -1,6 +1,7 @@
 """`python -m av_mae.evaluate`: one evaluation of a checkpoint; prints its table and writes results.json."""
 
 import argparse
+import contextlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +10,12 @@ import jax
 
 from av_mae import recipes
 from av_mae.console import quiet_libraries
-from av_mae.errors import SkippedFile, UserError, run_command
+from av_mae.errors import SkippedFile, run_command
 from av_mae.evaluate import compare, run
 from av_mae.evaluate.task import TASKS, task_class
 from av_mae.model_card import add_evaluation
-from av_mae.train.hosts import add_process_arguments, check_processes, joined
+from av_mae.train.hosts import add_process_arguments, check_processes, held_by_run, joined
+from av_mae.workdir import make_workdir
 
 
 def kind_of(values: Mapping[str, Any]) -> type:
@@ -41,14 +43,12 @@ def main(argv: list[str]) -> None:
     arguments, overrides = recipes.parse_arguments(parser, argv)
     config = recipes.load_recipe(arguments.config, overrides, kind_of)
     quiet_libraries()
-    workdir = pathlib.Path(arguments.workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        recipes.save(config, workdir / "config.json")
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={arguments.workdir}: {error.strerror}") from error
-    with joined(arguments):
-        check_processes(config, workdir.absolute())
+    workdir, absolute = pathlib.Path(arguments.workdir), make_workdir(arguments.workdir)
+    with joined(arguments), contextlib.ExitStack() as stack:
+        check_processes(config, absolute)
+        stack.enter_context(held_by_run(workdir))
+        if jax.process_index() == 0:
+            recipes.save(config, workdir / "config.json")
         compared = isinstance(config, compare.CompareConfig)
         report = (compare if compared else run).run(config, workdir)
         if jax.process_index() == 0:

@@ -6,7 +6,6 @@ import errno
 import functools
 import math
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,26 +20,14 @@ from av_mae.errors import UserError, run_command
 from av_mae.model_card import write_card
 from av_mae.models.kinds import Params
 from av_mae.train.hooks import Events, MetricsHook, ReconstructionHook
-from av_mae.train.hosts import Stopped, add_process_arguments, check_processes, joined
+from av_mae.train.hosts import Stopped, add_process_arguments, check_processes, held_by_run, joined
 from av_mae.train.loop import Hook
 from av_mae.train.run import Run, first_state, open_local, open_run, train_from
 from av_mae.train.step import TrainStep
+from av_mae.workdir import make_workdir
 
 # What the system says where a run cannot begin to write; once it runs, hooks and checkpoints warn and go on.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-def make_workdir(path: str) -> pathlib.Path:
-    """Makes the work directory. Raises UserError where nothing can be written in it."""
-    workdir = pathlib.Path(path).absolute()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            return workdir
-    except OSError as error:
-        raise UserError(
-            f"cannot write to --workdir={path}: {error.strerror}; name a folder that you may write to"
-        ) from error
 
 
 def first_weights(step: TrainStep, config: TrainConfig) -> Params | None:
@@ -126,7 +113,8 @@ def main(argv: list[str]) -> None:
     with joined(arguments):
         try:
             check_processes(config, workdir)
-            run(config, workdir)
+            with held_by_run(workdir):
+                run(config, workdir)
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise

@@ -20,7 +20,7 @@ import numpy as np
 
 from av_mae.checkpoint import TrainState
 from av_mae.console import format_duration
-from av_mae.train.hosts import RESTART
+from av_mae.errors import RESTART
 from av_mae.train.loop import Hook, Moment, Prefetch
 from av_mae.train.sharding import gather_texts
 from av_mae.train.step import Batch, Metrics

@@ -27,10 +27,10 @@ from jax.experimental import multihost_utils
 from av_mae import recipes
 from av_mae.checkpoint import first_difference
 from av_mae.console import note
-from av_mae.errors import UserError
+from av_mae.errors import RESTART, UserError, WorkerKilled
 from av_mae.train.sharding import gather_texts
+from av_mae.workdir import held
 
-RESTART = 75  # EX_TEMPFAIL of sysexits.h: try again later
 USER_ERROR = 2
 INTERRUPTED = 130
 # Seconds for which a process with a user error lives on, so that others with the same error can tell theirs: the end
@@ -205,6 +205,9 @@ def _told(shared: mmap.mmap, join: Join) -> Iterator[None]:
         shared[_VERDICT] = INTERRUPTED + 1
         print("error: interrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
+    except WorkerKilled as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(RESTART)
     except Stopped:
         shared[_VERDICT] = join.stopped_status + 1
         raise
@@ -299,6 +302,25 @@ def code_hash() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def held_by_run(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds a folder for all processes of this run: the first one does it, see `workdir.held`.
+
+    Raises:
+      UserError: another run holds the folder; the same on every process.
+    """
+    with contextlib.ExitStack() as stack:
+        refused = ""
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(held(folder))
+            except UserError as error:
+                refused = str(error)
+        if message := gather_texts([refused])[0]:
+            raise UserError(message)
+        yield
 
 
 def identity(config: Any, workdir: pathlib.Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from av_mae.checkpoint import TrainState
-from av_mae.errors import UserError
+from av_mae.errors import UserError, WorkerKilled
 from av_mae.train.step import Batch, Metrics
 
 _END = object()
@@ -198,10 +198,18 @@ def train(
 
     Raises:
       NonFinite: a loss was not finite; nothing from that step on has been saved.
+      WorkerKilled: a process that reads clips is gone; the last state has been saved.
     """
     pending = Pending(hooks)
     for step in range(first + 1, last + 1):
-        host, batch = next(prefetch)
+        try:
+            host, batch = next(prefetch)
+        except WorkerKilled:
+            if step > first + 1 and jax.process_count() == 1:  # saving needs all processes, and the others go on
+                pending.give_out()
+                for hook in (hook for hook in hooks if hook.due(step - 1, False, True)):
+                    hook.after_step(Moment(step - 1, state, batch, False, True))
+            raise
         state, metrics = step_function(state, batch)
         pending.add(step, metrics, host)
         stopped = should_stop(step)

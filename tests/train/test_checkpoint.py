@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import pathlib
 import resource
 import signal
@@ -133,6 +134,67 @@ def test_silent_change_of_a_value_is_noticed(open_run, folder, said):
         writer.save(folder / "2" / "model", other.params, force=True)
     assert_same(open_run().restore(abstract(), CONFIG), 1)
     assert "checksum of model" in said[-1]
+
+
+def rewrite(path: pathlib.Path, change) -> None:
+    """JSON with some entries replaced."""
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def test_swapped_values_are_noticed(open_run, folder, said):
+    """Values that change places: a plain sum stays the same."""
+    save(open_run(), 1, 2)
+    params = dict(state_on(2).params)
+    params["encoder.kernel"] = params["encoder.kernel"][::-1]
+    with checkpoint.ocp.StandardCheckpointer() as writer:
+        writer.save(folder / "2" / "model", params, force=True)
+    assert checkpoint.checksum(params) == checkpoint.checksum(state_on(2).params)
+    assert_same(open_run().restore(abstract(), CONFIG), 1)
+    assert "the order of its values" in said[-1]
+    one, other = jnp.arange(16.0), jnp.ones(16)
+    assert checkpoint.digest({"a": one, "b": other}) != checkpoint.digest({"a": other, "b": one})
+
+
+def test_the_digest_is_the_same_on_every_mesh():
+    digests = {checkpoint.digest(state_on(3, data, fsdp).params) for data, fsdp in ((1, 1), (2, 4), (8, 1))}
+    assert len(digests) == 1 and len(digests.pop()) == 16
+    params = {name: np.asarray(x) for name, x in state_on(3).params.items()}
+    flipped = params["token"].copy()
+    flipped.view(np.uint32)[0, 0, 0] ^= 1
+    assert checkpoint.digest(params) != checkpoint.digest(params | {"token": flipped})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta | {"position": meta["position"] + 16},
+        lambda meta: meta | {"step": 3},
+        lambda meta: meta | {"seed": 1},
+        lambda meta: meta | {"sha256": "0" * 64},
+        lambda meta: {("shb256" if name == "sha256" else name): value for name, value in meta.items()},
+    ],
+)
+def test_changed_meta_is_noticed(open_run, folder, said, change):
+    save(open_run(), 1, 2)
+    rewrite(folder / "2" / "meta" / "metadata", change)
+    assert_same(open_run().restore(abstract(), CONFIG), 1)
+    assert said[-1].startswith("warning: checkpoint 2 is damaged or half-written")
+
+
+def test_a_folder_of_another_step_is_refused(open_run, folder, said):
+    save(open_run(), 1, 2)
+    (folder / "2").rename(folder / "7")
+    assert_same(open_run().restore(abstract(), CONFIG), 1)
+    assert "its meta is of step 2" in said[-1]
+
+
+def test_checkpoints_of_earlier_versions_open(open_run, folder):
+    save(open_run(), 1)
+    rewrite(
+        folder / "1" / "meta" / "metadata",
+        lambda meta: {name: value for name, value in meta.items() if name not in ("digests", "sha256")},
+    )
+    assert_same(open_run().restore(abstract(), CONFIG), 1)
 
 
 def test_all_damaged_is_an_error_and_not_a_fresh_start(open_run, folder):

@@ -1,6 +1,8 @@
 """Runs in processes of their own: killed, asked to stop, poisoned, spread over two processes."""
 
 import json
+import os
+import pathlib
 import random
 import shutil
 import signal
@@ -62,13 +64,55 @@ def test_non_finite_loss_stops_with_one_line(training, whole):
     with ocp.StandardCheckpointer() as writer:
         writer.save(target / "model", params)
     meta = checkpoint.read_meta(folder)
-    meta["checksums"]["model"] = int(checkpoint.checksum(params))
+    meta |= {"step": 1, "checksums": {"model": int(checkpoint.checksum(params))}}
+    del meta["digests"], meta["sha256"]  # as earlier versions saved it
     (target / "meta" / "metadata").write_text(json.dumps(meta))
     status, message = training.run("nan", f"--config.init={target}")
     assert status == 2 and "Traceback" not in message
     (error,) = [line for line in message.splitlines() if line.startswith("error:")]
     assert "error: step 1: loss=nan" in error and "Clips of the batch: " in error and "toy_band" in error
     assert not list((training.folder / "nan" / "checkpoints").iterdir())
+
+
+def test_a_killed_worker_saves_the_run(training, whole):
+    """What the step before had is saved, and one line names memory; the same command goes on to the same end."""
+    process = training.start("starved")
+    training.wait_for_step("starved", random.randint(12, 60), process)
+    readers = [
+        pid for pid in children(process.pid) if b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(readers) == 1, readers
+    os.kill(readers[0], signal.SIGKILL)
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 75 and "Traceback" not in message, message
+    (error,) = [line for line in message.splitlines() if line.startswith("error:")]
+    assert "memory" in error and "the same command goes on" in error
+    last = training.metrics("starved")[-1]["step"]
+    assert str(last) in {path.name for path in (training.folder / "starved" / "checkpoints").iterdir()}
+    status, message = training.run("starved")
+    assert status == 0 and f"resuming after step {last}" in message, message
+    assert training.metrics("starved") == whole[0]
+    assert_same_arrays(training.arrays("starved"), whole[1])
+
+
+def children(parent: int) -> list[int]:
+    """Processes that a process has started, from any of its threads."""
+    listed = pathlib.Path(f"/proc/{parent}/task").glob("*/children")
+    return [int(pid) for path in listed for pid in path.read_text().split()]
+
+
+def test_a_second_run_in_the_same_workdir_leaves(training, whole):
+    first = training.start("held")
+    training.wait_for_step("held", 1, first)
+    for _ in range(2):
+        status, message = training.run("held")
+        assert status == 2 and "Traceback" not in message, message
+        (error,) = [line for line in message.splitlines() if line.startswith("error:")]
+        assert f"is held by process {first.pid} on " in error
+    message = first.communicate(timeout=120)[1]
+    assert first.returncode == 0, message
+    assert training.metrics("held") == whole[0]
+    assert_same_arrays(training.arrays("held"), whole[1])
 
 
 def steps_and_neighbours(lines: list[dict]) -> tuple[list[dict], list[dict]]:
