@@ -42,8 +42,8 @@ def constrain(x: Float[Array, "B *N D"], last: str) -> Float[Array, "B *N D"]:
     mesh, rules = _sharding.get() or (None, {})
     if mesh is None or mesh.size == 1:
         return x
-    spec = PartitionSpec(rules["batch"], *(None,) * (x.ndim - 2), rules.get(last))  # type: ignore[no-untyped-call]
-    sharded: Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))  # type: ignore[no-untyped-call]
+    spec = PartitionSpec(rules["batch"], *(None,) * (x.ndim - 2), rules.get(last))
+    sharded: Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
     return sharded
 
 
