@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,13 @@ from av_mae.models import kinds
 from av_mae.models.encoder import WithEncoder
 
 
+class LoadedModel(WithEncoder, Protocol):
+    """A model as `load` gives it."""
+
+    config: models.AVMAEConfig
+    sound: SoundConfig
+
+
 class Encoding(NamedTuple):
     """Tokens after the final norms, and their means over the tokens [B, D] of 'image', 'audio' and 'fusion'."""
 
@@ -24,7 +31,7 @@ class Encoding(NamedTuple):
     features: dict[str, jax.Array]
 
 
-def load(path: str | os.PathLike) -> nnx.Module:
+def load(path: str | os.PathLike) -> LoadedModel:
     """The model of a checkpoint.
 
     Args:

@@ -44,7 +44,10 @@ TYPES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 BATCH = 2**25  # bytes that are written at once: single arrays cost a commit each
 ALIGNMENT = 8  # bytes: where the data of a safetensors file begin
 # Parameters are float32 in both systems; batches are counted in int32 here and int64 there.
-DEEPAVFUSION_DTYPES = {np.dtype(np.float32): np.dtype(np.float32), np.dtype(np.int32): np.dtype(np.int64)}
+DEEPAVFUSION_DTYPES: dict[np.dtype, np.dtype] = {
+    np.dtype(np.float32): np.dtype(np.float32),
+    np.dtype(np.int32): np.dtype(np.int64),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,10 +227,9 @@ def deepavfusion_tensors(checkpoint: Checkpoint) -> NamedTensors:
             return kept[name]
         if name in names.buffers:
             value = names.buffers[name].make()
-            own = np.dtype(said or str(value.dtype))
-            return Lazy(value.shape, own, lambda: value.astype(own))
+            return Lazy(value.shape, np.dtype(said or str(value.dtype)), lambda: value.astype(said or value.dtype))
         rule = names.rules[name]
-        dtype = np.dtype(said) if said else DEEPAVFUSION_DTYPES[np.dtype(values[rule.here[0]].dtype)]
+        dtype: np.dtype = np.dtype(said) if said else DEEPAVFUSION_DTYPES[np.dtype(values[rule.here[0]].dtype)]
         return Lazy(rule.shape(shapes), dtype, lambda: rule.join(values).astype(dtype))
 
     tensors = known.get("tensors") or [(name, None) for name in (*names.rules, *names.buffers)]

@@ -194,10 +194,10 @@ def read_index(path: pathlib.Path) -> WeightFile:
     """The tensors of all files that an index names; the files lie beside the index."""
     with opened(path) as file:
         index = parse_header(read_at(file, 0, min(os.fstat(file.fileno()).st_size, MAX_HEADER), "the index"))
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise Refused("an index needs a weight_map of tensors' names to files' names")
-    names = sorted(set(places.values()))
+    names = sorted(set(files.values()))
     if not 0 < len(names) <= MAX_SHARDS:
         raise Refused(f"the index names {len(names)} files, it may be 1 to {MAX_SHARDS}")
     parts = {}
@@ -210,13 +210,13 @@ def read_index(path: pathlib.Path) -> WeightFile:
             cause = error.strerror if isinstance(error, OSError) else error
             raise Refused(f"its file {name}: {cause}") from None
     for name, part in parts.items():
-        other = next((tensor for tensor in part.tensors if places.get(tensor) != name), None)
+        other = next((tensor for tensor in part.tensors if files.get(tensor) != name), None)
         if other is not None:
             raise Refused(f"its file {name} has a tensor {shown(other)} that the index does not place there")
-    lacking = next((tensor for tensor, name in places.items() if tensor not in parts[name].tensors), None)
+    lacking = next((tensor for tensor, name in files.items() if tensor not in parts[name].tensors), None)
     if lacking is not None:
-        raise Refused(f"its file {places[lacking]} lacks the tensor {shown(lacking)}")
-    tensors = {tensor: parts[name].tensors[tensor] for tensor, name in places.items()}
+        raise Refused(f"its file {files[lacking]} lacks the tensor {shown(lacking)}")
+    tensors = {tensor: parts[name].tensors[tensor] for tensor, name in files.items()}
     ignored = {text: size for part in parts.values() for text, size in part.ignored.items()}
     return WeightFile(path, f"{parts[names[0]].format} in {len(parts)} files", tensors, ignored, {})
 

@@ -40,7 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a run's work directory, a checkpoint, a published file, or a registered name",
+        help="a run's work directory, a checkpoint, a file of DeepAVFusion, or a registered name",
     )
     parser.add_argument(
         "--data",
@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         choices=FORMATS,
         default="parquet",
         help="parquet: embeddings of the data; stablehlo: the encoder with its weights, for cpu, cuda "
-        "and tpu; onnx: the same for ONNX Runtime; safetensors: the model under its published names "
+        "and tpu; onnx: the same for ONNX Runtime; safetensors: the model under DeepAVFusion's names "
         "(%(default)s)",
     )
     encoder = parser.add_argument_group("stablehlo and onnx")
@@ -91,7 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--missing",
         choices=("error", "zeros"),
         default="error",
-        help="clips without sound or picture: count as failed, or get zeros for it (%(default)s)",
+        help="clips without audio or image: count as failed, or get zeros for it (%(default)s)",
     )
     how = parser.add_argument_group("parquet: how it is computed")
     how.add_argument("--batch_size", type=int, default=64, help="windows, of each process (%(default)s)")

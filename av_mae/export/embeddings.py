@@ -28,7 +28,7 @@ from av_mae.errors import UserError
 from av_mae.evaluate.run import Rates
 from av_mae.export import tables
 from av_mae.export.inputs import Input, Shape, open_input
-from av_mae.loading import forward
+from av_mae.loading import LoadedModel, forward
 from av_mae.models.kinds import flat_values
 from av_mae.train.loop import Prefetch
 from av_mae.train.sharding import batch_sharding, gather_texts, make_mesh, replicated, row_shards
@@ -132,7 +132,7 @@ class Embedder:
     `tokens` all tokens after them, `image_tokens` [B, N, D] ….
     """
 
-    def __init__(self, model: nnx.Module, tokens: bool = False, layers: tuple[int, ...] = ()):
+    def __init__(self, model: LoadedModel, tokens: bool = False, layers: tuple[int, ...] = ()):
         depth = len(model.encoder.fusion_blocks)
         wrong = [layer for layer in layers if not 0 <= layer < depth]
         if wrong:
@@ -178,7 +178,7 @@ def _columns(
     return columns
 
 
-def model_identity(model: nnx.Module) -> str:
+def model_identity(model: LoadedModel) -> str:
     """SHA-256 of an encoder's parameters with their names: the same for the same embeddings, whatever head it has."""
     digest = hashlib.sha256()
     for name, x in sorted(flat_values(model.encoder).items()):
@@ -187,7 +187,7 @@ def model_identity(model: nnx.Module) -> str:
     return digest.hexdigest()
 
 
-def configuration_hash(model: nnx.Module) -> str:
+def configuration_hash(model: LoadedModel) -> str:
     """SHA-256 of the configuration on which embeddings depend: streams, fusion and sound."""
     config = recipes.to_dict(model.config)
     for field in FREE_FIELDS:
@@ -207,7 +207,7 @@ class Options:
     """What is embedded, and how; `batch_size` and `workers` change nothing but the time.
 
     stride: seconds from window to window, `None` for one window in the middle of each clip. missing: 'error' or 'zeros'
-    for what has no sound or no picture. dtype, tokens, layers: what is stored, see Embedder. shard_clips: clips
+    for what has no audio or no image. dtype, tokens, layers: what is stored, see Embedder. shard_clips: clips
     in a file, which is what a stopped export repeats at most.
     """
 
@@ -231,7 +231,7 @@ class Options:
 
 
 def export_embeddings(
-    model: nnx.Module, checkpoint: str, data: str, output: pathlib.Path, options: Options = Options()
+    model: LoadedModel, checkpoint: str, data: str, output: pathlib.Path, options: Options = Options()
 ) -> dict[str, Any]:
     """Writes the embeddings of all clips of `data`; the same call goes on where it was stopped.
 
@@ -263,7 +263,7 @@ def export_embeddings(
     return finish(output, [tables.shard_path(output, shard, shards) for shard in own], len(clips), rates)
 
 
-def settings_of(model: nnx.Module, clips: Input, options: Options) -> dict[str, Any]:
+def settings_of(model: LoadedModel, clips: Input, options: Options) -> dict[str, Any]:
     """All that the tables depend on, as JSON has it."""
     return {
         "format": FORMAT,

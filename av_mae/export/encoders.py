@@ -1,4 +1,4 @@
-"""Encoders as files that run, or load, without this code: StableHLO, ONNX, and published names in safetensors."""
+"""Encoders as files that run, or load, without this code: StableHLO, ONNX, and DeepAVFusion's names in safetensors."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ from av_mae.data.audio import mel_filter_bank
 from av_mae.errors import UserError
 from av_mae.export import load_encoder
 from av_mae.export.embeddings import configuration_hash, model_identity
-from av_mae.loading import forward
+from av_mae.loading import LoadedModel, forward
 
 INPUTS, OUTPUTS = ("media", "tensors"), ("pooled", "tokens")
 
@@ -43,7 +43,7 @@ class Program:
         return [jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in self.inputs.values()]
 
 
-def make_program(model: nnx.Module, inputs: str, outputs: str) -> Program:
+def make_program(model: LoadedModel, inputs: str, outputs: str) -> Program:
     """The encoder of a model.
 
     inputs 'tensors': `image` float32 [B, H, W, 3] with ImageNet's mean and deviation and `audio` float32
@@ -68,7 +68,7 @@ def make_program(model: nnx.Module, inputs: str, outputs: str) -> Program:
 
 
 def log_mel(waveform: jax.Array, sound: SoundConfig) -> jax.Array:
-    """data.sound.log_mel of a batch: waveforms [B, samples] → [B, mels, samples // hop], samples above n_fft / 2."""
+    """data.audio.log_mel of a batch: waveforms [B, samples] → [B, mels, samples // hop], samples above n_fft / 2."""
     half, count = sound.n_fft // 2, waveform.shape[1] // sound.hop
     padded = jnp.concatenate([waveform[:, half:0:-1], waveform, waveform[:, -2 : -half - 2 : -1]], axis=1)
     frames = padded[:, sound.hop * np.arange(count)[:, None] + np.arange(sound.n_fft)]
@@ -86,7 +86,7 @@ ONNX_INSTALL = "pip install onnx-ir onnxruntime, then pip install --no-deps jax2
 LARGEST = 2**31  # bytes: what both formats can hold in one file
 
 
-def export_stablehlo(model: nnx.Module, output: pathlib.Path, inputs: str, outputs: str) -> str:
+def export_stablehlo(model: LoadedModel, output: pathlib.Path, inputs: str, outputs: str) -> str:
     """Writes `encoder.stablehlo` (jax.export, any batch size, for cpu, cuda and tpu), `encoder.json`, which says what
     it takes and is, and `load_encoder.py`, which runs it, with the library that jax.export reads with. Returns what
     was written, in a line.
@@ -119,7 +119,7 @@ def export_stablehlo(model: nnx.Module, output: pathlib.Path, inputs: str, outpu
     return f"{output}: encoder.stablehlo, {len(data) / 1e6:.1f} MB, takes {takes(program)}"
 
 
-def export_onnx(model: nnx.Module, output: pathlib.Path, inputs: str, outputs: str) -> str:
+def export_onnx(model: LoadedModel, output: pathlib.Path, inputs: str, outputs: str) -> str:
     """Writes `encoder.onnx` (any batch size) by jax2onnx, and `encoder.json`. Returns what was written, in a line.
 
     What comes out is called `image_pooled`, `audio_tokens` and so on.
@@ -136,7 +136,7 @@ def export_onnx(model: nnx.Module, output: pathlib.Path, inputs: str, outputs: s
         )
     check_size(model)
     try:
-        import jax2onnx
+        import jax2onnx  # type: ignore[import-not-found]
     except ImportError as error:
         raise UserError(f"--format=onnx needs a converter ({error}): {ONNX_INSTALL}") from error
     program = make_program(model, inputs, outputs)
@@ -155,13 +155,13 @@ def export_onnx(model: nnx.Module, output: pathlib.Path, inputs: str, outputs: s
 
 
 def export_safetensors(checkpoint: str, output: pathlib.Path) -> str:
-    """Writes the whole model in published names as `model.safetensors`; see convert.export."""
+    """Writes the whole model in DeepAVFusion's names as `model.safetensors`; see convert.export."""
     if output.exists():
         raise UserError(f"--output={output} is there already: name another one, or move it away")
     return f"{output}: model.safetensors, {convert.export(checkpoint, output / 'model.safetensors')}"
 
 
-def describe(model: nnx.Module, program: Program, outputs: str, data: bytes) -> dict:
+def describe(model: LoadedModel, program: Program, outputs: str, data: bytes) -> dict:
     """What stands beside an encoder's file."""
     return {
         "av_mae": av_mae.__version__,
@@ -182,7 +182,7 @@ def takes(program: Program) -> str:
     )
 
 
-def check_size(model: nnx.Module) -> None:
+def check_size(model: LoadedModel) -> None:
     """Raises UserError where the weights do not fit into one file."""
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model.encoder)))
     if size >= LARGEST:

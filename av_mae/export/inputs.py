@@ -184,7 +184,7 @@ class Window(NamedTuple):
 class Shape:
     """What windows are cut to, and which: one in the middle of a clip, or (`stride`) one every so many seconds.
 
-    missing: 'error', or 'zeros' for what has no sound or no picture.
+    missing: 'error', or 'zeros' for what has no audio or no image.
     """
 
     image: tuple[int, int]

@@ -43,5 +43,5 @@ def load(folder=pathlib.Path(__file__).parent):
                 )
         return {name: np.asarray(x) for name, x in call(*arrays).items()}
 
-    encode.inputs = about["inputs"]
+    encode.inputs = about["inputs"]  # type: ignore[attr-defined]
     return encode
