@@ -136,7 +136,7 @@ def export_onnx(model: LoadedModel, output: pathlib.Path, inputs: str, outputs: 
         )
     check_size(model)
     try:
-        import jax2onnx  # type: ignore[import-not-found]
+        import jax2onnx
     except ImportError as error:
         raise UserError(f"--format=onnx needs a converter ({error}): {ONNX_INSTALL}") from error
     program = make_program(model, inputs, outputs)
