@@ -1,4 +1,4 @@
-"""The named model sizes, in one place: encoder width, depth, heads; decoders of 512 × 8 (tiny: 96 × 2)."""
+"""Recipes of training as frozen dataclasses, with their rules, and the named sizes of models (`sized_model`)."""
 
 import dataclasses
 

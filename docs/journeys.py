@@ -71,10 +71,11 @@ def main() -> None:
 
         model = models.AVMAE(config.model, rngs=nnx.Rngs(0))
         model.sound = config.data.sound
-        preprocess.load(mp4, sound=model.sound, image_size=config.model.image.size)  # starts the decoding process
-        journey = entered(lambda: preprocess.load(mp4, sound=model.sound, image_size=config.model.image.size))
+        excerpt = {"duration": 1.5, "sound": model.sound, "image_size": config.model.image.size}
+        preprocess.load(mp4, **excerpt)  # starts the decoding process
+        journey = entered(lambda: preprocess.load(mp4, **excerpt))
         inside = entered(lambda: read_excerpt(mp4, None, 1.5))  # in the decoding process
-        batch = preprocess.load(mp4, sound=model.sound, image_size=config.model.image.size)
+        batch = preprocess.load(mp4, **excerpt)
         show(
             "clip → embedding", list(dict.fromkeys([*journey, *inside, *entered(lambda: av_mae.encode(model, batch))]))
         )

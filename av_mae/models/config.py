@@ -1,4 +1,4 @@
-"""The downstream heads as frozen dataclasses, and the rules that they and the encoder must keep together."""
+"""Sizes of models and of their heads as frozen dataclasses; every rule that a combination must keep is checked here."""
 
 import dataclasses
 import math

@@ -1,0 +1,1 @@
+"""Pretraining, and the training of heads: the compiled step, the loop and its hooks, meshes and hosts."""

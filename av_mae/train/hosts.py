@@ -1,4 +1,4 @@
-"""What all processes of a run must have alike: recipe, work directory, code and versions; and their clocks."""
+"""The processes of a run: how they join, what stops them, and what they must have alike."""
 
 import argparse
 import contextlib
