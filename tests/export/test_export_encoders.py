@@ -202,7 +202,7 @@ ONNX = """
 import sys
 import numpy as np
 import onnxruntime
-from av_mae import export
+from av_mae.export import __main__ as export
 export.main(sys.argv[1:-2])
 session = onnxruntime.InferenceSession(f"{sys.argv[-1]}/encoder.onnx", providers=["CPUExecutionProvider"])
 inputs, results = np.load(sys.argv[-2]), {}
