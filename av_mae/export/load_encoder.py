@@ -22,14 +22,11 @@ def load(folder=pathlib.Path(__file__).parent):
     again = "export the encoder again with python -m av_mae.export --format=stablehlo"
     if about["format"] != FORMAT:
         raise RuntimeError(f"{folder} has format {about['format']}, not {FORMAT}: take its own loader, or {again}")
-    oldest, newest = (
-        getattr(jax.export, f"{bound}_supported_calling_convention_version") for bound in ("minimum", "maximum")
-    )
+    oldest = jax.export.minimum_supported_calling_convention_version
+    newest = jax.export.maximum_supported_calling_convention_version
     if not oldest <= about["calling_convention"] <= newest:
-        raise RuntimeError(
-            f"{folder} has calling convention {about['calling_convention']} of JAX {about['jax']}, but "
-            f"JAX {jax.__version__} runs {oldest} to {newest}: install one nearer to it, or {again}"
-        )
+        runs = f"of JAX {about['jax']}, but JAX {jax.__version__} runs {oldest} to {newest}: install one nearer to it"
+        raise RuntimeError(f"{folder} has calling convention {about['calling_convention']} {runs}, or {again}")
     if hashlib.sha256(program).hexdigest() != about["sha256"]:
         raise RuntimeError(f"{folder}: encoder.stablehlo is damaged or not the one of encoder.json: {again}")
     sys.path.append(str(folder))  # jax.export reads with flatbuffers, which JAX does not bring: a copy lies there
@@ -38,9 +35,8 @@ def load(folder=pathlib.Path(__file__).parent):
     def encode(*arrays):
         for array, (name, (shape, dtype)) in zip(arrays, about["inputs"].items(), strict=True):
             if array.dtype != dtype or list(array.shape[1:]) != shape:
-                raise ValueError(
-                    f"{name} must be {dtype} [B, {', '.join(map(str, shape))}], got {array.dtype} {list(array.shape)}"
-                )
+                wanted = f"{dtype} [B, {', '.join(map(str, shape))}]"
+                raise ValueError(f"{name} must be {wanted}, got {array.dtype} {list(array.shape)}")
         return {name: np.asarray(x) for name, x in call(*arrays).items()}
 
     encode.inputs = about["inputs"]  # type: ignore[attr-defined]
