@@ -35,7 +35,12 @@ def check_name(option: str, name: str, known: tuple[str, ...]) -> None:
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(argv)` of a command; what a user can mend becomes one line on stderr, with status 2 or RESTART."""
+    """Runs `main(argv)` of a command; what a user can mend becomes one line on stderr, with status 2 or RESTART.
+
+    In a locale such as C the command starts anew in Python's UTF-8 mode: libraries take no other names of files.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     try:
         main(sys.argv[1:])
     except UserError as error:
