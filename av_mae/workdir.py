@@ -52,13 +52,17 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
         return
     path, own = pathlib.Path(folder).absolute() / LOCK, _describe()
-    ended = threading.Event()
+    ended, new = threading.Event(), not path.parent.exists()
+    problem = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _take(path, own)
     except OSError as error:
-        print(f"warning: {path} cannot be written ({error.strerror or error}): nothing keeps others out of this folder",
-              file=sys.stderr, flush=True)  # fmt: skip
+        problem = error.strerror or str(error)
+    if problem:
+        if os.access(path.parent, os.W_OK):  # else the command itself will say that it cannot write
+            message = f"warning: {path} cannot be written ({problem}): nothing keeps others out of this folder"
+            print(message, file=sys.stderr, flush=True)
         yield
         return
     beat = threading.Thread(target=_show_life, args=(path, own, ended), name="workdir", daemon=True)
@@ -71,6 +75,8 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
         with contextlib.suppress(OSError), _locked(path) as file:
             if _read(file) == own:
                 path.unlink()
+            if new:
+                path.parent.rmdir()  # where nothing was written
 
 
 def _describe() -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A folder is held by one run at a time: refusal, takeover of what the dead left, races."""
 
+import errno
+import importlib
 import json
 import os
 import pathlib
@@ -103,6 +105,38 @@ def test_signs_of_life_and_their_end(tmp_path, monkeypatch):
         path.write_text(json.dumps(workdir._describe() | {"host": "other"}))
         time.sleep(0.3)
     assert set(ended) == {RESTART} and path.exists()  # the other's lock stays
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "prepare", "export"])
+def test_every_command_that_writes_leaves_a_held_folder(tmp_path, command, root, monkeypatch):
+    monkeypatch.chdir(root)
+    arguments = {
+        "train": ["--config=configs/demo.py", f"--config.data.path={tmp_path}", f"--workdir={tmp_path}"],
+        "evaluate": ["--config=configs/reconstruction.py", f"--config.init={tmp_path}", f"--workdir={tmp_path}"],
+        "prepare": ["--dataset=toy_band", f"--output={tmp_path}", "--clips=2", "--test_clips=2"],
+        "export": [f"--checkpoint={tmp_path}", f"--data={tmp_path}", f"--output={tmp_path}"],
+    }
+    main = importlib.import_module(f"av_mae.{command}.__main__").main
+    with held(tmp_path):
+        with pytest.raises(UserError, match=rf"^{tmp_path} is held by process {os.getpid()} on "):
+            main(arguments[command])
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_what_cannot_be_written_is_held_with_a_warning(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(workdir, "_take", full)
+    with held(tmp_path):
+        pass
+    assert "cannot be written (No space left on device): nothing keeps others out" in capsys.readouterr().err
+
+
+def test_an_empty_folder_does_not_stay(tmp_path):
+    with pytest.raises(ValueError, match="^$"), held(tmp_path / "new"):
+        raise ValueError
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_store_is_not_held():

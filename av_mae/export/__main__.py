@@ -13,7 +13,7 @@ from av_mae.export.embeddings import Options, export_embeddings
 from av_mae.export.encoders import INPUTS, OUTPUTS, export_onnx, export_safetensors, export_stablehlo
 from av_mae.loading import load
 from av_mae.registry import resolve
-from av_mae.train.hosts import add_process_arguments, joined
+from av_mae.train.hosts import add_process_arguments, held_by_run, joined
 
 EXAMPLE = """examples:
   python -m av_mae.export --checkpoint=runs/demo --data=runs/demo/data/toy_band:test --output=embeddings
@@ -143,9 +143,10 @@ def embed(arguments: argparse.Namespace) -> None:
     )
     with joined(arguments):
         try:
-            result = export_embeddings(
-                load(arguments.checkpoint), arguments.checkpoint, arguments.data, arguments.output, options
-            )
+            with held_by_run(arguments.output):
+                result = export_embeddings(
+                    load(arguments.checkpoint), arguments.checkpoint, arguments.data, arguments.output, options
+                )
             if jax.process_index() == 0:
                 print(summary(arguments.output, result))
                 if arguments.json:

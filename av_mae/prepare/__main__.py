@@ -14,6 +14,7 @@ from av_mae.errors import UserError, check_name, run_command
 from av_mae.prepare.demo import MODULES
 from av_mae.prepare.readers import READERS
 from av_mae.prepare.readers.catalogue import CAUSES, SKIPPABLE
+from av_mae.workdir import held
 
 EXAMPLE = """example: python -m av_mae.prepare --dataset=toy_band --output=data/toy_band --clips=2000 --seed=0
          python -m av_mae.prepare --dataset=folder --source=videos --output=data/videos
@@ -207,7 +208,7 @@ def main(argv: list[str]) -> None:
     if options.seed < 0:
         raise UserError(f"--seed={options.seed} must be 0 or more")
     started = time.monotonic()
-    with _write_errors(options.output):
+    with _write_errors(options.output), held(options.output):
         told = _prepare_demo(options) if options.dataset in MODULES else _prepare_set(options, further)
     print(told if options.dataset in MODULES else f"{told}\n  {time.monotonic() - started:.1f} s")
 
