@@ -40,10 +40,14 @@ def make_workdir(path: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def held(folder: str | os.PathLike[str]) -> Iterator[None]:
+def held(folder: str | os.PathLike[str], beside: bool = False) -> Iterator[None]:
     """Holds a folder, which is made where it is missing, for this process alone. A store (URL) is not held.
 
     Where the lock cannot be written (a full disk) the run goes on without it, with a warning.
+
+    Args:
+      folder: the folder.
+      beside: whether the lock lies beside the folder, which the command puts in its place as a whole.
 
     Raises:
       UserError: another process holds the folder; the message says which.
@@ -51,12 +55,13 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
     if "://" in os.fspath(folder):
         yield
         return
-    path, own = pathlib.Path(folder).absolute() / LOCK, _describe()
+    folder, own = pathlib.Path(folder).absolute(), _describe()
+    path = folder.with_name(f".{folder.name}{LOCK}") if beside else folder / LOCK
     ended, new = threading.Event(), not path.parent.exists()
     problem = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _take(path, own)
+        _take(path, own, folder)
     except OSError as error:
         problem = error.strerror or str(error)
     if problem:
@@ -124,7 +129,7 @@ def _read(file: TextIO) -> dict[str, Any]:
         return {}
 
 
-def _take(path: pathlib.Path, own: dict[str, Any]) -> None:
+def _take(path: pathlib.Path, own: dict[str, Any], folder: pathlib.Path) -> None:
     with _locked(path) as file:
         holder = _read(file)
         with tempfile.TemporaryFile(dir=path.parent) as now:  # the time of the file's machine, whatever ours says
@@ -132,13 +137,16 @@ def _take(path: pathlib.Path, own: dict[str, Any]) -> None:
         if holder and _lives(holder, own, silent):
             since = datetime.datetime.fromtimestamp(float(holder.get("since", 0))).isoformat(" ", "seconds")
             raise UserError(
-                f"{path.parent} is held by process {holder.get('pid')} on {holder.get('host')} since {since}: wait "
+                f"{folder} is held by process {holder.get('pid')} on {holder.get('host')} since {since}: wait "
                 "for its end, stop it, or name another folder"
             )
         file.truncate(0)
-        file.write(json.dumps(own))
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(json.dumps(own))
+            file.flush()
+        except OSError:
+            path.unlink()
+            raise
 
 
 def _lives(holder: dict[str, Any], own: dict[str, Any], silent: float) -> bool:

@@ -208,7 +208,7 @@ def main(argv: list[str]) -> None:
     if options.seed < 0:
         raise UserError(f"--seed={options.seed} must be 0 or more")
     started = time.monotonic()
-    with _write_errors(options.output), held(options.output):
+    with _write_errors(options.output), held(options.output, beside=options.dataset in MODULES):
         told = _prepare_demo(options) if options.dataset in MODULES else _prepare_set(options, further)
     print(told if options.dataset in MODULES else f"{told}\n  {time.monotonic() - started:.1f} s")
 
