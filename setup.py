@@ -45,24 +45,24 @@ EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # CUDA 13 libraries as wheels; the driver is the machine's
     "prepare": [
         "apache-beam>=2.70,<3",  # preparing large sets on Beam runners; one machine needs none
-        "gcsfs>=2025.3",
-        "s3fs>=2025.3",
-    ],  # gs:// and s3://; calendar versions, those of fsspec
+        "gcsfs>=2025.3",  # gs://; calendar versions, those of fsspec
+        "s3fs>=2025.3",  # s3://, likewise
+    ],
     "test": [
         "beartype>=0.23,<0.24",  # checks jaxtyping's shapes at run time; 0.x, its checks change
         "ruff>=0.17.6,<0.18",  # lint and format: other minor versions format differently
         "mypy>=2.4,<3",  # types
-        "duckdb>=1.2,<3",
-        "pandas>=2.3,<4",  # read exported embeddings as users do
+        "duckdb>=1.2,<3",  # reads exported embeddings as users do
+        "pandas>=2.3,<4",  # likewise
         "pytest>=8.4,<10",  # 8.4 is the first that fails on tests that return values
         "pytest-xdist>=3.6,<4",  # two test files at a time: compilation uses one core
         "PyYAML>=6,<7",  # reads the JobSet that a launcher writes; ml_collections brings it
         "scikit-learn>=1.6,<2",  # an independent reference for metrics; 1.6 is the first tested with numpy 2
         "playwright>=1.50,<2",  # drives the system's Chromium on a run's page; brings no browser itself
-        "papermill>=2.6,<3",
-        "ipykernel>=6.29,<8",  # run the notebooks
-        *DOCS,
-    ],  # a test builds the documentation
+        "papermill>=2.6,<3",  # runs the notebooks
+        "ipykernel>=6.29,<8",  # what papermill starts
+        *DOCS,  # a test builds the documentation
+    ],
     "colab": ["ipywidgets>=8,<9"],  # progress bars in notebooks
     "docs": DOCS,
 }
