@@ -82,9 +82,27 @@ def test_files_that_the_readme_names_are_there():
         assert (ROOT / path).exists(), path
 
 
+# What runs after the README's commands: the pages on exports and weights, and what other pages tell of these runs.
+PAGES = [ROOT / "docs" / "howto" / name for name in ("export.md", "weights.md")]
+MORE = """python -m av_mae.evaluate --config=configs/reconstruction.py --workdir=runs/small_evaluation \
+--config.init=runs/small --config.data.path=runs/demo/data/toy_band
+python -m av_mae.inspect runs/demo/data/toy_band --clips=8 --sheet=toy_band.png
+python -m av_mae.prepare --dataset=toy_band --output=runs/scene --variant=scene --clips=4000
+python -m av_mae.evaluate --config=configs/segmentation.py:demo --workdir=runs/segmentation \
+--config.init=runs/demo --config.data.path=runs/scene
+python -m av_mae.evaluate --config=configs/neighbours.py:demo --workdir=runs/neighbours
+python -m av_mae.evaluate --config=configs/compare.py:demo --workdir=runs/compare
+python -m av_mae.benchmark fusion --plot=fusion.png
+python -m av_mae.benchmark input --data=runs/demo/data/toy_band --device_rate=500 --workers=2"""
+
+
+def bash_lines(text: str) -> list[str]:
+    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+
+
 @pytest.mark.slow
 def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
-    """All commands but the two scripts, in the README's order, on less data and for fewer steps."""
+    """The README's commands but the scripts, in order, then those of PAGES and MORE, on less data, for fewer steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "make_mesh", lambda config: mesh.make_mesh(config, jax.devices()[:1]))
     cell = compare.Cell.config
@@ -102,8 +120,11 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     trained = {row.command for row in rows if row.command.startswith("python")}
     for command in ["python -m av_mae.train --config=configs/demo.py --workdir=runs/demo", *sorted(trained)]:
         typed_commands.run(f"{command} --config.data.path=runs/demo/data/toy_band --config.data.weights=None")
-    for command in [line for line in COMMANDS if "av_mae." in line]:
-        if "checkpoint_latest.pth" in command:  # stands for a published file
+    commands = [line for line in COMMANDS if "av_mae." in line] + MORE.splitlines()
+    for command in dict.fromkeys([*commands, *(line for page in PAGES for line in bash_lines(page.read_text()))]):
+        if (
+            "checkpoint_latest.pth" in command and not pathlib.Path("checkpoint_latest.pth").exists()
+        ):  # stands for a published file
             convert.main(["--source=runs/small", "--to=safetensors", "--output=checkpoint_latest.pth"])
         typed_commands.run(command)
     for path in (
@@ -114,14 +135,16 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
         "runs/segmentation/results.json",
         "fusion.png",
         "runs/demo/card.json",
-        "runs/embeddings/failures.parquet",
+        "runs/embeddings/skipped.jsonl",
         "runs/encoder/load_encoder.py",
         "runs/weights/model.safetensors",
         "hits.png",
         "fusion.npy",
         "runs/videos/report.html",
-        "runs/videos_classes/images/confusion.png",
+        "runs/classes/images/confusion.png",
         "toy_band.png",
+        "videos.png",
+        "runs/demo/view.html",
         "runs/neighbours/results.json",
         "runs/compare/comparison.png",
     ):
