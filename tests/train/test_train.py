@@ -12,7 +12,7 @@ from tiny_training import first_parameters, make_step, recipe, unfused
 from tiny_training import first_state as state_zero
 from train_processes import RECIPE
 
-from av_mae import checkpoint, recipes
+from av_mae import checkpoint, recipes, workdir
 from av_mae.errors import UserError, run_command
 from av_mae.train import __main__ as train
 from av_mae.train import run
@@ -63,9 +63,9 @@ def test_workdir_without_permission(tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(train.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(workdir.tempfile, "TemporaryFile", refuse)
     with pytest.raises(UserError, match="cannot write to --workdir=.*: Permission denied; name a folder"):
-        train.make_workdir(str(tmp_path))
+        workdir.make_workdir(str(tmp_path))
 
 
 def test_a_refusal_is_one_line_and_a_status(monkeypatch, capsys, tmp_path):
