@@ -76,24 +76,24 @@ def checksum(arrays: Arrays) -> jax.Array:
     return sum((x.sum(dtype=jnp.uint32) for x in words), jnp.uint32(0))
 
 
-@jax.jit
-def _digest_words(arrays: Arrays) -> jax.Array:
-    """Two sums over all 32-bit words, each word mixed with its array's name and its index: uint32 [2]."""
-    sums = jnp.zeros(2, jnp.uint32)
-    for name, x in arrays.items():
-        index = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
-        word = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        for lane, seed in enumerate((0x9E3779B9, 0x7F4A7C15)):
-            salt = np.uint32(zlib.crc32(name.encode(), seed))
-            sums = sums.at[lane].add(_mix(_mix(index ^ salt) + word).sum(dtype=jnp.uint32))
-    return sums
-
-
 def _mix(x: jax.Array) -> jax.Array:
     """The finalizer of MurmurHash3: every bit of a word changes about half the bits of the result."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)
+
+
+@jax.jit
+def _digest_words(x: jax.Array, salts: jax.Array) -> jax.Array:
+    """A sum for each salt over all 32-bit words of one array, each word mixed with its index and the salt: uint32 [n].
+
+    Compiled once for each shape and sharding, not for each name: a model has hundreds of arrays of few shapes.
+    """
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(x.shape):  # row-major, and without an array of another sharding
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    word = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jax.vmap(lambda salt: _mix(_mix(index ^ salt) + word).sum(dtype=jnp.uint32))(salts)
 
 
 def digest(arrays: Arrays) -> str:
@@ -102,7 +102,11 @@ def digest(arrays: Arrays) -> str:
     The digest is a sum over the values, so that it is the same on every mesh and each device reads only its own shards.
     A hash of the bytes, as SHA-256, would need every array whole on one host.
     """
-    return "".join(f"{word:08x}" for word in jax.device_get(_digest_words(arrays)).tolist())
+    seeds = (0x9E3779B9, 0x7F4A7C15)
+    salts = {name: np.array([zlib.crc32(name.encode(), seed) for seed in seeds], np.uint32) for name in arrays}
+    # One after the other: hundreds of small programs under way at once can starve the devices of a CPU of threads.
+    sums = [jax.device_get(_digest_words(x, salts[name])) for name, x in arrays.items()]
+    return "".join(f"{word:08x}" for word in np.sum(sums, axis=0, dtype=np.uint32).tolist())
 
 
 def meta_hash(meta: Mapping[str, Any]) -> str:
