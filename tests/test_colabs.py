@@ -1,6 +1,8 @@
 """The notebooks of colabs/: small, without stored output, and run from top to bottom with fewer clips and steps."""
 
+import ast
 import base64
+import importlib
 import importlib.util
 import io
 import pathlib
@@ -68,6 +70,25 @@ def test_stored_without_output(path):
     assert "launch/colab.sh" in code[0].source and code[1].metadata.tags == ["parameters"]
     for cell in code[1:]:
         compile(re.sub(r"^!.*", "", cell.source, flags=re.MULTILINE), path.name, "exec")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_names_of_av_mae_are_there(path):
+    """What a notebook imports of av_mae, and what it takes from there, exists: known without running the notebook."""
+    cells = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"][1:]
+    tree = ast.parse(re.sub(r"^!.*", "", "\n".join(cells), flags=re.MULTILINE))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("av_mae"):
+            for name in (alias.name for alias in node.names):
+                try:
+                    modules[name] = importlib.import_module(f"{node.module}.{name}")
+                except ImportError:
+                    modules[name] = getattr(importlib.import_module(node.module), name)
+    assert modules
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert hasattr(modules[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
