@@ -21,6 +21,15 @@ OPTIMIZERS = ("adamw", "lars")
 # Smallest values of the keys of runs; 0 stands for never, or for any number.
 LEAST = dict.fromkeys(("batch_size", "checkpoint_every", "checkpoint_local_every", "hang_factor", "keep_last"), 1)
 LEAST |= {"log_every": 1, "neighbours_clips": 2, "bootstrap": 100}
+LEAST |= {
+    "test_batch_size": 1,
+    "windows": 1,
+    "shifts": 1,
+    "masks": 1,
+    "agreeing": 1,
+    "test_clips": 0,
+    "encoder_rate": 0,
+}
 LEAST |= dict.fromkeys(("seed", "keep_every", "images_every", "profile_at", "hang_seconds", "neighbours_every"), 0)
 LEAST |= dict.fromkeys(("max_failed_saves", "max_grad_norm", "max_skipped_updates", "clips", "workers", "pictures"), 0)
 LONGEST = 3600  # seconds of a window of audio

@@ -3,22 +3,23 @@
 Command (`bash launch/demo.sh` prepares the data, then runs this and the closing evaluation):
     python -m av_mae.train --config=configs/demo.py --workdir=runs/demo
 
-Hardware: 2 CPU cores, float32. Expected time: 12 minutes (230 clips/s). Expected figures: masked sound error on Toy
-Band 0.62 × its baseline (mean of each mel row), image 0.87 × (interpolation), sound on Spoken Digits 0.52 ×; README.md.
+Hardware: 2 CPU cores, float32. Expected time: 12 minutes (230 clips/s). Expected errors of masked patches, as shares of
+a baseline's: audio of Toy Band 0.62 (the mean of each mel row), its images 0.87 (interpolation), audio of Spoken Digits
+0.52; README.md, "Two commands".
 
 Variants:
-    demo      Both sets, single objects: the command above, and the encoder of the other demo variants
-              except separation's.
-    band      All three variants of Toy Band, 12 minutes, 0.75 of the frame, 0.80 of the sound hidden: for separation,
-              whose mixtures it has heard.
-    digits    All three variants of Spoken Digits, 12 minutes, 0.75 of the frame and of the sound hidden: what a word is
-              lies in the order of its parts, and 0.90 never shows more than two of them.
+    demo      Both sets, single objects: the command above. The tasks' demo variants take this encoder, except
+              separation's.
+    band      All three variants of Toy Band, 12 minutes, 0.75 of the image and 0.80 of the audio masked: the encoder of
+              separation, which has seen mixtures in pretraining.
+    digits    All three variants of Spoken Digits, 12 minutes, 0.75 of image and audio masked. A word is told by the
+              order of its parts; with 0.90 masked, never more than two of them are visible.
 docs/tasks.md has the commands that prepare their data, and what each gave.
 
-What differs from the published recipe, and why. Targets are raw, two of 24 sound patches stay visible (0.90 hidden)
-beside 16 of 36 image patches (0.55), and the sound's error counts three times, so that what the image tells about the
-sound shows in the loss within minutes: with a swapped image the sound's error is 1.35 × that with the right one. With
-normalised targets and 0.80 of the sound hidden the gap stays within 0.2 % after 4,000 steps. Frames are not cropped
+What differs from the published recipe, and why. Targets are raw, two of 24 audio patches stay visible (0.90 masked)
+beside 16 of 36 image patches (0.55), and the audio error counts three times, so that what the image tells about the
+audio shows in the loss within minutes: with a swapped image the audio error is 1.35 × that with the right one. With
+normalised targets and 0.80 of the audio masked the gap stays within 0.2 % after 4,000 steps. Frames are not cropped
 and the volume is not changed: in Toy Band the size of an instrument gives its pitch and its brightness the level.
 Batches are small, because in minutes the number of steps is what counts.
 """
@@ -34,13 +35,13 @@ PATHS = {
     "digits": "runs/spoken_digits,runs/digits_mixture,runs/digits_scene",
 }
 WEIGHTS = {"demo": (0.9, 0.1), "band": (1.0, 1.0, 1.0), "digits": (1.0, 1.0, 1.0)}
-HIDDEN = {"demo": (0.55, 0.90), "band": (0.75, 0.80), "digits": (0.75, 0.75)}  # of the frame, of the sound
-SOUND_LOSS = {"demo": 3.0, "band": 1.0, "digits": 1.0}
+MASKED = {"demo": (0.55, 0.90), "band": (0.75, 0.80), "digits": (0.75, 0.75)}  # of the image, of the audio
+AUDIO_LOSS = {"demo": 3.0, "band": 1.0, "digits": 1.0}
 
 
 def get_config(variant="demo"):
     encoder = SIZES["tiny"]
-    hidden_frame, hidden_sound = HIDDEN[variant]
+    image_masked, audio_masked = MASKED[variant]
     return recipes.as_recipe(
         TrainConfig(
             steps=5000,
@@ -55,15 +56,15 @@ def get_config(variant="demo"):
             ),
             model=AVMAEConfig(
                 image=StreamConfig(
-                    size=(96, 96), channels=3, patch=16, mask_ratio=hidden_frame, normalize_targets=False, **encoder
+                    size=(96, 96), channels=3, patch=16, mask_ratio=image_masked, normalize_targets=False, **encoder
                 ),
                 audio=StreamConfig(
                     size=(64, 96),
                     channels=1,
                     patch=16,
-                    mask_ratio=hidden_sound,
+                    mask_ratio=audio_masked,
                     normalize_targets=False,
-                    loss_weight=SOUND_LOSS[variant],
+                    loss_weight=AUDIO_LOSS[variant],
                     **encoder,
                 ),
                 fusion=FusionConfig(kind="factorized", tokens=(8, 4, 4), heads=4, attention_ratio=0.25, mlp_ratio=1.0),

@@ -4,7 +4,7 @@ Command:
     python -m av_mae.evaluate --config=configs/localization.py:demo --workdir=runs/localization \
         --config.init=runs/demo --config.data.path=runs/scene
 
-On annotated sets (the published system reports them, but released no code for them: the training is ours):
+On annotated sets (DeepAVFusion reports them, but released no code for them: the training is ours):
     python -m av_mae.evaluate --config=configs/localization.py:vggss --workdir=runs/vggss --config.init=RUN \
         --config.data.path=VGGSOUND --config.test_path=VGGSS
     vggss      The head is trained without boxes on VGGSound's training clips (python -m av_mae.prepare

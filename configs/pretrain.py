@@ -7,16 +7,16 @@ Command (any variant):
 Variants:
     vggsound    The published VGGSound recipe: base, factorized, attention ratio 0.25, MLP ratio 1, 200 epochs with
                 40 of warm-up, batch 512, base learning rate 1.5e-4 (3e-4 at batch 512).
-                Published linear probe on VGGSound 53.08, fine-tuned 58.19 (the published system's figures).
+                Published linear probe on VGGSound 53.08, fine-tuned 58.19 (as DeepAVFusion reports).
     audioset    The published AudioSet recipe: the same with attention ratio 1.0, MLP ratio 4 and batch 2,048
-                (learning rate 1.2e-3). Published fine-tuned VGGSound figure from these weights 57.91.
+                (learning rate 1.2e-3). Published from these weights, fine-tuned on VGGSound: 57.91.
     SIZE, SIZE_FUSION
                 tiny, small, base, large, huge with factorized (default), dense, token, bilinear or none (two
                 encoders that do not meet: the unimodal baseline); otherwise as vggsound. For example `small_dense`.
 
-Hardware: made for a TPU slice or a GPU host; the mesh takes every device, and cuts parameters and optimizer state over
-as few of them as their memory asks for (`--config.mesh.fsdp=N`: over N). Predicted hours are in docs/scaling.md.
-Expected time and figures here: not measured yet; nobody has run these recipes to the end with this code.
+Hardware: made for a TPU slice or a GPU host; the mesh takes every device, and shards parameters and optimizer state
+over as few of them as their memory asks for (`--config.mesh.fsdp=N`: over N). Predicted hours are in docs/scaling.md.
+Expected time and results here: not measured yet; nobody has run these recipes to the end with this code.
 """
 
 from av_mae import config as sizes

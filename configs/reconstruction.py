@@ -5,7 +5,7 @@ Command:
         --config.init=RUN --config.data.path=DIR[,DIR]
 
 Variant `demo` reads what `bash launch/demo.sh` left in runs/demo. Hardware: anything; the demo's two sets take about
-a minute on 2 CPU cores. Results: see README.md, "The demo".
+a minute on 2 CPU cores. Results: README.md, "Two commands".
 """
 
 from av_mae import recipes

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from av_mae import recipes
-from av_mae.benchmark import step, timing
+from av_mae import benchmark, recipes
+from av_mae.benchmark import step
 from av_mae.train.optimizer import Length
 from av_mae.train.sharding import make_mesh
 from av_mae.train.step import TrainStep
@@ -154,7 +154,7 @@ def main():
     train_step = TrainStep(config, make_mesh(config.mesh), Length(1000, 10, 1000))
     batch = jax.device_put(step.random_batch(config), train_step.rows)
     ours = step.Runner(train_step.step, train_step.init(), batch)
-    seconds = timing.in_turn({"ours": ours, "torch": torch_step(config)}, arguments.rounds)
+    seconds = benchmark.in_turn({"ours": ours, "torch": torch_step(config)}, arguments.rounds)
     ratio = float(np.median(seconds["torch"] / seconds["ours"]))
     print(
         f"jax {jax.__version__} {np.median(seconds['ours']):.3f} s, torch {torch.__version__} "

@@ -19,7 +19,7 @@ def write_run(folder, steps=3):
     for n in range(1, steps + 1):
         plots.save_png(folder / "images" / f"step_{10 * n:08d}.png", np.full((4, 6, 3), n, np.uint8))
     plots.save_png(folder / "images" / "localization.png", np.zeros((5, 5, 3), np.uint8))
-    for kind in ("mixture", "estimate", "truth"):
+    for kind in ("mixture", "estimate", "source"):
         soundfile.write(folder / "images" / "separation" / f"clip 1#_{kind}.wav", np.zeros(800), 8000)
     metrics = {
         "sdr": {"value": 7.1663, "low": 6.3041, "high": 8.0312, "left_out": {"silent": 2}},

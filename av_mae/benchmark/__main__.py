@@ -8,10 +8,14 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from av_mae import benchmark, recipes
-from av_mae.config import SIZES
+from av_mae.benchmark import input as reading
+from av_mae.benchmark import parts, pod, roofline, step
+from av_mae.config import SIZES, TrainConfig
+from av_mae.console import quiet_libraries
 from av_mae.errors import UserError, run_command
 
 EXAMPLE = """example:
@@ -23,133 +27,138 @@ EXAMPLE = """example:
       --config.batch_size=8192 --json=large.json
   python -m av_mae.benchmark loop --config=configs/demo.py --config.checkpoint_every=100
 """
+Metrics = dict[str, Any]
 
 
-def run_step(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
-    from av_mae.benchmark import step
-
-    config = recipes.load_recipe(arguments.config, overrides)
-    if arguments.encoder:
-        metrics = step.measure_encoder(config, arguments.rounds)
-    else:
-        metrics = step.measure(config, arguments.rounds, arguments.plain)
-    print(benchmark.table(benchmark.metric_rows({"config": arguments.config} | metrics)))
-    return {"config": arguments.config} | metrics
-
-
-def run_fusion(arguments: argparse.Namespace, _: list[str]) -> dict[str, Any]:
-    from av_mae.benchmark import parts
-
-    rows = parts.measure_fusion(arguments.batch, arguments.rounds, SIZES[arguments.size])
-    head = ("kind", "pairs", "image", "audio", "ms", "MFLOP per clip", "temporary MB")
-    cells = [
-        (
-            row["kind"],
-            row["pair_attention"],
-            str(row["image_tokens"]),
-            str(row["audio_tokens"]),
-            f"{1e3 * row['seconds']:.2f}",
-            f"{row['flops_per_clip'] / 1e6:.1f}",
-            f"{row['memory_bytes'] / 1e6:.1f}",
-        )
-        for row in rows
-    ]
-    print(benchmark.table([head, *cells]))
+def run_fusion(arguments: argparse.Namespace, _: None) -> Metrics:
+    rows = parts.measure_fusion(arguments.batch, arguments.rounds, SIZES["base"])
     if arguments.plot:
         parts.plot_fusion(rows, arguments.plot)
     return {"rows": rows}
 
 
-def run_input(arguments: argparse.Namespace, _: list[str]) -> dict[str, Any]:
-    from av_mae.benchmark import input as reading
-
-    for option in ("clips", "device_rate", "workers"):
-        if getattr(arguments, option) < (option == "clips"):
-            raise UserError(f"--{option}={getattr(arguments, option)} must be {int(option == 'clips')} or more")
-    metrics = reading.measure(
-        arguments.data, arguments.clips, arguments.rounds, arguments.device_rate, arguments.workers
-    )
-    for rows in reading.tables(metrics):
-        print(benchmark.table(rows) + "\n")
-    print(f"{metrics['times_video']:.1f} × as many clips per core as from their mp4 files")
-    if arguments.device_rate:
-        print(
-            f"\nat {arguments.device_rate:g} clips/s a step waits for {arguments.workers} workers "
-            f"{100 * metrics['input_wait_share']:.1f} % of its time; "
-            f"{metrics['cores_for_device_rate']:.1f} cores serve that rate"
-        )
-    return metrics
-
-
-def run_pod(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
-    from av_mae.benchmark import pod, roofline
-
-    config = recipes.load_recipe(arguments.config, overrides)
-    metrics = {"config": arguments.config} | pod.measure(config, arguments.topology, arguments.slices)
+def run_pod(arguments: argparse.Namespace, config: TrainConfig) -> Metrics:
+    metrics = pod.measure(config, arguments.topology, arguments.slices)
     if "refusal" in metrics:
         return metrics
     if arguments.clips:
         metrics |= pod.recipe_hours(metrics, config, arguments.clips)
-    for rows in pod.tables(metrics):
-        print(benchmark.table(rows) + "\n")
-    metrics["curve"] = roofline.curve(metrics)
     if arguments.plot:
-        roofline.plot({arguments.topology.split(":")[0]: {arguments.config: metrics["curve"]}}, arguments.plot)
-    return metrics
+        roofline.plot([{"config": arguments.config} | metrics], arguments.plot)
+    return metrics | {"curve": roofline.curve(metrics)}
 
 
-def run_loop(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
-    from av_mae.benchmark import parts
-    from av_mae.console import quiet_libraries
-
+def run_loop(arguments: argparse.Namespace, config: TrainConfig) -> Metrics:
     if not 1 <= arguments.block <= arguments.steps:
         raise UserError(f"--block={arguments.block} must be from 1 to --steps={arguments.steps}")
-    config = recipes.load_recipe(arguments.config, overrides)
     quiet_libraries()
     config = dataclasses.replace(config, steps=arguments.steps, epochs=0.0, images_every=0)
-    metrics = {"config": arguments.config} | parts.measure_loop(config, arguments.steps, arguments.block)
-    print(benchmark.table(benchmark.metric_rows(metrics)))
-    return metrics
+    return parts.measure_loop(config, arguments.steps, arguments.block)
 
 
-def run_neighbours(arguments: argparse.Namespace, _: list[str]) -> dict[str, Any]:
-    from av_mae.benchmark import parts
-
-    if not 2 <= arguments.part <= arguments.clips or min(arguments.width, arguments.block) < 1:
-        raise UserError(
-            f"--part={arguments.part} must be at least 2, at most --clips={arguments.clips}, --width and "
-            "--block at least 1"
-        )
-    metrics = parts.measure_neighbours(arguments.clips, arguments.width, arguments.part, arguments.block)
-    print(benchmark.table(benchmark.metric_rows(metrics)))
-    return metrics
+def run_neighbours(arguments: argparse.Namespace, _: None) -> Metrics:
+    if not 2 <= arguments.part <= arguments.clips:
+        raise UserError(f"--part={arguments.part} must be at least 2, at most --clips={arguments.clips}")
+    return parts.measure_neighbours(arguments.clips, arguments.width, arguments.part, arguments.block)
 
 
-def run_scaling(arguments: argparse.Namespace, _: list[str]) -> dict[str, Any]:
-    from av_mae.benchmark import roofline
+class Command(NamedTuple):
+    """A subcommand: what it runs and says of itself, and its options.
 
-    tables = roofline.scaling(arguments.files, arguments.share, arguments.plot)
-    print("\n\n".join(map(benchmark.table, tables)))
-    return {"tables": tables}
+    `options`: name → default, smallest value, help. A default of `False` makes a switch, `None` a text without default.
+    `tables`: what is printed of the metrics. `config`: whether a recipe is read.
+    """
+
+    run: Callable[[argparse.Namespace, Any], Metrics]
+    text: str
+    options: dict[str, tuple[Any, int, str]]
+    tables: Callable[[Metrics], list[benchmark.Table]] = lambda metrics: [benchmark.metric_rows(metrics)]
+    config: bool = False
 
 
-RUNS = {
-    "step": (run_step, "a training step of a recipe on random clips"),
-    "fusion": (run_fusion, "fusion kinds × implementations over token counts"),
-    "input": (run_input, "clips per second and core, by stage, beside the same clips as mp4"),
-    "pod": (run_pod, "a training step of a recipe, compiled for TPUs that need not be there"),
-    "loop": (run_loop, "what the training loop costs beside its steps"),
-    "neighbours": (run_neighbours, "nearest neighbours among random embeddings, beside scikit-learn's"),
-    "scaling": (run_scaling, "predicted efficiency over chips, from what `pod` wrote or from an assumed share"),
+PLOT = {"plot": (None, 0, "write a PNG of predicted efficiency over chips")}
+COMMANDS = {
+    "step": Command(
+        lambda options, config: (
+            step.measure_encoder(config, options.rounds)
+            if options.encoder
+            else step.measure(config, options.rounds, options.plain)
+        ),
+        "a training step of a recipe on random clips",
+        {
+            "plain": (False, 0, "also run the plain formulation, in turn"),
+            "encoder": (False, 0, "instead: the encoder's forward pass over all patches, beside materialized pairs"),
+            "rounds": (5, 1, "timed rounds"),
+        },
+        config=True,
+    ),
+    "fusion": Command(
+        run_fusion,
+        "fusion kinds × implementations over token counts, ViT-B",
+        {
+            "batch": (8, 1, "clips"),
+            "plot": (None, 0, "write a PNG of time and memory over tokens"),
+            "rounds": (9, 1, "timed rounds"),
+        },
+        parts.fusion_tables,
+    ),
+    "input": Command(
+        lambda options, _: reading.measure(
+            options.data, options.clips, options.rounds, options.device_rate, options.workers
+        ),
+        "clips per second and core, by stage, beside the same clips as mp4",
+        {
+            "data": ("", 0, "a prepared set, otherwise one is made"),
+            "clips": (64, 1, "clips at most"),
+            "device_rate": (0.0, 0, "clips/s that a host's accelerators take: also measure how long they wait"),
+            "workers": (os.cpu_count(), 0, "processes that serve --device_rate"),
+            "rounds": (5, 1, "timed rounds"),
+        },
+        reading.tables,
+    ),
+    "pod": Command(
+        run_pod,
+        "a training step of a recipe, compiled for TPUs that need not be there",
+        {
+            "topology": ("", 0, "CHIP:SHAPE, e.g. v5e:16x16, v5p:4x4x4 or v6e:16x16"),
+            "slices": (1, 0, "as many slices of this shape"),
+            "clips": (0, 0, "clips per epoch: predicts hours of the recipe"),
+        }
+        | PLOT,
+        pod.tables,
+        config=True,
+    ),
+    "loop": Command(
+        run_loop,
+        "what the training loop costs beside its steps",
+        {"steps": (200, 0, "steps of the run"), "block": (10, 0, "steps of the run, then bare ones, in turn")},
+        config=True,
+    ),
+    "neighbours": Command(
+        run_neighbours,
+        "nearest neighbours among random embeddings, beside scikit-learn's",
+        {
+            "clips": (200_000, 2, "embeddings"),
+            "width": (768, 1, "values of each"),
+            "part": (4096, 0, "clips that scikit-learn searches for"),
+            "block": (4096, 1, "rows compared at a time"),
+        },
+    ),
+    "scaling": Command(
+        lambda options, _: {"tables": roofline.scaling(options.files, options.share, options.plot)},
+        "predicted efficiency over chips, from what `pod` wrote or from an assumed share",
+        {"share": (0.0, 0, "also steps that were not compiled, at this share of the peak, e.g. 0.4")} | PLOT,
+        lambda metrics: metrics["tables"],
+    ),
 }
 
 
-def _number(parser: argparse.ArgumentParser, option: str, default: int | None, text: str) -> None:
-    parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a subcommand and the overrides of its recipe.
 
-
-def make_parser() -> argparse.ArgumentParser:
-    """The options of all subcommands."""
+    Raises:
+      UserError: a number is too small, or a recipe is overridden that is not read.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m av_mae.benchmark",
         description=__doc__,
@@ -157,63 +166,40 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    step, fusion, reading, pod, loop, neighbours, scaling = parsers = [
-        commands.add_parser(name, help=text, description=text) for name, (_, text) in RUNS.items()
-    ]
-    for command in (step, pod, loop):
-        recipes.add_config_argument(command)
-    step.add_argument("--plain", action="store_true", help="also run the plain formulation, in turn")
-    step.add_argument(
-        "--encoder",
-        action="store_true",
-        help="instead: the encoder's forward pass over all patches, beside that of materialized pairs",
-    )
-    fusion.add_argument("--size", default="base", choices=sorted(SIZES), help="width and heads (default: base)")
-    _number(fusion, "--batch", 8, "clips")
-    fusion.add_argument("--plot", metavar="FILE", help="write a PNG of time and memory over tokens")
-    reading.add_argument("--data", default="", metavar="DIR", help="a prepared set (default: one is made)")
-    _number(reading, "--clips", 64, "clips at most")
-    reading.add_argument(
-        "--device_rate",
-        type=float,
-        default=0.0,
-        metavar="RATE",
-        help="clips/s that the accelerators of a host take: also measure how long they wait",
-    )
-    _number(reading, "--workers", os.cpu_count(), "processes that serve --device_rate")
-    pod.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="e.g. v5e:16x16, v5p:4x4x4 or v6e:16x16")
-    _number(pod, "--slices", 1, "as many slices of this shape")
-    _number(pod, "--clips", 0, "clips per epoch: predicts hours of the recipe")
-    _number(loop, "--steps", 200, "steps of the run")
-    _number(loop, "--block", 10, "steps of the run, then bare ones, in turn")
-    _number(neighbours, "--clips", 200_000, "embeddings")
-    _number(neighbours, "--width", 768, "values of each")
-    _number(neighbours, "--part", 4096, "clips that scikit-learn searches for")
-    _number(neighbours, "--block", 4096, "rows compared at a time")
-    scaling.add_argument("files", nargs="*", metavar="FILE", help="what `benchmark pod --json=FILE` wrote")
-    scaling.add_argument(
-        "--share",
-        type=float,
-        default=0.0,
-        metavar="S",
-        help="also steps that were not compiled, at this share of the peak, e.g. 0.4",
-    )
-    for command in (pod, scaling):
-        command.add_argument("--plot", metavar="FILE", help="write a PNG of predicted efficiency over chips")
-    for command, rounds in ((step, 5), (fusion, 9), (reading, 5)):
-        _number(command, "--rounds", rounds, "timed rounds")
-    for command in parsers:
-        command.add_argument("--json", metavar="FILE", help="write the metrics to this file")
-    return parser
+    for name, command in COMMANDS.items():
+        one = commands.add_parser(name, help=command.text, description=command.text)
+        if command.config:
+            recipes.add_config_argument(one)
+        if name == "scaling":
+            one.add_argument("files", nargs="*", metavar="FILE", help="what `benchmark pod --json=FILE` wrote")
+        for option, (default, _, text) in command.options.items():
+            if default is False:
+                one.add_argument(f"--{option}", action="store_true", help=text)
+            else:
+                kind, shown = (
+                    str if default is None else type(default),
+                    f"{text} (default: {default})" if default else text,
+                )
+                one.add_argument(f"--{option}", type=kind, default=default, metavar=option.upper(), help=shown)
+        one.add_argument("--json", metavar="FILE", help="write the metrics to this file")
+    arguments, overrides = recipes.parse_arguments(parser, argv)
+    command = COMMANDS[arguments.command]
+    if overrides and not command.config:
+        raise UserError(f"benchmark {arguments.command} takes no {overrides[0]}: it reads no recipe")
+    for option, (_, least, _) in command.options.items():
+        value = getattr(arguments, option)
+        if isinstance(value, int | float) and value < least:
+            raise UserError(f"--{option}={value} must be {least} or more")
+    return arguments, overrides
 
 
 def main(argv: list[str]) -> None:
-    arguments, overrides = recipes.parse_arguments(make_parser(), argv)
-    if overrides and not hasattr(arguments, "config"):
-        raise UserError(f"benchmark {arguments.command} takes no {overrides[0]}: it reads no recipe")
-    if getattr(arguments, "rounds", 1) < 1:
-        raise UserError(f"--rounds={arguments.rounds} must be at least 1")
-    metrics = RUNS[arguments.command][0](arguments, overrides)
+    arguments, overrides = parse(argv)
+    command = COMMANDS[arguments.command]
+    config = recipes.load_recipe(arguments.config, overrides) if command.config else None
+    metrics = ({"config": arguments.config} if config else {}) | command.run(arguments, config)
+    if "refusal" not in metrics:
+        print("\n\n".join(map(benchmark.table, command.tables(metrics))))
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(metrics, indent=2) + "\n")
     if "refusal" in metrics:

@@ -5,33 +5,21 @@ Programs are read as XLA's text (HLO, scheduled: instructions stand in the order
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Jaxpr
 
-BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+BYTES |= {"f64": 8, "s64": 8, "u64": 8}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions whose result is their operand, perhaps laid out or rounded otherwise.
-SAME_VALUE = (
+SAME_VALUE: tuple[str, ...] = (
     "bitcast",
     "reshape",
     "transpose",
@@ -40,13 +28,11 @@ SAME_VALUE = (
     "get-tuple-element",
     "tuple",
     "copy-start",
-    "copy-done",
-    "opt-barrier",
-    "all-gather-done",
-    "async-done",
 )
+SAME_VALUE += ("copy-done", "opt-barrier", "all-gather-done", "async-done")
 
-_LINE = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*)")
+# A name, the type of the result, the operation, and from its operands on what follows.
+_LINE = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*?) ([\w\-]+)\((.*)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -74,44 +60,38 @@ class Instruction:
         return sum(BYTES.get(dtype, 0) * math.prod(shape) for dtype, shape in self.arrays)
 
 
-def _closing(text: str) -> int:
-    """Index of the parenthesis that closes the first one."""
-    depth = 0
-    for index, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0 and letter == ")":
-            return index
-    return len(text)
-
-
 def parse_instruction(line: str) -> Instruction | None:
-    """One line of a computation; None for other lines."""
+    """One line of a computation; `None` for other lines."""
     match = _LINE.match(line)
     if not match:
         return None
-    name, text = match.groups()
-    end = _closing(text) + 1 if text.startswith("(") else text.index(" ")
-    kind, text = text[:end], text[end:].strip()
-    op, _, text = text.partition("(")
-    end = _closing("(" + text) - 1
-    arrays = tuple((dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(kind))
-    return Instruction(name, op.strip(), arrays, tuple(_NAME.findall(text[:end])), text[:end], text[end + 1 :])
+    name, result, op, text = match.groups()
+    depths = itertools.accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in text)
+    end = next((index for index, depth in enumerate(depths) if depth < 0), len(text))  # of the operands
+    arrays = tuple((dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(result))
+    return Instruction(name, op, arrays, tuple(_NAME.findall(text[:end])), text[:end], text[end + 1 :])
 
 
-def computations(program: str) -> Iterator[tuple[str, bool, list[Instruction]]]:
-    """(name, whether it is the one that runs first, instructions) of each computation of a program."""
-    name: str | None = None
-    entry, body = False, list[Instruction]()
+class Computation(NamedTuple):
+    """A computation of a program; `entry`: it is the one that runs first."""
+
+    name: str
+    entry: bool
+    body: list[Instruction]
+
+
+@functools.lru_cache(maxsize=1)
+def computations(program: str) -> list[Computation]:
+    """All computations of a program: what is called stands before what calls it."""
+    found: list[Computation] = []
     for line in program.splitlines():
         head = re.match(r"(ENTRY )?%(\S+) .*\{$", line)
+        instruction = parse_instruction(line)
         if head:
-            name, entry, body = head.group(2), bool(head.group(1)), []
-        elif line.startswith("}") and name is not None:
-            yield name, entry, body
-            name = None
-        elif name is not None:
-            instruction = parse_instruction(line)
-            body += [instruction] if instruction else []
+            found.append(Computation(head.group(2), bool(head.group(1)), []))
+        elif instruction and found:
+            found[-1].body.append(instruction)
+    return found
 
 
 def called(instruction: Instruction, by: re.Pattern[str]) -> list[str]:
@@ -149,12 +129,12 @@ def turns(program: str) -> dict[str, int]:
 
 def repeats(program: str, by: re.Pattern[str] = CALLS) -> dict[str, int]:
     """How many times each computation that is reached runs when the program runs once; every branch is taken."""
-    every, turn = list(computations(program)), turns(program)
-    times = collections.Counter({name: int(entry) for name, entry, _ in every})
-    for name, _, body in reversed(every):  # what is called stands before what calls it
+    turn = turns(program)
+    times = collections.Counter({one.name: int(one.entry) for one in computations(program)})
+    for name, _, body in reversed(computations(program)):
         for other in (other for instruction in body for other in called(instruction, by)):
             times[other] += times[name] * turn.get(other, 1)
-    return {name: times[name] for name, _, _ in every if times[name]}
+    return {one.name: times[one.name] for one in computations(program) if times[one.name]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,23 +149,18 @@ class Collective:
     group: int
     hidden: bool
     shape: tuple[int, ...]
-    name: str
 
 
 def group_size(rest: str) -> int:
     """Devices of a group, from what follows a collective's operands (1 where nothing is said)."""
-    match = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-    if match:
-        return len(match.group(1).split(","))
-    match = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
-    if match:
-        return int(match.group(1))
-    match = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", rest)
-    if match:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match.group(2)))
-    match = re.search(r"source_target_pairs=", rest)
-    return 2 if match else 1
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(listed.group(1).split(","))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(counted.group(1))
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named.group(2)))
+    return 2 if "source_target_pairs=" in rest else 1
 
 
 def collectives(program: str) -> list[Collective]:
@@ -217,7 +192,7 @@ def _collective(instruction: Instruction, computation: str, hidden: bool) -> Col
     size *= group if kind == "reduce-scatter" else 1
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-    return Collective(kind, size, group, started or hidden, shape, instruction.name)
+    return Collective(kind, size, group, started or hidden, shape)
 
 
 def gathers(instruction: Instruction) -> bool:
@@ -226,41 +201,39 @@ def gathers(instruction: Instruction) -> bool:
     return instruction.op in ("all-gather", "all-gather-done") or instruction.name.startswith("async-collective-done")
 
 
-def most_alive(program: str, begins: Callable[[Instruction], bool]) -> int:
-    """The most bytes held at once by results of the instructions that `begins` chooses, in the program's own order.
+def most_gathered(program: str) -> int:
+    """The most bytes held at once by results of instructions that gather (see `gathers`), in the program's own order.
 
     A result lives until the last instruction that reads it or what only lays it out anew; beside what is alive while
     a loop runs, its body holds its own, and what it hands to its next turn all the time.
     """
-    inside: dict[str, int] = {}
+    held: dict[str, int] = {}  # by computation
     for name, entry, body in computations(program):
-        inside[name] = _most_alive(body, begins, inside)
+        held[name] = _most_gathered(body, held)
         if entry:
-            return inside[name]
+            return held[name]
     return 0
 
 
-def _most_alive(body: list[Instruction], begins: Callable[[Instruction], bool], inside: dict[str, int]) -> int:
-    """`most_alive` of one computation; `inside` knows those that it runs."""
+def _most_gathered(body: list[Instruction], inside: dict[str, int]) -> int:
+    """`most_gathered` of one computation; `inside` knows those that it runs."""
     origin: dict[str, set[str]] = {}
-    sizes, first, last = {}, {}, {}
+    sizes, first, last = dict[str, int](), dict[str, int](), dict[str, int]()
     for index, instruction in enumerate(body):
         read = set().union(*(origin.get(name, ()) for name in instruction.operands))
-        for name in read:
-            last[name] = index
-        if begins(instruction):
-            sizes[instruction.name], first[instruction.name] = instruction.bytes, index
-            last[instruction.name], origin[instruction.name] = index, {instruction.name}
+        last |= dict.fromkeys(read, index)
+        if gathers(instruction):
+            name = instruction.name
+            origin[name], sizes[name], first[name], last[name] = {name}, instruction.bytes, index, index
         elif instruction.op in SAME_VALUE:
             origin[instruction.name] = read
-    for name in origin.get(body[-1].name, ()):
-        first[name] = 0
+    first |= dict.fromkeys(origin.get(body[-1].name, ()), 0)
     changes = [0] * (len(body) + 1)
     for name, size in sizes.items():
         changes[first[name]] += size
         changes[last[name] + 1] -= size
-    held = [max((inside[name] for name in called(instruction, FLOW)), default=0) for instruction in body]
-    return max(map(sum, zip(itertools.accumulate(changes), held)), default=0)
+    below = [max((inside[name] for name in called(instruction, FLOW)), default=0) for instruction in body]
+    return max(map(sum, zip(itertools.accumulate(changes), below)), default=0)
 
 
 def cycles(program: str) -> int:

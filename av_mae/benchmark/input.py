@@ -12,8 +12,8 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -122,9 +122,10 @@ ROWS = np.arange(BATCH)
 VIDEOS = 16  # clips at most that are also read from mp4 files
 LARGE = 1_000_000  # clips
 WAIT_SECONDS = 10.0  # of training over which the share of waiting is measured
-# Accelerators by their kind in chips.PEAK_FLOPS, and the share of that peak that a training step is taken to reach.
+# Accelerators by their kind in roofline.PEAK_FLOPS, and the share of that peak that a training step is taken to reach.
 CHIPS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "H100": "NVIDIA H100 80GB HBM3"}
 MFU = 0.5
+Item = TypeVar("Item")
 
 
 class Stages(NamedTuple):
@@ -175,11 +176,8 @@ def measure(folder: str, clips: int, rounds: int, device_rate: float = 0.0, work
         }
         counts = dict.fromkeys(runs, len(stages.clips)) | {"whole": BATCH * len(batches), "video": len(videos)}
         seconds = benchmark.in_turn(runs, rounds, time.process_time)
-        metrics = {
-            "clips": len(stages.clips),
-            "rounds": rounds,
-            **_metrics({name: values / counts[name] for name, values in seconds.items()}),
-        }
+        metrics: dict[str, Any] = {"clips": len(stages.clips), "rounds": rounds}
+        metrics |= _metrics({name: values / counts[name] for name, values in seconds.items()})
         if device_rate:
             metrics |= {
                 "device_rate": device_rate,
@@ -216,24 +214,26 @@ def _split(folder: str) -> str:
     return next((split for split in ("train", *splits) if split in splits), "train")
 
 
+def _shown(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """The items, with a bar that says how far they are taken."""
+    with Progress(len(items), what) as progress:
+        for item in items:
+            yield item
+            progress.update()
+
+
 def _make_set(folder: pathlib.Path, clips: int) -> str:
     """Writes a set of made-up clips, as `prepare` would, into the new `folder`; returns its path."""
     folder.mkdir()
-    with Progress(clips, "making clips") as progress:
-
-        def made():
-            for number in range(clips):
-                yield compose(number)
-                progress.update()
-
-        write_set(folder, "made_up", "made up", ["unknown"], {"train": made}, clips)
+    made = lambda: map(compose, _shown(range(clips), "making clips"))
+    write_set(folder, "made_up", "made up", ["unknown"], {"train": made}, clips)
     return os.fspath(folder)
 
 
 def _load_stages(data: DataConfig, source: ClipSource, count: int) -> Stages:
     """What each stage begins with, of those of the first `count` clips that can be read."""
     generator, loader = np.random.default_rng(0), ClipLoader(data, IMAGE, AUDIO, augment=True)
-    stages, errors = Stages([], [], [], [], [], [], []), list[str]()
+    rows, errors = list[tuple[Any, ...]](), list[str]()
     for number in range(count):
         record = source[number]
         clip = loader.random_map(record, generator)
@@ -245,12 +245,10 @@ def _load_stages(data: DataConfig, source: ClipSource, count: int) -> Stages:
         encoded = record["frames"][int(np.argmin(np.abs(record["frame_times"] - middle)))]
         box = frames.random_box(generator, *frames.frame_size(encoded), data.crop_scale)
         decoded = frames.decode(encoded, box, IMAGE)
-        columns: tuple[list[Any], ...] = stages
-        for values, value in zip(columns, (number, record, (encoded, box), decoded, position, window, clip)):
-            values.append(value)
-    if not stages.clips:
+        rows.append((number, record, (encoded, box), decoded, position, window, clip))
+    if not rows:
         raise UserError(f"none of the first {count} clips of {data.path} can be read; the first error: {errors[0]}")
-    return stages
+    return Stages(*map(list, zip(*rows, strict=True)))
 
 
 def _stage_runs(data: DataConfig, source: ClipSource, stages: Stages) -> dict[str, Callable[[], None]]:
@@ -282,14 +280,11 @@ def _each(function: Callable[..., object], values: Iterable[Any]) -> None:
 
 def _write_videos(clips: list[dict], folder: pathlib.Path) -> list[tuple[str, float, np.random.Generator]]:
     """The mp4 file of each record, how long it is, and the random draws for reading it."""
-    videos = []
-    with Progress(len(clips), "writing mp4 files") as progress:
-        for number, record in enumerate(clips):
-            path = folder / f"{number}.mp4"
-            seconds = write_video(record, path)
-            videos.append((os.fspath(path), seconds, np.random.default_rng(number)))
-            progress.update()
-    return videos
+    paths = [os.fspath(folder / f"{number}.mp4") for number in range(len(clips))]
+    written = zip(paths, _shown(clips, "writing mp4 files"), strict=True)
+    return [
+        (path, write_video(clip, path), np.random.default_rng(number)) for number, (path, clip) in enumerate(written)
+    ]
 
 
 def _read_video(data: DataConfig, video: tuple[str, float, np.random.Generator]) -> None:
@@ -323,8 +318,8 @@ def _metrics(seconds: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def tables(metrics: dict[str, Any]) -> list[list[tuple[str, ...]]]:
-    """What the command prints: the time of each stage, and the cores that an accelerator of each kind needs."""
+def tables(metrics: dict[str, Any]) -> list[benchmark.Table]:
+    """What the command prints: the time of each stage, the cores that an accelerator of each kind needs, and ratios."""
     stages = [
         (name, f"{1e3 * seconds:.3f}", f"{1 / seconds:.0f}" if seconds > 0 else "")
         for name, seconds in metrics["seconds_per_clip"].items()
@@ -332,7 +327,9 @@ def tables(metrics: dict[str, Any]) -> list[list[tuple[str, ...]]]:
     chips = [
         (name, f"{chip['clips_per_second']:.0f}", f"{chip['cores']:.1f}") for name, chip in metrics["chips"].items()
     ]
+    ratios = ("times_video", "device_rate", "workers", "input_wait_share", "cores_for_device_rate")
     return [
         [("stage", "ms per clip", "clips/s per core"), *stages],
         [("one accelerator, ViT-B", "clips/s", "cores"), *chips],
+        benchmark.metric_rows({name: metrics[name] for name in ratios if name in metrics}),
     ]

@@ -24,7 +24,7 @@ from av_mae.errors import UserError
 from av_mae.evaluate import cosine
 from av_mae.models import flops
 from av_mae.models.fusion import FusionBlock
-from av_mae.train.loop import Prefetch
+from av_mae.train.loop import to_global
 from av_mae.train.optimizer import run_length
 from av_mae.train.run import Run, train_from
 from av_mae.train.sharding import make_mesh
@@ -43,25 +43,13 @@ CASES = (
 )
 
 
-def fusion_block(kind: str, pair_attention: str, size: dict[str, int]) -> tuple[models.AVMAEConfig, FusionBlock]:
-    """A fusion block of one kind and implementation, and the configuration it is counted by."""
-    config = models.AVMAEConfig(
-        image=models.StreamConfig(width=size["width"], heads=size["heads"]),
-        audio=models.StreamConfig(size=(128, 192), channels=1, width=size["width"], heads=size["heads"]),
-        fusion=models.FusionConfig(kind=kind, heads=size["heads"], pair_attention=pair_attention),
-    )
-    return config, FusionBlock(size["width"], size["width"], size["width"], config.fusion, rngs=nnx.Rngs(0))
-
-
 @dataclasses.dataclass
 class Case:
-    """One kind × implementation at one pair of token counts, compiled."""
+    """A fusion block of one kind and implementation at one pair of token counts, compiled, with its arguments."""
 
     kind: str
     pair_attention: str
-    image: int
-    audio: int
-    compiled: jax.stages.Compiled
+    compiled: Any
     args: tuple[Any, ...]
     flops: int
 
@@ -71,14 +59,18 @@ class Case:
 
 def make_case(kind: str, pair_attention: str, image: int, audio: int, batch: int, size: dict[str, int]) -> Case:
     """Compiles a fusion block of `size` for `batch` clips of so many image and audio tokens."""
-    config, block = fusion_block(kind, pair_attention, size)
-    graph, state = nnx.split(block)
+    width, heads = size["width"], size["heads"]
+    config = models.AVMAEConfig(
+        image=models.StreamConfig(width=width, heads=heads),
+        audio=models.StreamConfig(size=(128, 192), channels=1, width=width, heads=heads),
+        fusion=models.FusionConfig(kind=kind, heads=heads, pair_attention=pair_attention),
+    )
+    graph, state = nnx.split(FusionBlock(width, width, width, config.fusion, rngs=nnx.Rngs(0)))
     counts = (sum(config.fusion.tokens), image, audio)
     keys = jax.random.split(jax.random.key(0), 3)
-    args = (state, *(jax.random.normal(k, (batch, n, size["width"])) for k, n in zip(keys, counts, strict=True)))
+    args = (state, *(jax.random.normal(k, (batch, n, width)) for k, n in zip(keys, counts, strict=True)))
     compiled = jax.jit(lambda state, *tokens: nnx.merge(graph, state)(*tokens)).lower(*args).compile()
-    cost = flops.fusion_block(config, image, audio, pair_attention)
-    return Case(kind, pair_attention, image, audio, compiled, args, cost)
+    return Case(kind, pair_attention, compiled, args, flops.fusion_block(config, image, audio, pair_attention))
 
 
 def measure_fusion(
@@ -103,54 +95,52 @@ def measure_fusion(
             if how != "materialized" or image * audio <= MOST_PAIRS
         }
         seconds = benchmark.in_turn(cases, rounds)
-        for name, case in cases.items():
-            rows.append(
-                {
-                    "kind": case.kind,
-                    "pair_attention": case.pair_attention,
-                    "image_tokens": image,
-                    "audio_tokens": audio,
-                    "seconds": float(np.median(seconds[name])),
-                    "flops_per_clip": case.flops,
-                    "memory_bytes": benchmark.memory_plan(case.compiled).temp_size_in_bytes,
-                }
-            )
+        rows += [
+            {
+                "kind": case.kind,
+                "pair_attention": case.pair_attention,
+                "image_tokens": image,
+                "audio_tokens": audio,
+                "seconds": float(np.median(seconds[name])),
+                "flops_per_clip": case.flops,
+                "memory_bytes": case.compiled.memory_analysis().temp_size_in_bytes,
+            }
+            for name, case in cases.items()
+        ]
     return rows
+
+
+def fusion_tables(metrics: dict[str, Any]) -> list[benchmark.Table]:
+    """What the command prints: a row for each case."""
+    head = ("kind", "pairs", "image", "audio", "ms", "MFLOP per clip", "temporary MB")
+    cells = [
+        (
+            row["kind"],
+            row["pair_attention"],
+            str(row["image_tokens"]),
+            str(row["audio_tokens"]),
+            f"{1e3 * row['seconds']:.2f}",
+            f"{row['flops_per_clip'] / 1e6:.1f}",
+            f"{row['memory_bytes'] / 1e6:.1f}",
+        )
+        for row in metrics["rows"]
+    ]
+    return [[head, *cells]]
 
 
 def plot_fusion(rows: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
     """Seconds and memory over the number of tokens, one line per kind and implementation, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, key, label, unit in zip(
-        figure.subplots(1, 2),
-        ("seconds", "memory_bytes"),
-        ("time [ms]", "temporary memory [MB]"),
-        (1e3, 1e-6),
-        strict=True,
-    ):
-        for kind, how in CASES:
-            line = [row for row in rows if (row["kind"], row["pair_attention"]) == (kind, how)]
-            axes.loglog(
-                [row["image_tokens"] + row["audio_tokens"] for row in line],
-                [row[key] * unit for row in line],
-                marker="o",
-                label=f"{kind}, {how}",
-            )
-        axes.set_xlabel("image + audio tokens")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    def lines(key: str, unit: float) -> benchmark.Lines:
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for row in rows:
+            tokens, values = found.setdefault(f"{row['kind']}, {row['pair_attention']}", ([], []))
+            tokens.append(row["image_tokens"] + row["audio_tokens"])
+            values.append(row[key] * unit)
+        return found
 
-
-def resident_bytes() -> int:
-    """Memory of this process now (Linux)."""
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    panels = {"time [ms]": lines("seconds", 1e3), "temporary memory [MB]": lines("memory_bytes", 1e-6)}
+    benchmark.save_plot(path, panels, "image + audio tokens", yscale="log")
 
 
 def measure_neighbours(clips: int, width: int, part: int, block: int) -> dict[str, Any]:
@@ -168,13 +158,17 @@ def measure_neighbours(clips: int, width: int, part: int, block: int) -> dict[st
     Raises:
       UserError: scikit-learn is not installed.
     """
+    try:
+        from sklearn.neighbors import NearestNeighbors
+    except ImportError as error:
+        raise UserError("the comparison needs scikit-learn: pip install scikit-learn") from error
     embeddings = np.random.default_rng(0).standard_normal((clips, width), np.float32)
-    before = resident_bytes()
+    before = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     start = time.perf_counter()
     found = cosine.nearest({"embeddings": embeddings}, block)["embeddings"]
     seconds = time.perf_counter() - start
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    search = brute_force(embeddings)
+    search = NearestNeighbors(n_neighbors=2, metric="cosine", algorithm="brute").fit(embeddings)
     start = time.perf_counter()
     index = search.kneighbors(embeddings[:part], return_distance=False)
     brute_seconds = (time.perf_counter() - start) * clips / part
@@ -190,15 +184,6 @@ def measure_neighbours(clips: int, width: int, part: int, block: int) -> dict[st
         "scikit_learn_extrapolated_seconds": brute_seconds,
         "agreement_share": float(np.mean(others == found.row[:part])),
     }
-
-
-def brute_force(embeddings: np.ndarray) -> Any:
-    """scikit-learn's search for a clip and its nearest neighbour."""
-    try:
-        from sklearn.neighbors import NearestNeighbors
-    except ImportError as error:
-        raise UserError("the comparison needs scikit-learn: pip install scikit-learn") from error
-    return NearestNeighbors(n_neighbors=2, metric="cosine", algorithm="brute").fit(embeddings)
 
 
 def clocks() -> np.ndarray:
@@ -266,12 +251,9 @@ def measure_loop(config: TrainConfig, steps: int, block: int) -> dict[str, Any]:
     host = {name: np.asarray(x) for name, x in random_batch(config).items()}
     texts = {"id": "clip", "stage": "", "cause": ""}
     host |= {name: np.full(config.batch_size, text, object) for name, text in texts.items()}
-    prefetch = Prefetch(itertools.repeat(host), step.rows)
-    batch = next(prefetch)[1]
-    prefetch.close()
     with tempfile.TemporaryDirectory() as folder:
         looped(step, step.init(), host, 3, pathlib.Path(folder) / "first")  # compiles, checkpoints too
-        turns = Alternating(step.step, batch, block)
+        turns = Alternating(step.step, to_global(host, step.rows), block)
         state, step = step.init(), copy.copy(step)
         step.step = turns  # type: ignore[assignment]
         total = looped(step, state, host, steps, pathlib.Path(folder) / "run")

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import tempfile
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from av_mae import benchmark, models
 from av_mae.benchmark import compiled as programs
 from av_mae.benchmark import roofline
 from av_mae.benchmark.roofline import CLIPS_PER_CORE, TOPOLOGIES, Chip, Metrics
+from av_mae.benchmark.step import random_batch
 from av_mae.config import TrainConfig
 from av_mae.console import Progress
 from av_mae.errors import UserError
@@ -51,15 +53,8 @@ def topology_devices(name: str, slices: int) -> list:
 
 def abstract_batch(config: TrainConfig, train_step: TrainStep) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of what `TrainStep.step` takes."""
-    shapes = {
-        "image": ((*config.model.image.size, 3), np.uint8),
-        "audio": (config.model.audio.size, np.float32),
-        "valid": ((), bool),
-    }
-    return {
-        name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=train_step.rows)
-        for name, (shape, dtype) in shapes.items()
-    }
+    shapes = jax.eval_shape(lambda: random_batch(config))
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=train_step.rows) for name, x in shapes.items()}
 
 
 def state_bytes(train_step: TrainStep) -> int:
@@ -73,13 +68,10 @@ def state_bytes(train_step: TrainStep) -> int:
 def advice(config: TrainConfig, state: int, over: int, memory: int, devices: int, fsdp: int) -> str:
     """A setting that would make a step fit which needs `over` bytes more than the `memory` of a chip."""
     activations = memory + over - state
-    if state > memory / 2:
-        wanted = next(
-            (n for n in range(fsdp + 1, devices + 1) if devices % n == 0 and state * fsdp / n < 0.4 * memory), None
-        )
-        if wanted:
-            left = state * fsdp / wanted / 1e9
-            return f"--config.mesh.fsdp={wanted} would cut parameters and moments to {left:.1f} GB"
+    sizes = [n for n in range(fsdp + 1, devices + 1) if devices % n == 0 and state * fsdp / n < 0.4 * memory]
+    if state > memory / 2 and sizes:
+        left = state * fsdp / sizes[0] / 1e9
+        return f"--config.mesh.fsdp={sizes[0]} would shard parameters and moments to {left:.1f} GB"
     rows = config.batch_size // devices
     for parts in range(config.grad_accumulation + 1, rows + 1):
         if rows % parts == 0 and state + activations * config.grad_accumulation / parts < 0.9 * memory:
@@ -109,7 +101,7 @@ def does_not_fit(error: Exception, config: TrainConfig, train_step: TrainStep, n
     }
 
 
-def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+def compile_step(lowered: jax.stages.Lowered) -> tuple[Any, str]:
     """The compiled program and its text, as the compiler itself writes it down.
 
     What `as_text` gives is read by JAX's own XLA, which does not know all that libtpu's writes: gathers that v5p and
@@ -121,8 +113,26 @@ def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]
         return compiled, texts[0].read_text() if len(texts) == 1 else compiled.as_text() or ""
 
 
-def prepare(config: TrainConfig, name: str, slices: int) -> tuple[TrainStep, Chip, tuple[int, ...]]:
-    """The step of a recipe on the devices of a topology, with their chip and the shape of a slice.
+def memory_plan(plan: Any, state: int, chip: Chip) -> dict[str, int]:
+    """Bytes of a chip by what takes them, their `total`, and the `memory` that there is.
+
+    Args:
+      plan: the compiler's, of the step.
+      state: bytes of parameters and optimizer.
+      chip: the kind of chip.
+    """
+    kept = {
+        "state": state,
+        "batch": plan.argument_size_in_bytes - state,
+        "temporary": plan.temp_size_in_bytes,
+        "program": plan.generated_code_size_in_bytes,
+        "new": plan.output_size_in_bytes - plan.alias_size_in_bytes,
+    }
+    return kept | {"total": sum(kept.values()), "memory": chip.memory}
+
+
+def measure(config: TrainConfig, name: str, slices: int = 1) -> Metrics:
+    """The metrics of `benchmark pod`; bytes, FLOPs and seconds are those of one chip.
 
     Raises:
       UserError: unknown topology; the mesh, the batch or the model does not fit it.
@@ -130,13 +140,9 @@ def prepare(config: TrainConfig, name: str, slices: int) -> tuple[TrainStep, Chi
     devices = topology_devices(name, slices)
     chip, shape = TOPOLOGIES[name]
     parameters = count_parameters(Pretraining(config.model))
-    config = dataclasses.replace(config, mesh=fitted(config.mesh, devices, parameters, chip.memory))
-    return TrainStep(config, make_mesh(config.mesh, devices), Length(1000, 10, 1000)), chip, shape
-
-
-def measure(config: TrainConfig, name: str, slices: int = 1) -> Metrics:
-    """The metrics of `benchmark pod`; bytes, FLOPs and seconds are those of one chip."""
-    train_step, chip, shape = prepare(config, name, slices)
+    mesh = fitted(config.mesh, devices, parameters, chip.memory)
+    config = dataclasses.replace(config, mesh=mesh)
+    train_step = TrainStep(config, make_mesh(mesh, devices), Length(1000, 10, 1000))
     with Progress(2, f"compiling for {name}", "stages") as progress:
         traced = train_step.step.trace(train_step.abstract_state(), abstract_batch(config, train_step))
         lowered = traced.lower()
@@ -146,55 +152,35 @@ def measure(config: TrainConfig, name: str, slices: int = 1) -> Metrics:
         except jax.errors.JaxRuntimeError as error:
             return does_not_fit(error, config, train_step, name)
         progress.update(stage="compiled")
-    chips, memory, cost = train_step.mesh.size, benchmark.memory_plan(compiled), benchmark.counts(compiled)
+    sizes, chips, cost = train_step.mesh.shape, train_step.mesh.size, compiled.cost_analysis()
     products = list(programs.products(traced.jaxpr.jaxpr))
+    padded = programs.matmul_flops(products, chip.tile) / chips
     more_flops, more_bytes = programs.further_turns(program)
-    bytes_accessed = cost["bytes accessed"] + more_bytes
-    flops, padded = programs.matmul_flops(products), programs.matmul_flops(products, chip.tile)
-    sizes = train_step.mesh.shape
     across = (sizes["data"], sizes["data"] * sizes["fsdp"], chips)
     kinds = roofline.exchanges(programs.collectives(program), chip, shape, slices, across)
-    parts = {
-        "compute": padded / chips / chip.flops,
-        "memory": bytes_accessed / chip.memory_rate,
-        "shown": sum(kind["seconds"] for kind in kinds.values()),
-        "hidden": sum(kind["hidden_seconds"] for kind in kinds.values()),
-    }
-    seconds = roofline.step_seconds(**parts)
-    closed = PASSES * models.closed_form_flops(config.model) * config.batch_size / chips
-    state = state_bytes(train_step)
-    kept = {
-        "state": state,
-        "batch": memory.argument_size_in_bytes - state,
-        "temporary": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes,
-        "new": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    }
-    total = sum(kept.values())
-    room = chip.memory - total + kept["temporary"] + kept["batch"]
-    largest = int(room / (kept["temporary"] + kept["batch"]) * config.batch_size / chips) * chips
-    return {
+    memory = memory_plan(compiled.memory_analysis(), state_bytes(train_step), chip)
+    by_clips = memory["temporary"] + memory["batch"]
+    largest = int((chip.memory - memory["total"] + by_clips) / by_clips * config.batch_size / chips) * chips
+    metrics = {
         "topology": name,
         "slices": slices,
         "chips": chips,
         "mesh": dict(sizes),
-        "fits": total <= chip.memory,
+        "fits": memory["total"] <= chip.memory,
         "batch_size": config.batch_size,
         "largest_batch": largest,
-        "bytes_per_chip": kept | {"total": total, "memory": chip.memory},
+        "bytes_per_chip": memory,
         "flops": cost["flops"] + more_flops,
-        "closed_form_flops": closed,
-        "matmul_flops": flops / chips,
-        "padded_flops": padded / chips,
-        "bytes_accessed": bytes_accessed,
+        "closed_form_flops": PASSES * models.closed_form_flops(config.model) * config.batch_size / chips,
+        "matmul_flops": programs.matmul_flops(products) / chips,
+        "padded_flops": padded,
+        "bytes_accessed": cost["bytes accessed"] + more_bytes,
         "collectives": kinds,
-        "seconds": parts,
-        "predicted_step_seconds": seconds,
-        "predicted_mfu": closed / seconds / chip.flops,
         "compiler_cycle_seconds": programs.cycles(program) / chip.clock,
-        "gathered_bytes": programs.most_alive(program, programs.gathers),
-        "parameters": sum(int(np.prod(x.shape)) for x in train_step.shapes.params.values()),
+        "gathered_bytes": programs.most_gathered(program),
+        "parameters": parameters,
     }
+    return metrics | roofline.predicted(metrics, chip)
 
 
 def recipe_hours(metrics: Metrics, config: TrainConfig, clips: int) -> Metrics:
@@ -209,39 +195,39 @@ def recipe_hours(metrics: Metrics, config: TrainConfig, clips: int) -> Metrics:
     }
 
 
-def tables(metrics: Metrics) -> list[list[tuple[str, ...]]]:
+def tables(metrics: Metrics) -> list[benchmark.Table]:
     """What the command prints: the plan, memory by kind, exchanges by kind, predictions."""
     gigabytes = lambda n: f"{n / 1e9:.3f} GB"
-    mesh = " × ".join(f"{axis} {size}" for axis, size in metrics["mesh"].items())
-    plan = [
-        ("plan", "value"),
-        ("chips", str(metrics["chips"])),
-        ("mesh", mesh),
-        ("clips per step", str(metrics["batch_size"])),
-        ("largest batch that fits", str(metrics["largest_batch"])),
-    ]
-    memory = [("memory of a chip", "bytes")] + [(kind, gigabytes(n)) for kind, n in metrics["bytes_per_chip"].items()]
-    memory.append(("gathered weights at once", gigabytes(metrics["gathered_bytes"])))
-    flops = [("work of a chip", "value")] + [
-        (name, f"{metrics[name] / 1e12:.3f} TFLOP")
-        for name in ("flops", "closed_form_flops", "matmul_flops", "padded_flops")
-    ]
-    flops.append(("bytes_accessed", gigabytes(metrics["bytes_accessed"])))
-    exchanges = [("exchange", "count", "bytes", "seconds", "beside others")] + [
+    kinds = metrics["collectives"]
+    exchanges = [
         (kind, str(one["count"]), gigabytes(one["bytes"]), f"{one['seconds']:.5f}", f"{one['hidden_seconds']:.5f}")
-        for kind, one in metrics["collectives"].items()
+        for kind, one in kinds.items()
     ]
-    seconds = [("prediction", "value")] + [(f"{part} seconds", f"{n:.5f}") for part, n in metrics["seconds"].items()]
-    seconds += [
-        (name, f"{metrics[name]:.5g}")
-        for name in (
-            "predicted_step_seconds",
-            "predicted_mfu",
-            "compiler_cycle_seconds",
-            "clips_per_second",
-            "predicted_hours",
-            "input_cores",
-        )
-        if name in metrics
+    flops = ("flops", "closed_form_flops", "matmul_flops", "padded_flops")
+    predicted = ["predicted_step_seconds", "predicted_mfu", "compiler_cycle_seconds"]
+    predicted += ["clips_per_second", "predicted_hours", "input_cores"]
+    return [
+        [
+            ("plan", "value"),
+            ("chips", str(metrics["chips"])),
+            ("mesh", " × ".join(f"{axis} {size}" for axis, size in metrics["mesh"].items())),
+            ("clips per step", str(metrics["batch_size"])),
+            ("largest batch that fits", str(metrics["largest_batch"])),
+        ],
+        [
+            ("memory of a chip", "bytes"),
+            *((kind, gigabytes(n)) for kind, n in metrics["bytes_per_chip"].items()),
+            ("gathered weights at once", gigabytes(metrics["gathered_bytes"])),
+        ],
+        [
+            ("work of a chip", "value"),
+            *((name, f"{metrics[name] / 1e12:.3f} TFLOP") for name in flops),
+            ("bytes_accessed", gigabytes(metrics["bytes_accessed"])),
+        ],
+        [("exchange", "count", "bytes", "seconds", "beside others"), *exchanges],
+        [
+            ("prediction", "value"),
+            *((f"{part} seconds", f"{n:.5f}") for part, n in metrics["seconds"].items()),
+            *((name, f"{metrics[name]:.5g}") for name in predicted if name in metrics),
+        ],
     ]
-    return [plan, memory, flops, exchanges, seconds]

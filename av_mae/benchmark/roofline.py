@@ -1,4 +1,4 @@
-"""How long a training step takes on TPU chips, by their public figures: the roofline, and the tables of scaling.
+"""How long a training step takes on TPU chips, by their public data: the roofline, and the tables of scaling.
 
 - Compute: matrix products at the peak rate, contracted and output sizes rounded up to the matrix unit's tile.
 - Memory: the bytes that the compiler counts for its instructions, at the rate of the memory.
@@ -27,6 +27,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from av_mae import benchmark
 from av_mae.benchmark.compiled import Collective
 from av_mae.config import sized_model
 from av_mae.errors import UserError
@@ -79,10 +80,10 @@ PEAK_FLOPS = {chip.kind: chip.flops for chip in CHIPS.values()} | {
 SENT = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "collective-permute": 1}
 # By dimensions of the torus: the slices that are offered, as square as possible, by their chips.
 _SLICES = {2: "2x2 2x4 4x4 4x8 8x8 8x16 16x16", 3: "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"}
-_TUPLES: dict[int, list[tuple[int, ...]]] = {
-    n: [tuple(map(int, name.split("x"))) for name in names.split()] for n, names in _SLICES.items()
+SHAPES: dict[int, dict[int, tuple[int, ...]]] = {
+    dimensions: {math.prod(shape): shape for shape in (tuple(map(int, name.split("x"))) for name in names.split())}
+    for dimensions, names in _SLICES.items()
 }
-SHAPES = {dimensions: {math.prod(shape): shape for shape in shapes} for dimensions, shapes in _TUPLES.items()}
 # Chip and shape of each slice by name, e.g. 'v5e:4x4'.
 TOPOLOGIES = {
     f"{name}:{'x'.join(map(str, shape))}": (chip, shape)
@@ -125,6 +126,20 @@ def step_seconds(compute: float, memory: float, shown: float, hidden: float) -> 
     return max(compute, memory, hidden) + shown
 
 
+def predicted(metrics: Metrics, chip: Chip) -> Metrics:
+    """Seconds of a compiled step and of its parts, and the share of the peak that it reaches."""
+    exchanged = metrics["collectives"].values()
+    parts = {
+        "compute": metrics["padded_flops"] / chip.flops,
+        "memory": metrics["bytes_accessed"] / chip.memory_rate,
+        "shown": sum(kind["seconds"] for kind in exchanged),
+        "hidden": sum(kind["hidden_seconds"] for kind in exchanged),
+    }
+    seconds = step_seconds(**parts)
+    mfu = metrics["closed_form_flops"] / seconds / chip.flops
+    return {"seconds": parts, "predicted_step_seconds": seconds, "predicted_mfu": mfu}
+
+
 def exchanges(
     found: Sequence[Collective], chip: Chip, shape: Sequence[int], slices: int, across: Sequence[int]
 ) -> dict[str, dict[str, float]]:
@@ -157,7 +172,7 @@ def slices_for(chip: Chip, chips: int) -> tuple[tuple[int, ...], int]:
     return shapes[inside], chips // inside
 
 
-def parallel_exchanges(chip: Chip, chips: int, fsdp: int, parameters: int, bytes_each: int = 2) -> dict[str, float]:
+def parallel_exchanges(chip: Chip, chips: int, fsdp: int, parameters: int) -> dict[str, float]:
     """Seconds by kind of what data and fully sharded parallelism exchange in a step.
 
     Each pass gathers the parameters, and a reduce-scatter leads the gradients back; a chip's part of the gradients is
@@ -167,11 +182,10 @@ def parallel_exchanges(chip: Chip, chips: int, fsdp: int, parameters: int, bytes
       chip: the kind of chip.
       chips: number of chips.
       fsdp: chips that share one copy of the model.
-      parameters: of the model.
-      bytes_each: bytes of a parameter as it is exchanged.
+      parameters: of the model, exchanged in bfloat16.
     """
     shape, slices = slices_for(chip, chips)
-    size, copies = parameters * bytes_each, chips // fsdp
+    size, copies = 2 * parameters, chips // fsdp
     seconds = {}
     if fsdp > 1:
         seconds["all-gather"] = 2 * exchange_seconds("all-gather", size, fsdp, chip, shape)
@@ -208,25 +222,14 @@ def curve(metrics: Metrics) -> list[dict[str, Any]]:
     return rows
 
 
-def plot(curves: dict[str, dict[str, list[dict[str, Any]]]], path: str | os.PathLike[str]) -> None:
-    """Predicted efficiency over chips as PNG: a panel for each kind of chip, a line for each of its steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.5 + 4 * len(curves), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-    names = list(dict.fromkeys(name for lines in curves.values() for name in lines))  # a colour each, in all panels
-    for axes, (chip, lines) in zip(panels, curves.items(), strict=True):
-        for name, rows in lines.items():
-            line = [row["chips"] for row in rows], [row["efficiency"] for row in rows]
-            axes.semilogx(*line, marker="o", base=2, label=name, color=f"C{names.index(name)}")
-        axes.set(title=chip, xlabel="chips", ylim=(0, 1.05))
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("predicted efficiency (exchanges not hidden)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=120)
+def plot(steps: Sequence[Metrics], path: str | os.PathLike[str]) -> None:
+    """Predicted efficiency of steps over chips as PNG: a panel for each kind of chip."""
+    panels: dict[str, dict[str, Any]] = {}
+    for metrics in steps:
+        rows = curve(metrics)
+        line = [row["chips"] for row in rows], [row["efficiency"] for row in rows]
+        panels.setdefault(metrics["topology"].split(":")[0], {})[metrics["config"]] = line
+    benchmark.save_plot(path, panels, "chips", ylim=(0, 1.05), ylabel="efficiency (exchanges not hidden)")
 
 
 CLIPS, CHIPS_EACH = 32, 16  # clips per chip, and chips, where a step is assumed
@@ -279,7 +282,7 @@ def assumed(label: str, model: AVMAEConfig, name: str, share: float, batch: int)
 
 
 def assumed_steps(share: float) -> list[Metrics]:
-    """The sizes and kinds with CLIPS clips per chip, and the published recipes, on each kind of chip."""
+    """The sizes and kinds with CLIPS clips per chip, and the recipes of DeepAVFusion, on each kind of chip."""
     steps = [
         assumed(f"{size}_{kind}", sized_model(size, kind), name, share, CLIPS * CHIPS_EACH)
         for name in ASSUMED_TOPOLOGIES
@@ -343,29 +346,26 @@ def derived_row(metrics: Metrics) -> tuple[str, ...]:
     )
 
 
-def recipe_rows(metrics: Metrics) -> list[tuple[str, ...]]:
+def recipe_rows(metrics: Metrics) -> benchmark.Table:
     """Hours of a recipe whose batch stays the same, on as many chips as divide it, and the host cores for its input."""
-    chip, batch = TOPOLOGIES[metrics["topology"]][0], metrics["batch_size"]
-    rows: list[tuple[str, ...]] = []
-    for chips in (count for count in COUNTS if batch % count == 0):
-        exchanged = parallel_exchanges(chip, chips, metrics["mesh"]["fsdp"], metrics["parameters"])
-        seconds = local_seconds(metrics) * metrics["chips"] / chips + sum(exchanged.values())
-        hours = metrics["recipe_clips"] / batch * seconds / 3600
-        rows.append(
-            (
+    batch, rows = metrics["batch_size"], benchmark.Table()
+    for row in curve(metrics):
+        seconds = local_seconds(metrics) * metrics["chips"] / row["chips"] + row["exchange_seconds"]
+        if batch % row["chips"] == 0:
+            cells = (
                 metrics["config"],
                 metrics["topology"].split(":")[0],
-                str(chips),
-                str(batch // chips),
+                str(row["chips"]),
+                str(batch // row["chips"]),
                 f"{batch / seconds:,.0f}",
-                f"{hours:.2f}",
+                f"{metrics['recipe_clips'] / batch * seconds / 3600:.2f}",
                 f"{batch / seconds / CLIPS_PER_CORE:.0f}",
             )
-        )
+            rows.append(cells)
     return rows
 
 
-def scaling(files: Sequence[str], share: float, plot_file: str | None = None) -> list[list[tuple[str, ...]]]:
+def scaling(files: Sequence[str], share: float, plot_file: str | None = None) -> list[benchmark.Table]:
     """The tables of docs/scaling.md: compiled steps, steps on other numbers of chips, and whole recipes.
 
     A step without exchanges takes as long at the same clips per chip, and in proportion to them where a recipe's batch
@@ -387,10 +387,7 @@ def scaling(files: Sequence[str], share: float, plot_file: str | None = None) ->
     compiled = [load(path) for path in files]
     derived = [metrics for metrics in compiled if metrics["fits"]] + (assumed_steps(share) if share else [])
     if plot_file:
-        curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        for metrics in derived:
-            curves.setdefault(metrics["topology"].split(":")[0], {})[metrics["config"]] = curve(metrics)
-        plot(curves, plot_file)
+        plot(derived, plot_file)
     known = [metrics for metrics in derived if "recipe_clips" in metrics]
     return [
         *([[COMPILED_HEAD, *map(compiled_row, compiled)]] if compiled else []),

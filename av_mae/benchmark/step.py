@@ -1,6 +1,7 @@
 """`benchmark step`: one training step of a recipe on random clips, beside a large matmul and the plain formulation."""
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -48,14 +49,6 @@ class Runner:
         return metrics
 
 
-def noises(config: TrainConfig, step: jax.Array) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
-    return [
-        models.mask_noise(key, config.batch_size, stream.tokens)
-        for key, stream in zip(keys, (config.model.image, config.model.audio), strict=True)
-    ]
-
-
 def plain_runner(config: TrainConfig, train_step: TrainStep, batch: dict[str, jax.Array]) -> Runner:
     """The same step in the plain formulation, with the same optimizer."""
     plain, dtype = Plain(config.model), DTYPES[config.dtype]
@@ -69,7 +62,8 @@ def plain_runner(config: TrainConfig, train_step: TrainStep, batch: dict[str, ja
 
     def step(state, batch):
         number, params, opt_state = state
-        value, gradients = jax.value_and_grad(loss)(params, *noises(config, number), batch["image"], batch["audio"])
+        noise = train_step.objective.draw(jax.random.fold_in(jax.random.key(config.seed), number), config.batch_size)
+        value, gradients = jax.value_and_grad(loss)(params, *noise.values(), batch["image"], batch["audio"])
         updates, opt_state = train_step.optimizer.update(gradients, opt_state, params)
         return (number + 1, optax.apply_updates(params, updates), opt_state), value
 
@@ -80,18 +74,12 @@ def plain_runner(config: TrainConfig, train_step: TrainStep, batch: dict[str, ja
 
 def forward_flops(config: TrainConfig, train_step: TrainStep) -> float:
     """The compiler's count of the forward loss for one clip."""
-    definition, b = train_step.definition, config.batch_size
-    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+    definition, b, image, audio = train_step.definition, config.batch_size, config.model.image, config.model.audio
     forward = lambda params, *args: definition.merge(params).losses(*args)  # type: ignore[attr-defined]
-    image, audio = config.model.image, config.model.audio
-    lowered = jax.jit(forward).lower(
-        train_step.shapes.params,
-        shape(b, *image.size, 3),
-        shape(b, *audio.size),
-        shape(b, image.tokens),
-        shape(b, audio.tokens),
-    )
-    return benchmark.counts(lowered.compile())["flops"] / b
+    sizes = ((b, *image.size, 3), (b, *audio.size), (b, image.tokens), (b, audio.tokens))
+    shapes = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+    lowered = jax.jit(forward).lower(train_step.shapes.params, *shapes)
+    return dict(lowered.compile().cost_analysis() or {})["flops"] / b
 
 
 def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict[str, Any]:
@@ -149,40 +137,27 @@ def measure(config: TrainConfig, rounds: int, with_plain: bool) -> dict[str, Any
     return metrics
 
 
-def encoder_forward(config: TrainConfig, pair_attention: str) -> Callable[[], object]:
-    """The encoder of all patches of a batch of noise as a compiled function without arguments, pairs read as named."""
-    fusion = dataclasses.replace(config.model.fusion, pair_attention=pair_attention)
-    model = dataclasses.replace(config.model, fusion=fusion)
-    graph, state = nnx.split(models.Encoder(model, rngs=nnx.Rngs(0)))
-    state = jax.tree.map(lambda x: x.astype(DTYPES[config.dtype]), state)
-    batch = random_batch(config)
-    image = models.normalize_image(batch["image"])
-    run = jax.jit(lambda state, image, audio: nnx.merge(graph, state)(image, audio)[:3])
-    return lambda: run(state, image, batch["audio"])
-
-
-def plain_encoder_forward(config: TrainConfig) -> Callable[[], object]:
-    """The same in the plain formulation: pairs [v ; a] put into memory before they are projected."""
-    plain, batch = Plain(config.model), random_batch(config)
-    model = models.AVMAE(config.model, rngs=nnx.Rngs(0))
-    params = {name: x.astype(DTYPES[config.dtype]) for name, x in fuse(flat_values(model)).items()}
-    inputs = {"image": models.normalize_image(batch["image"]), "audio": batch["audio"][..., None]}
-    keep = {name: jnp.tile(jnp.arange(getattr(config.model, name).tokens), (config.batch_size, 1)) for name in inputs}
-    run = jax.jit(plain.encode)
-    return lambda: run(params, inputs, keep)
-
-
 def measure_encoder(config: TrainConfig, rounds: int) -> dict[str, float]:
     """Forward passes of the unmasked encoder, in turn: pairs separated, pairs materialized after their tokens'
-    projections, and the plain formulation."""
-    seconds = benchmark.in_turn(
-        {
-            "encoder": encoder_forward(config, "separable"),
-            "materialized_encoder": encoder_forward(config, "materialized"),
-            "plain_encoder": plain_encoder_forward(config),
-        },
-        rounds,
-    )
+    projections, and the plain formulation, which puts pairs [v ; a] into memory before they are projected."""
+    batch, dtype = random_batch(config), DTYPES[config.dtype]
+    image, audio = models.normalize_image(batch["image"]), batch["audio"]
+
+    def encoder(pair_attention: str) -> Callable[[], object]:
+        fusion = dataclasses.replace(config.model.fusion, pair_attention=pair_attention)
+        model = dataclasses.replace(config.model, fusion=fusion)
+        graph, state = nnx.split(models.Encoder(model, rngs=nnx.Rngs(0)))
+        state = jax.tree.map(lambda x: x.astype(dtype), state)
+        run = jax.jit(lambda state, image, audio: nnx.merge(graph, state)(image, audio)[:3])
+        return lambda: run(state, image, audio)
+
+    params = fuse(flat_values(models.AVMAE(config.model, rngs=nnx.Rngs(0))))
+    params = {name: x.astype(dtype) for name, x in params.items()}
+    inputs = {"image": image, "audio": audio[..., None]}
+    keep = {name: jnp.tile(jnp.arange(getattr(config.model, name).tokens), (config.batch_size, 1)) for name in inputs}
+    plain = functools.partial(jax.jit(Plain(config.model).encode), params, inputs, keep)
+    runs = {"encoder": encoder("separable"), "materialized_encoder": encoder("materialized")}
+    seconds = benchmark.in_turn(runs | {"plain_encoder": plain}, rounds)
     ratio = lambda other: float(np.median(seconds[other] / seconds["encoder"]))
     return {f"{name}_seconds": float(np.median(values)) for name, values in seconds.items()} | {
         "times_materialized": ratio("materialized_encoder"),
@@ -191,22 +166,19 @@ def measure_encoder(config: TrainConfig, rounds: int) -> dict[str, float]:
 
 
 Params = dict[str, jax.Array]
-PAIR_HALVES = ("image", "audio")
 
 
 def fuse(params: Params) -> Params:
     """The model's parameters by dotted name, with q, k, v (and k, v of the aggregations, and pair halves) fused."""
     fused = dict(params)
     for name in params:
-        match = re.match(r"(.*attention)\.(aggregate_\w+\.)?value\.(kernel|bias)$", name)
-        if match:
+        if match := re.match(r"(.*attention)\.(aggregate_\w+\.)?value\.(kernel|bias)$", name):
             base, leaf = name.removesuffix(f"value.{match.group(3)}"), match.group(3)
             parts = ("key", "value") if match.group(2) else ("query", "key", "value")
             fused[f"{base}fused.{leaf}"] = jnp.concatenate([fused.pop(f"{base}{p}.{leaf}") for p in parts], -1)
-        match = re.match(r"(.*)\.(key|value)_image\.kernel$", name)
-        if match:
+        if match := re.match(r"(.*)\.(key|value)_image\.kernel$", name):
             base, part = match.groups()
-            halves = [fused.pop(f"{base}.{part}_{half}.kernel") for half in PAIR_HALVES]
+            halves = [fused.pop(f"{base}.{part}_{half}.kernel") for half in ("image", "audio")]
             fused[f"{base}.{part}_pair.kernel"] = jnp.concatenate(halves, 0)
             fused[f"{base}.{part}_pair.bias"] = fused.pop(f"{base}.{part}_image.bias")
     return fused
@@ -237,38 +209,33 @@ class Plain:
         hidden = jax.nn.gelu(self.linear(p, f"{name}.fc1", x), approximate=False)
         return self.linear(p, f"{name}.fc2", hidden)
 
-    def heads(self, x: jax.Array, heads: int) -> jax.Array:
-        return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
-
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, heads: int, scale: float) -> jax.Array:
-        q, k, v = (self.heads(x, heads) for x in (q, k, v))
-        x = jax.nn.softmax(q @ k.swapaxes(-1, -2) * scale, axis=-1) @ v
-        return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
+    def attend(self, p: Params, name: str, q: jax.Array, k: jax.Array, v: jax.Array, *, heads: int, width: int):
+        """Attention of one layer from its queries, keys and values [B, N, …]; `width` gives the scale."""
+        q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3) for x in (q, k, v))
+        x = jax.nn.softmax(q @ k.swapaxes(-1, -2) * (width / heads) ** -0.5, axis=-1) @ v
+        return self.linear(p, f"{name}.out", x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1))
 
     def block(self, p: Params, name: str, x: jax.Array, heads: int, eps: float) -> jax.Array:
-        y = self.linear(p, f"{name}.attention.fused", self.norm(p, f"{name}.norm1", x, eps))
-        width = x.shape[-1]
-        q, k, v = y[..., :width], y[..., width : 2 * width], y[..., 2 * width :]
-        y = self.attend(q, k, v, heads, (width // heads) ** -0.5)
-        x = x + self.linear(p, f"{name}.attention.out", y)
+        fused = self.linear(p, f"{name}.attention.fused", self.norm(p, f"{name}.norm1", x, eps))
+        x = x + self.attend(p, f"{name}.attention", *jnp.split(fused, 3, -1), heads=heads, width=x.shape[-1])
         return x + self.mlp(p, f"{name}.mlp", self.norm(p, f"{name}.norm2", x, eps))
 
     def aggregate(self, p: Params, name: str, q: jax.Array, x: jax.Array) -> jax.Array:
-        width, heads = q.shape[-1], self.config.fusion.heads
-        y = self.linear(p, f"{name}.fused", x)
-        y = self.attend(
-            self.linear(p, f"{name}.query", q), y[..., :width], y[..., width:], heads, (width // heads) ** -0.5
+        k, v = jnp.split(self.linear(p, f"{name}.fused", x), 2, -1)
+        return self.attend(
+            p, name, self.linear(p, f"{name}.query", q), k, v, heads=self.config.fusion.heads, width=q.shape[-1]
         )
-        return self.linear(p, f"{name}.out", y)
 
     def read_pairs(self, p: Params, name: str, q: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
-        (b, i, d), a, heads = image.shape, audio.shape[1], self.config.fusion.heads
+        (b, i, d), a = image.shape, audio.shape[1]
         pairs = jnp.concatenate(
             [jnp.broadcast_to(image[:, :, None], (b, i, a, d)), jnp.broadcast_to(audio[:, None], (b, i, a, d))], -1
         ).reshape(b, i * a, 2 * d)
-        k, v = self.linear(p, f"{name}.key_pair", pairs), self.linear(p, f"{name}.value_pair", pairs)
-        y = self.attend(self.linear(p, f"{name}.query", q), k, v, heads, (d / heads) ** -0.5)
-        return self.linear(p, f"{name}.out", y)
+        q, k, v = (
+            self.linear(p, f"{name}.{layer}", x)
+            for layer, x in (("query", q), ("key_pair", pairs), ("value_pair", pairs))
+        )
+        return self.attend(p, name, q, k, v, heads=self.config.fusion.heads, width=d)
 
     def fuse_layer(self, p: Params, name: str, fusion: jax.Array, image: jax.Array, audio: jax.Array) -> jax.Array:
         f, image, audio = (

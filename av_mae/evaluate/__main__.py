@@ -1,7 +1,6 @@
 """`python -m av_mae.evaluate`: one evaluation of a checkpoint; prints its table and writes results.json."""
 
 import argparse
-import contextlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +8,12 @@ from typing import Any
 import jax
 
 from av_mae import recipes
-from av_mae.console import quiet_libraries
 from av_mae.errors import SkippedFile, run_command
 from av_mae.evaluate import compare, run
 from av_mae.evaluate.task import TASKS, task_class
 from av_mae.model_card import add_evaluation
-from av_mae.train.hosts import add_process_arguments, check_processes, held_by_run, joined
+from av_mae.train.hosts import check_processes, held_by_run, joined
+from av_mae.train.run import read_command
 from av_mae.workdir import make_workdir
 
 
@@ -32,31 +31,23 @@ def main(argv: list[str]) -> None:
         epilog="example: python -m av_mae.evaluate --config=configs/reconstruction.py:demo --workdir=runs/evaluation "
         "--config.init=runs/demo",
     )
-    recipes.add_config_argument(parser, *(task_class(name).config_class for name in TASKS), compare.CompareConfig)
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        metavar="DIR",
-        help="where results.json and pictures go, and the checkpoints of a head",
-    )
-    add_process_arguments(parser)
-    arguments, overrides = recipes.parse_arguments(parser, argv)
-    config = recipes.load_recipe(arguments.config, overrides, kind_of)
-    quiet_libraries()
+    kinds = [*(task_class(name).config_class for name in TASKS), compare.CompareConfig]
+    output = "where results.json and images/ go, and the checkpoints of a head"
+    arguments, config = read_command(parser, argv, output, kind_of, kinds)
     workdir, absolute = pathlib.Path(arguments.workdir), make_workdir(arguments.workdir)
-    with joined(arguments), contextlib.ExitStack() as stack:
+    with joined(arguments):
         check_processes(config, absolute)
-        stack.enter_context(held_by_run(workdir))
-        if jax.process_index() == 0:
-            recipes.save(config, workdir / "config.json")
-        compared = isinstance(config, compare.CompareConfig)
-        report = (compare if compared else run).run(config, workdir)
-        if jax.process_index() == 0:
-            report.save(workdir / "results.json")
-            SkippedFile(workdir).add(report.failures)
-            if not compared:  # a comparison is of several runs
-                add_evaluation(config.init, workdir, config.task, config.data.path, report)
-            print(report.table)
+        with held_by_run(workdir):
+            if jax.process_index() == 0:
+                recipes.save(config, workdir / "config.json")
+            compared = isinstance(config, compare.CompareConfig)
+            report = (compare if compared else run).run(config, workdir)
+            if jax.process_index() == 0:
+                report.save(workdir / "results.json")
+                SkippedFile(workdir).add(report.failures)
+                if not compared:  # a comparison is of several runs
+                    add_evaluation(config.init, workdir, config.task, config.data.path, report)
+                print(report.table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every evaluation hands back: metrics with 95 % intervals from resampled clips.
+"""What every evaluation hands back: metrics with 95 % intervals from resampled clips, and the report of a task.
 
 A metric gives one value per clip: a number, or a text that says why this clip has none. What has no number is left
 out of the metric and counted by reason beside it, so that no metric is undefined without saying why.
@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -105,11 +105,10 @@ class Bootstrap:
         self.clips = clips
         generator = np.random.default_rng(seed)
         shares, rows = np.full(clips, 1 / clips), max(1, _BLOCK // clips)
-        counts = [
-            _smallest(generator.multinomial(clips, shares, size=min(rows, draws - start)))
-            for start in range(0, draws, rows)
-        ]
-        self._counts = np.concatenate(counts)
+        sizes = [min(rows, draws - start) for start in range(0, draws, rows)]
+        counts = [generator.multinomial(clips, shares, size=size) for size in sizes]
+        # In as few bits as do: a clip is hardly ever drawn more than ten times.
+        self._counts = np.concatenate([part.astype(np.min_scalar_type(part.max())) for part in counts])
         self._clip_of = np.arange(clips)
 
     def grouped(self, clip_of: np.ndarray) -> "Bootstrap":
@@ -161,16 +160,14 @@ class Bootstrap:
           Name → metric: the value counts every clip once, the interval is that of the resamplings where the metric
           is defined.
         """
-        values = {name: float(row[0]) for name, row in function(np.ones((1, len(self._clip_of)))).items()}
-        parts = [function(weights) for weights in self._weights()]
-        resampled = {name: np.concatenate([part[name] for part in parts]) for name in values}
-        return {name: _metric(value, resampled[name], left_out or {}) for name, value in values.items()}
-
-    def _weights(self) -> Iterator[np.ndarray]:
-        """The resamplings in blocks: float64 [draws of the block, values]."""
+        once = function(np.ones((1, len(self._clip_of))))
         rows = max(1, _BLOCK // len(self._clip_of))
-        for start in range(0, len(self._counts), rows):
-            yield self._counts[start : start + rows, self._clip_of].astype(np.float64)
+        blocks = (self._counts[start : start + rows] for start in range(0, len(self._counts), rows))
+        parts = [function(block[:, self._clip_of].astype(np.float64)) for block in blocks]
+        return {
+            name: _metric(float(row[0]), np.concatenate([part[name] for part in parts]), left_out or {})
+            for name, row in once.items()
+        }
 
 
 def metrics_of(rows: Sequence[Mapping[str, Value]], bootstrap: Bootstrap) -> dict[str, Metric]:
@@ -178,19 +175,10 @@ def metrics_of(rows: Sequence[Mapping[str, Value]], bootstrap: Bootstrap) -> dic
     return {name: bootstrap.mean([row[name] for row in rows]) for name in rows[0]}
 
 
-def _smallest(counts: np.ndarray) -> np.ndarray:
-    """Counts in 8 or 16 bits: a clip is hardly ever drawn more than ten times."""
-    return counts.astype(np.uint8 if counts.max() < 256 else np.uint16)
-
-
 def _numbers(values: Values) -> tuple[np.ndarray, dict[str, int]]:
     """Values as float64 [n], not finite where left out, and the reasons counted."""
-    reasons: collections.Counter[str] = collections.Counter()
-    if isinstance(values, np.ndarray):
-        numbers = values.astype(np.float64)
-    else:
-        reasons.update(value for value in values if isinstance(value, str))
-        numbers = np.array([math.nan if isinstance(value, str) else value for value in values], np.float64)
+    reasons = collections.Counter(value for value in values if isinstance(value, str))
+    numbers = np.array([math.nan if isinstance(value, str) else value for value in values], np.float64)
     unexplained = int(np.sum(~np.isfinite(numbers))) - reasons.total()
     return numbers, dict(reasons) | ({"not finite": unexplained} if unexplained else {})
 

@@ -21,15 +21,14 @@ from av_mae.data.plans import each_clip
 from av_mae.data.records import Labels
 from av_mae.errors import UserError
 from av_mae.evaluate.bootstrap import Bootstrap, Metric, Value, divide, mean_defined, require_finite, require_labels
-from av_mae.evaluate.task import Clip, Measured, Task, TaskConfig, common_classes
+from av_mae.evaluate.task import Clip, HeadObjective, Measured, Task, TaskConfig, common_classes
 from av_mae.models import losses as objectives
 from av_mae.models.config import ClassificationSettings, ClassifierConfig, require
 from av_mae.models.encoder import stochastic_depth
 from av_mae.models.flops import encoder_flops
 from av_mae.models.heads import JOINT
 from av_mae.models.layers import Initial
-from av_mae.train.optimizer import Length, Multipliers, encoder_multipliers
-from av_mae.train.step import PASSES, Batch, Objective, Rows
+from av_mae.train.step import PASSES, Batch, Rows
 
 TOP = 5
 
@@ -184,7 +183,7 @@ def class_weights(frequency: np.ndarray) -> np.ndarray:
     return weights / weights[occurs].mean()
 
 
-class ClassificationObjective(Objective):
+class ClassificationObjective(HeadObjective):
     """Cross-entropy of `models.Classifier`'s joint score, softmax or binary.
 
     Batches carry `label`: int [B], or with `multi_label` [B, classes] of 0 and 1. Mixup takes each clip together with
@@ -216,9 +215,8 @@ class ClassificationObjective(Objective):
         layer_decay: float = 1.0,
         image_noise: float = 0.0,
     ):
-        self.encoder_config, self.head, self.settings = config, head, settings
-        self.encoder_rate, self.layer_decay, self.image_noise = encoder_rate, layer_decay, image_noise
-        self.frozen = encoder_rate == 0
+        super().__init__("classifier", config, head, encoder_rate, layer_decay)
+        self.settings, self.image_noise, self.frozen = settings, image_noise, encoder_rate == 0
         require(
             not (self.frozen and settings.drop_path),
             f"drop_path={settings.drop_path} drops layers of an encoder that is trained: with encoder_rate=0 it "
@@ -249,7 +247,7 @@ class ClassificationObjective(Objective):
         return frequency
 
     def build(self, rngs: nnx.Rngs) -> models.Classifier:
-        model = models.Classifier(self.encoder_config, self.head, rngs=rngs)
+        model = super().build(rngs)
         for head in model.heads.values():
             head.bias = Initial("constant", (self.head.classes,), self.bias).parameter()
         return model
@@ -261,7 +259,7 @@ class ClassificationObjective(Objective):
         if self.settings.mixup:
             rows["share"] = jnp.full(batch_size, jax.random.beta(mixup, self.settings.mixup, self.settings.mixup))
         if self.settings.drop_path:
-            rows["depth_noise"] = jax.random.uniform(depth, (batch_size, self.encoder_config.layers, 2, 2))
+            rows["depth_noise"] = jax.random.uniform(depth, (batch_size, self.config.layers, 2, 2))
         if self.image_noise:
             rows["noise_keys"] = row_keys(noise, jnp.arange(batch_size))
         return rows
@@ -284,7 +282,7 @@ class ClassificationObjective(Objective):
             return jax.lax.stop_gradient(models.pool(model.encoder(image, audio)))
         factors = None
         if self.settings.drop_path:
-            factors = stochastic_depth(rows["depth_noise"], self.settings.drop_path, self.encoder_config)
+            factors = stochastic_depth(rows["depth_noise"], self.settings.drop_path, self.config)
         return models.pool(model.encoder(image, audio, factors=factors))
 
     def losses(self, model: Any, rows: Rows) -> tuple[jax.Array, Rows]:
@@ -295,12 +293,6 @@ class ClassificationObjective(Objective):
         smooth = objectives.class_targets(targets, self.head.classes, self.settings.label_smoothing)
         best = jnp.take_along_axis(targets, score.argmax(-1)[:, None], axis=-1)[:, 0]
         return entropy(score, smooth, self.class_weights), {"accuracy": best > 0.5}
-
-    def trained(self, name: str) -> bool:
-        return not (self.frozen and name.startswith("encoder."))
-
-    def multipliers(self, params: Rows, length: Length) -> Multipliers:
-        return encoder_multipliers(params, self.encoder_rate, self.layer_decay, self.encoder_config.layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,10 +306,6 @@ class ClassificationConfig(TaskConfig):
     head: ClassifierConfig = ClassifierConfig()
     settings: ClassificationSettings = ClassificationSettings()
     windows: int = 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.windows > 0, f"windows={self.windows} must be at least 1")
 
 
 def class_frequencies(paths: Sequence[str], split: str, classes: int, multi_label: bool) -> np.ndarray:
@@ -344,14 +332,14 @@ class Classification(Task[ClassificationConfig]):
         self.names, multi_label = common_classes(config.paths, config.head.classes), config.settings.multi_label
         self.annotations = ("labels",) if multi_label else ("label",)
         self.classes = config.head.classes if multi_label else 0
-        counted = config.settings.balanced or config.settings.log_odds
+        frequency = None
+        if config.settings.balanced or config.settings.log_odds:
+            frequency = class_frequencies(config.data.paths, config.data.split, config.head.classes, multi_label)
         self.objective = ClassificationObjective(
             checkpoint.config.model,
             config.head,
             config.settings,
-            frequency=class_frequencies(config.data.paths, config.data.split, config.head.classes, multi_label)
-            if counted
-            else None,
+            frequency=frequency,
             encoder_rate=config.encoder_rate,
             layer_decay=config.layer_decay,
             image_noise=config.data.image_noise,
@@ -384,13 +372,11 @@ class Classification(Task[ClassificationConfig]):
         for prefix, clips in scores.items():
             labels = np.stack([clip["label"] for clip in clips])
             for stream in [name for name in clips[0] if name != "label"]:
-                logits = np.stack([clip[stream] for clip in clips])
-                found |= {
-                    f"{prefix}{name}/{stream}": metric for name, metric in measure(logits, labels, bootstrap).items()
-                }
+                of_stream = measure(np.stack([clip[stream] for clip in clips]), labels, bootstrap)
+                found |= {f"{prefix}{name}/{stream}": metric for name, metric in of_stream.items()}
         return found
 
-    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
+    def plot(self, measured: Measured, folder: pathlib.Path) -> None:
         if self.config.settings.multi_label:
             return
         scores, labels = (np.stack([clip[name] for clip in measured.scores.values()]) for name in (JOINT, "label"))

@@ -12,7 +12,7 @@ import numpy as np
 
 from av_mae import plots, recipes
 from av_mae.checkpoint import find_checkpoint, first_difference
-from av_mae.console import first_line, note
+from av_mae.console import first_line, note, one_line
 from av_mae.errors import UserError
 from av_mae.evaluate import run as task_run
 from av_mae.evaluate.bootstrap import Metric, Report
@@ -102,16 +102,19 @@ class Cell(NamedTuple):
 
 class Entry(NamedTuple):
     """A metric of a row over the seeds that gave it: mean, standard deviation (NaN for one seed), each seed's value,
-    and the lowest and highest ends of the seeds' intervals."""
+    the lowest and highest ends of the seeds' intervals, and the number of seeds that were to give it."""
 
     mean: float
     deviation: float
     values: list[float]
     low: float
     high: float
+    seeds: int
 
     def __str__(self):
-        return f"{self.mean:.3f}" + ("" if len(self.values) < 2 else f" ± {self.deviation:.3f}")
+        done = len(self.values)
+        missing = f" ({done} of {self.seeds} seeds)" if done < self.seeds else ""
+        return f"{self.mean:.3f}" + ("" if done < 2 else f" ± {self.deviation:.3f}") + missing
 
 
 Results = dict[Cell, dict]  # the contents of each cell's results.json
@@ -126,15 +129,22 @@ def run(config: CompareConfig, workdir: pathlib.Path) -> Report:
     Raises:
       UserError: a checkpoint is missing; the message has the command that makes it.
     """
+    runs = pathlib.Path(config.runs)
     for row in config.rows:
-        check_row(row, pathlib.Path(config.runs))
+        try:
+            find_checkpoint(str(runs / row.checkpoint))
+        except UserError as error:
+            raise UserError(
+                f"the row {row.name!r} needs a checkpoint in {runs / row.checkpoint}, there is none; "
+                f"make it with: {row.command}"
+            ) from error
     todo, results, failed = cells(config), {}, {}
     for number, cell in enumerate(todo):
         note(f"{cell.name}, cell {number + 1} of {len(todo)}")
         try:
-            results[cell] = measured(cell, cell.config(pathlib.Path(config.runs)), workdir / cell.name)
+            results[cell] = measured(cell, cell.config(runs), workdir / cell.name)
         except Exception as error:  # whatever goes wrong in one cell must not end the others
-            failed[cell.name] = str(error) if isinstance(error, UserError) else first_line(error)
+            failed[cell.name] = one_line(str(error) if isinstance(error, UserError) else first_line(error))
             note(f"{cell.name} failed: {failed[cell.name]}")
         jax.clear_caches()  # no two cells share a program
         table = gather(config, results)
@@ -156,37 +166,22 @@ def cells(config: CompareConfig) -> list[Cell]:
     ]
 
 
-def check_row(row: ComparedRow, runs: pathlib.Path) -> None:
-    """Raises UserError unless the row's checkpoint is there."""
-    try:
-        find_checkpoint(str(runs / row.checkpoint))
-    except UserError as error:
-        raise UserError(
-            f"the row {row.name!r} needs a checkpoint in {runs / row.checkpoint}, there is none; "
-            f"make it with: {row.command}"
-        ) from error
-
-
 def measured(cell: Cell, config: TaskConfig, folder: pathlib.Path) -> dict:
-    """The cell's `results.json`, which is made where it is not there yet.
+    """The cell's `results.json`, which is made where it is not there yet. Keys that recipes did not have when it was
+    made count as their defaults.
 
     Raises:
       UserError: it is there, of another recipe or checkpoint.
     """
     path = folder / RESULTS
-    if path.is_file():
-        return checked(json.loads(path.read_text()), config, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    report = task_run.run(config, folder)
-    if jax.process_index() == 0:
-        recipes.save(config, folder / "config.json")
-        report.save(path)
-    return report.to_json()
-
-
-def checked(results: dict, config: TaskConfig, folder: pathlib.Path) -> dict:
-    """The results, unless they are of another recipe or checkpoint (UserError). Keys that recipes did not have when
-    they were measured count as their defaults."""
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        report = task_run.run(config, folder)
+        if jax.process_index() == 0:
+            recipes.save(config, folder / "config.json")
+            report.save(path)
+        return report.to_json()
+    results = json.loads(path.read_text())
     now = {"config": recipes.to_dict(config), "checkpoint": task_run.identity(find_checkpoint(config.init))}
     measured_config = recipes.to_dict(recipes.from_dict(results["config"], type(config)))
     difference = first_difference(now, {"config": measured_config, "checkpoint": results["checkpoint"]})
@@ -203,16 +198,13 @@ def gather(config: CompareConfig, results: Results) -> Table:
     """Every row's metrics over the seeds that gave a number."""
     table = {}
     for row, (task, name) in itertools.product(config.rows, columns(config)):
-        found = [
-            metrics[name]
-            for cell, metrics in results.items()
-            if (cell.row.name, cell.task.name) == (row.name, task) and name in metrics
-        ]
-        found = [metric for metric in found if metric["value"] is not None]
+        cells = [metrics for cell, metrics in results.items() if (cell.row.name, cell.task.name) == (row.name, task)]
+        found = [metrics[name] for metrics in cells if metrics.get(name, {}).get("value") is not None]
         if found:
             values, lows, highs = ([metric[part] for metric in found] for part in ("value", "low", "high"))
             deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-            table[row.name, task, name] = Entry(statistics.fmean(values), deviation, values, min(lows), max(highs))
+            mean, ends = statistics.fmean(values), (min(lows), max(highs))
+            table[row.name, task, name] = Entry(mean, deviation, values, *ends, seeds=len(config.seeds))
     return table
 
 
@@ -223,14 +215,12 @@ def columns(config: CompareConfig) -> list[tuple[str, str]]:
 
 def make_report(config: CompareConfig, table: Table, results: Results, failed: dict[str, str]) -> Report:
     """Metrics ROW/TASK/FIGURE: means over the seeds, with the lowest and highest ends of the seeds' intervals."""
-    metrics = {"/".join(key): Metric(entry.mean, entry.low, entry.high) for key, entry in table.items()}
-    seeds = {
-        "/".join(key): {"deviation": None if len(entry.values) < 2 else entry.deviation, "values": entry.values}
-        for key, entry in table.items()
-    }
+    named = {"/".join(key): entry for key, entry in table.items()}
+    metrics = {name: Metric(entry.mean, entry.low, entry.high) for name, entry in named.items()}
+    deviation = lambda entry: None if len(entry.values) < 2 else entry.deviation
     details = {
         "config": recipes.to_dict(config),
-        "seeds": seeds,
+        "seeds": {name: {"deviation": deviation(entry), "values": entry.values} for name, entry in named.items()},
         "failed": failed,
         "checkpoints": {cell.row.name: found["checkpoint"] for cell, found in results.items()},
     }
@@ -238,54 +228,28 @@ def make_report(config: CompareConfig, table: Table, results: Results, failed: d
     return Report(metrics, clips, skipped, markdown(config, table, details), details)
 
 
-def shown(entry: Entry | None, seeds: int) -> str:
-    """An entry, and how many of the seeds gave it where it is not all of them."""
-    if entry is None:
-        return "–"
-    done = len(entry.values)
-    return str(entry) + ("" if done == seeds else f" ({done} of {seeds} seeds)")
-
-
 def markdown(config: CompareConfig, table: Table, details: dict) -> str:
-    """The table, the rows' checkpoints, and what failed."""
-    lines = [
-        "| pretraining | " + " | ".join(f"{task}: {name}" for task, name in columns(config)) + " |",
-        "|---|" + "--:|" * len(columns(config)),
-    ]
+    """The table, the rows' checkpoints, and what failed. An entry of fewer than all seeds says so."""
+    heads = " | ".join(f"{task}: {name}" for task, name in columns(config))
+    lines = [f"| pretraining | {heads} |", "|---|" + "--:|" * len(columns(config))]
     for row in config.rows:
-        entries = [shown(table.get((row.name, *column)), len(config.seeds)) for column in columns(config)]
-        lines.append(f"| {row.name} | " + " | ".join(entries) + " |")
-    lines += [
-        "",
-        "Mean ± standard deviation over "
-        + (
-            f"seeds {', '.join(map(str, config.seeds))}." if len(config.seeds) > 1 else f"seed {config.seeds[0]} alone."
-        ),
-    ]
-    lines += [
-        f"- {row.name}: "
-        + ("random weights in the sizes of " if row.random_weights else "")
-        + "{path}, step {step}".format(**details["checkpoints"][row.name])
-        for row in config.rows
-        if row.name in details["checkpoints"]
-    ]
-    lines += [f"- failed: {name}: {reason}" for name, reason in details["failed"].items()]
-    return "\n".join(lines)
+        cells = [str(table.get((row.name, *column), "–")) for column in columns(config)]
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
+    seeds = ", ".join(map(str, config.seeds))
+    over = f"seeds {seeds}." if len(config.seeds) > 1 else f"seed {seeds} alone."
+    lines += ["", f"Mean ± standard deviation over {over}"]
+    for name, random in ((row.name, row.random_weights) for row in config.rows if row.name in details["checkpoints"]):
+        checkpoint = one_line("{path}, step {step}".format(**details["checkpoints"][name]))
+        lines.append(f"- {name}: {'random weights in the sizes of ' if random else ''}{checkpoint}")
+    return "\n".join(lines + [f"- failed: {name}: {reason}" for name, reason in details["failed"].items()])
 
 
 def draw(config: CompareConfig, table: Table) -> np.ndarray:
     """Bars for every metric, a panel for each task."""
+    bar = lambda entry: (entry.mean, entry.deviation) if entry else None
     names = [row.name for row in config.rows]
     panels = {
-        task.name: {name: [table.get((row, task.name, name)) for row in names] for name in task.figures}
+        task.name: {metric: [bar(table.get((name, task.name, metric))) for name in names] for metric in task.figures}
         for task in config.tasks
     }
-    return plots.bars(
-        {
-            task: {
-                name: [(entry.mean, entry.deviation) if entry else None for entry in row] for name, row in panel.items()
-            }
-            for task, panel in panels.items()
-        },
-        names,
-    )
+    return plots.bars(panels, names)

@@ -118,7 +118,8 @@ def retrieval(audio: np.ndarray, image: np.ndarray, block: int = BLOCK, mesh: Me
         reason = f"audio of width {widths[0]} and images of width {widths[1]} have no cosine"
         return {f"{name}/recall{k}": [reason] * clips for name in DIRECTIONS for k in RECALLS}
     own = np.zeros(-(-clips // block) * block, np.float32)
-    own_similarity, count_closer = _compiled(_own_similarity, mesh), _compiled(_count_closer, mesh)
+    own_similarity = _compiled(lambda audio, image: jnp.diagonal(_similarity(audio, image)), mesh)
+    count_closer = _compiled(_count_closer, mesh)
     split, whole = _shardings(mesh)
     for start, blocks in _blocks({"audio": audio, "image": image}, block, split):
         own[start : start + block] = own_similarity(blocks["audio"], blocks["image"])
@@ -160,9 +161,8 @@ def _blocks(
             part = np.asarray(values[start : start + block], np.float32)
             require_finite(part, f"{name} embeddings from clip {start} on")
             part = np.pad(part, ((0, block - len(part)), (0, 0)))
-            found[name] = part
-            if sharding is not None:
-                found[name] = jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
+            split = part if sharding is None else jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
+            found[name] = split
         yield start, found
 
 
@@ -222,10 +222,6 @@ def _improve(found: Hits, start: int, similarity: jax.Array, index: jax.Array) -
     value, row = (np.asarray(values)[: part.stop - start] for values in (similarity, index))
     closer = value > found.similarity[part]
     found.row[part][closer], found.similarity[part][closer] = row[closer], value[closer]
-
-
-def _own_similarity(audio: jax.Array, image: jax.Array) -> jax.Array:
-    return jnp.diagonal(_similarity(audio, image))
 
 
 def _count_closer(

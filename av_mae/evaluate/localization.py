@@ -2,26 +2,22 @@
 
 import dataclasses
 import math
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from av_mae import models, plots
 from av_mae.checkpoint import Checkpoint
-from av_mae.errors import UserError
 from av_mae.evaluate.bootstrap import Bootstrap, Metric, Value, divide, metrics_of, require_finite
 from av_mae.evaluate.classification import row_keys
-from av_mae.evaluate.task import Clip, Measured, Task, TaskConfig, Untrained
+from av_mae.evaluate.task import Clip, HeadObjective, Task, TaskConfig, Untrained
 from av_mae.models import kinds
 from av_mae.models.config import LocalizerConfig, require
 from av_mae.models.flops import encoder_flops, linear
 from av_mae.models.localizer import attention_map, finer, occlusion_map, occlusion_noise
 from av_mae.models.losses import contrastive_loss, contrastive_top1
-from av_mae.train.optimizer import Length, Multipliers
-from av_mae.train.step import PASSES, Batch, Objective, Rows
+from av_mae.train.step import PASSES, Batch, Rows
 
 THRESHOLDS = 0.05 * np.arange(21)  # of cIoU, for the area under the curve
 SUCCESS = 0.5
@@ -56,10 +52,7 @@ class LocalizationConfig(TaskConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.shifts > 0, f"shifts={self.shifts} must be at least 1 (the image as it is)")
         require(self.method in METHODS, f"method={self.method!r} must be one of {', '.join(METHODS)}")
-        require(self.masks > 0, f"masks={self.masks} must be at least 1")
-        require(self.agreeing > 0, f"agreeing={self.agreeing} must be at least 1 annotator")
         require(0 < self.top <= 1, f"top={self.top} must be a share above 0, at most 1")
         require(self.against in ("box", "mask"), f"against={self.against!r} must be box or mask")
 
@@ -228,47 +221,34 @@ def detection_metrics(
     }
 
 
-def reads_other_stream(name: str) -> bool:
-    """Whether the parameter of this dotted name belongs to fusion, which the localizer does without."""
-    return name.startswith("encoder.fusion_") or ".bridges." in name
-
-
-class LocalizationObjective(Objective):
+class LocalizationObjective(HeadObjective):
     """Symmetric contrastive loss over all pairs of images and audio of the batch (of each part of it, where gradients
-    are accumulated). The encoder learns at `encoder_rate` times the learning rate of the head; at 0 it is frozen.
+    are accumulated).
 
     Further metric: `contrastive_top1`, how often the own audio, or image, scores highest in the batch.
-
-    Raises:
-      UserError: encoder_rate is negative.
     """
 
-    def __init__(self, config: models.AVMAEConfig, head: models.LocalizerConfig, encoder_rate: float = 0.5):
-        if encoder_rate < 0:
-            raise UserError(f"encoder_rate={encoder_rate} must be at least 0 (0: the encoder stays as it is)")
-        self.config, self.head, self.encoder_rate = config, head, encoder_rate
+    def __init__(
+        self,
+        config: models.AVMAEConfig,
+        head: models.LocalizerConfig,
+        encoder_rate: float = 0.5,
+        layer_decay: float = 1.0,
+    ):
+        super().__init__("localizer", config, head, encoder_rate, layer_decay)
         unfused = dataclasses.replace(config, fusion=models.FusionConfig(kind="none"))
-        projections = linear(config.image.tokens, config.image.width, head.width) + linear(
-            1, config.audio.width, head.width
-        )
+        projections = linear(config.image.tokens, config.image.width, head.width)
+        projections += linear(1, config.audio.width, head.width)
         self.flops = PASSES * (encoder_flops(unfused, masked=False) + projections)
-
-    def build(self, rngs: nnx.Rngs) -> models.Localizer:
-        return models.Localizer(self.config, self.head, rngs=rngs)
 
     def losses(self, model: Any, rows: Rows) -> tuple[jax.Array, Rows]:
         scores = model.pairwise(models.normalize_image(rows["image"]), rows["audio"])
-        return (
-            contrastive_loss(scores, rows["valid"], self.head.temperature),
-            {"contrastive_top1": contrastive_top1(scores, rows["valid"])},
-        )
+        loss = contrastive_loss(scores, rows["valid"], self.head.temperature)
+        return loss, {"contrastive_top1": contrastive_top1(scores, rows["valid"])}
 
     def trained(self, name: str) -> bool:
-        frozen = self.encoder_rate == 0 and name.startswith("encoder.")
-        return not frozen and not reads_other_stream(name)
-
-    def multipliers(self, params: Rows, length: Length) -> Multipliers:
-        return {name: self.encoder_rate for name in params if name.startswith("encoder.")}
+        """The localizer does without fusion: its parameters stay as they are."""
+        return super().trained(name) and not name.startswith("encoder.fusion_") and ".bridges." not in name
 
 
 class Scored(NamedTuple):
@@ -285,6 +265,7 @@ class Localization(Task[LocalizationConfig]):
 
     config_class = LocalizationConfig
     kind = "localizer"
+    columns = ("frame", "heat", "target")
 
     def __init__(self, config: LocalizationConfig, checkpoint: Checkpoint):
         super().__init__(config, checkpoint)
@@ -295,7 +276,7 @@ class Localization(Task[LocalizationConfig]):
             "detected": f"maximum of the map at least {config.detected:g}",
         }
         self.objective = (
-            LocalizationObjective(checkpoint.config.model, config.head, config.encoder_rate)
+            LocalizationObjective(checkpoint.config.model, config.head, config.encoder_rate, config.layer_decay)
             if self.trains
             else Untrained(kinds.PRETRAINING, checkpoint.config.model)
         )
@@ -308,18 +289,16 @@ class Localization(Task[LocalizationConfig]):
         if self.config.method == "attention":
             return {"heat": attention_map(model, image, audio)}
         keys = jax.random.wrap_key_data(row_keys(jax.random.key(self.config.seed), batch["index"]))
-        return {
-            "heat": occlusion_map(model, image, audio, occlusion_noise(keys, self.config.masks, model.config.audio))
-        }
+        noise = occlusion_noise(keys, self.config.masks, model.config.audio)
+        return {"heat": occlusion_map(model, image, audio, noise)}
 
     def score(self, clip: Clip) -> Scored:
         heat, target = clip["heat"].astype(np.float64), self.target(clip)
         if target is None:
             return Scored(dict.fromkeys((*MEASURES, "right_object"), NOT_ANNOTATED), float(heat.max()), None)
         sounding = bool(target.any() if self.config.against == "mask" else np.any(clip["sounding"] == 1))
-        values: dict[str, Value] = dict.fromkeys(MEASURES, "nothing sounds")
-        if sounding:
-            values = score_map(heat, target, self.config.top)
+        nothing: dict[str, Value] = dict.fromkeys(MEASURES, "nothing sounds")
+        values = score_map(heat, target, self.config.top) if sounding else nothing
         right = right_object(heat, *objects_in(clip, heat.shape)) if clip["annotators"] else NOT_ANNOTATED
         return Scored(values | {"right_object": right}, float(heat.max()), sounding)
 
@@ -359,12 +338,7 @@ class Localization(Task[LocalizationConfig]):
         several = bootstrap.grouped(np.array(known, int) % bootstrap.clips)
         return detection_metrics(confidence, right, sounding, self.config.detected, several)
 
-    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
-        rows = []
-        for clip in measured.drawn:
-            target = self.target(clip)
-            shown = np.zeros(clip["heat"].shape) if target is None else target
-            rows.append(
-                [clip["image"], plots.heat_map(clip["image"], clip["heat"]), plots.overlay(clip["image"], shown)]
-            )
-        plots.save_png(folder / "localization.png", plots.gallery(rows, ("frame", "heat", "target"), measured.names))
+    def panels(self, clip: Clip) -> list[np.ndarray]:
+        target = self.target(clip)
+        shown = np.zeros(clip["heat"].shape) if target is None else target
+        return [clip["image"], plots.heat_map(clip["image"], clip["heat"]), plots.overlay(clip["image"], shown)]

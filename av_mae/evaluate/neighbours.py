@@ -32,7 +32,7 @@ from av_mae.train.sharding import local_rows, make_mesh, row_shards
 from av_mae.train.step import Batch, TrainStep
 
 FEATURES, FUSED, ALONE = "features/", "fused/", "alone/"
-SHOWN = 5  # neighbours of each clip in the picture
+SHOWN = 5  # neighbours of each clip in the plot
 Features = Mapping[str, np.ndarray]
 
 
@@ -53,7 +53,7 @@ class Neighbours(Task[NeighboursConfig]):
 
     def __init__(self, config: NeighboursConfig, checkpoint: Checkpoint):
         super().__init__(config, checkpoint)
-        self.names = common_classes(DataConfig(path=config.sets[""]).paths)
+        self.names = common_classes(DataConfig(path=config.held_out.sets[""]).paths)
         self.mesh = make_mesh(config.mesh)
         self.objective = Untrained(self.kind, checkpoint.config.model)
 
@@ -72,30 +72,20 @@ class Neighbours(Task[NeighboursConfig]):
         values = clip_values(*stacked(scores[""]), self.mesh)
         return {name: bootstrap.mean(value) for name, value in values.items()}
 
-    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
+    def plot(self, measured: Measured, folder: pathlib.Path) -> None:
         """Clips spread over the set, and the clips nearest to each by the sum of all similarities."""
         clips = list(measured.scores.values())
         queries = np.linspace(0, len(clips) - 1, min(len(clips), self.config.pictures)).astype(int)
-        found = nearest_of(stacked(clips)[0], queries, SHOWN)
-        model, data = (
-            self.checkpoint.config.model,
-            DataConfig(path=self.config.sets[""], sound=self.sound, split=self.config.test_split),
-        )
-        with open_evaluation_data(data, model.image.size, model.audio.size, 1, np.arange(1)) as source:
-            rows = [
-                [source.clip(int(clips[number]["index"]))["image"] for number in (query, *others)]
-                for query, others in zip(queries, found, strict=True)
-            ]
-        titles = [
-            ", ".join(self.class_name(clips[number]) for number in (query, *others))
-            for query, others in zip(queries, found, strict=True)
-        ]
-        columns = ("clip", *(f"nearest {number + 1}" for number in range(found.shape[1])))
+        nearest = nearest_of(stacked(clips)[0], queries, SHOWN)
+        shown = [[clips[number] for number in (query, *row)] for query, row in zip(queries, nearest, strict=True)]
+        sizes = self.checkpoint.config.model.image.size, self.checkpoint.config.model.audio.size
+        data = DataConfig(path=self.config.held_out.sets[""], sound=self.sound, split=self.config.test_split)
+        with open_evaluation_data(data, *sizes, 1, np.arange(1)) as source:
+            rows = [[source.clip(int(clip["index"]))["image"] for clip in row] for row in shown]
+        names = [*self.names, "no label"]  # label -1 is unknown
+        titles = [", ".join(names[int(clip["label"])] for clip in row) for row in shown]
+        columns = ("clip", *(f"nearest {number + 1}" for number in range(nearest.shape[1])))
         plots.save_png(folder / "neighbours.png", plots.gallery(rows, columns, titles))
-
-    def class_name(self, clip: Clip) -> str:
-        label = int(clip["label"])
-        return self.names[label] if label >= 0 else "no label"
 
 
 def features(model: Any, batch: Batch) -> dict[str, jax.Array]:
@@ -190,18 +180,20 @@ class NeighboursHook(Hook):
             return [to_global(batch, self.rows) for batch in source]
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
-        every = self.config.neighbours_every
-        return finished or step % every == 0
+        return finished or step % self.config.neighbours_every == 0
 
     def after_step(self, moment: Moment) -> None:
         line: dict[str, float] = {"step": moment.step}
         for name, batches in self.batches.items():
-            clips = [clip for batch in batches for clip in rows_of(jax.device_get(self.encode(moment.state, batch)))]
-            if clips:
-                line |= {
-                    f"{name}/{metric}": value
-                    for metric, value in means(clip_values(*stacked(clips), self.mesh)).items()
-                }
+            encoded = [jax.device_get(self.encode(moment.state, batch)) for batch in batches]
+            clips = [
+                {field: x[row] for field, x in arrays.items()}
+                for arrays in encoded
+                for row in np.flatnonzero(arrays["valid"])
+            ]
+            for metric, values in (clip_values(*stacked(clips), self.mesh) if clips else {}).items():
+                numbers = [value for value in values if not isinstance(value, str)]
+                line |= {f"{name}/{metric}": float(np.mean(numbers))} if numbers else {}
         self.metrics.write(line)
         if jax.process_index() == 0:
             self._draw([name for name in line if name != "step"])
@@ -212,14 +204,3 @@ class NeighboursHook(Hook):
             plots.save_png(self.workdir / "images" / "neighbours.png", plots.curves(lines, names))
         except OSError as error:
             self.say(f"warning: the plot of nearest neighbours cannot be written ({error.strerror}); training goes on")
-
-
-def rows_of(arrays: dict) -> list[Clip]:
-    """The valid rows of a batch of what `NeighboursHook.encode` gives."""
-    return [{name: x[row] for name, x in arrays.items()} for row in np.flatnonzero(arrays["valid"])]
-
-
-def means(values: Mapping[str, Values]) -> dict[str, float]:
-    """Mean of each metric over the clips that have it; a metric that none has is left out."""
-    numbers = {name: [value for value in each if not isinstance(value, str)] for name, each in values.items()}
-    return {name: float(np.mean(each)) for name, each in numbers.items() if each}

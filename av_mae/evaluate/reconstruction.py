@@ -27,7 +27,7 @@ from av_mae.checkpoint import Checkpoint
 from av_mae.config import LEAST, DataConfig, MeshConfig, TrainConfig
 from av_mae.errors import UserError
 from av_mae.evaluate.bootstrap import Bootstrap, Metric
-from av_mae.evaluate.task import Clip, Condition, Measured, Task, Untrained, blank, set_names
+from av_mae.evaluate.task import Clip, Condition, HeldOut, Measurable, Measured, Task, Untrained, blank, set_names
 from av_mae.models import kinds
 from av_mae.models.config import require, require_bounds
 from av_mae.models.kinds import Params
@@ -65,42 +65,25 @@ class ReconstructionData:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReconstructionConfig:
+class ReconstructionConfig(Measurable):
     """Masked reconstruction by the checkpoint `init`: a run's work directory (its last checkpoint), or one checkpoint.
 
     `bootstrap` resamplings of the clips give the 95 % intervals; `pictures` clips of each set are drawn.
     """
 
     task: str = "reconstruction"
-    init: str = ""
-    seed: int = 0
     batch_size: int = 64
-    bootstrap: int = 2000
-    pictures: int = 6
     mesh: MeshConfig = MeshConfig()
     data: ReconstructionData = ReconstructionData()
 
     def __post_init__(self):
         require_bounds(self, least=LEAST)
 
-    random_weights = False  # of the model that is measured
-
     @property
-    def sets(self) -> Mapping[str, str]:
+    def held_out(self) -> HeldOut:
         """Each set is measured by itself."""
-        return set_names(DataConfig(path=self.data.path).paths)
-
-    @property
-    def test_split(self) -> str:
-        return self.data.split
-
-    @property
-    def test_clips(self) -> int:
-        return self.data.clips
-
-    @property
-    def test_batch_size(self) -> int:
-        return self.batch_size
+        sets = set_names(DataConfig(path=self.data.path).paths)
+        return HeldOut(sets, self.data.split, self.data.clips, self.batch_size)
 
     def run_config(self, pretrained: TrainConfig, annotations: tuple[str, ...], classes: int) -> TrainConfig:
         """The recipe of a pretraining with the mesh and the clips that are measured, in float32."""
@@ -170,8 +153,14 @@ def mask_noise(index: jax.Array, model: models.AVMAEConfig, seed: int) -> Noise:
     return Noise(draw(image, model.image.tokens), draw(audio, model.audio.tokens))
 
 
-def patch_weights(x: np.ndarray, mask: np.ndarray, stream: models.StreamConfig) -> np.ndarray:
-    """How much the squared difference at each value counts in a clip's error, float64 [patches].
+def on_grid(values: np.ndarray, stream: models.StreamConfig) -> np.ndarray:
+    """Values of the patches [patches] at each of their pixels, [H, W]."""
+    patches = np.repeat(values[None, :, None], stream.patch_values, -1)
+    return np.asarray(models.unpatchify(jnp.asarray(patches), stream))[0, ..., 0]
+
+
+def pixel_weights(x: np.ndarray, mask: np.ndarray, stream: models.StreamConfig) -> np.ndarray:
+    """How much the squared difference at each pixel counts in a clip's error, [H, W].
 
     Args:
       x: the clip's input [H, W, C].
@@ -180,24 +169,18 @@ def patch_weights(x: np.ndarray, mask: np.ndarray, stream: models.StreamConfig) 
     """
     patches = np.asarray(models.patchify(jnp.asarray(x)[None], stream.patch_size), np.float64)[0]
     scale = patches.var(-1, ddof=1) + 1e-6 if stream.normalize_targets else 1.0
-    return mask / (mask.sum() * stream.patch_values * scale)
-
-
-def on_grid(values: np.ndarray, stream: models.StreamConfig) -> np.ndarray:
-    """Values of the patches [patches] at each of their pixels, [H, W]."""
-    patches = np.repeat(values[None, :, None], stream.patch_values, -1)
-    return np.asarray(models.unpatchify(jnp.asarray(patches), stream))[0, ..., 0]
+    return on_grid(mask / (mask.sum() * stream.patch_values * scale), stream)
 
 
 def interpolation_error(image: np.ndarray, mask: np.ndarray, stream: models.StreamConfig) -> float:
     """The error of interpolating the masked patches (bool [patches]) of a normalised image [H, W, C]."""
     filled = interpolate_image(image, on_grid(mask, stream))
-    return float((on_grid(patch_weights(image, mask, stream), stream)[..., None] * np.square(filled - image)).sum())
+    return float((pixel_weights(image, mask, stream)[..., None] * np.square(filled - image)).sum())
 
 
 def row_moments(audio: np.ndarray, mask: np.ndarray, stream: models.StreamConfig) -> Moments:
     """The moments of a log-mel [mels, frames] whose patches `mask` (bool [patches]) are masked."""
-    weights, values = on_grid(patch_weights(audio[..., None], mask, stream), stream), audio.astype(np.float64)
+    weights, values = pixel_weights(audio[..., None], mask, stream), audio.astype(np.float64)
     return Moments(weights.sum(1), (weights * values).sum(1), (weights * values**2).sum(1), values.mean(1))
 
 
@@ -240,7 +223,7 @@ class Reconstruction(Task[ReconstructionConfig]):
         super().__init__(config, checkpoint)
         if checkpoint.kind != self.kind:
             raise UserError(
-                f"init={config.init} must be a pretraining checkpoint, with decoders; it holds: {checkpoint.kind}"
+                f"init={config.init} must be a pretraining checkpoint, with decoders; it holds: {checkpoint.kind!r}"
             )
         self.model, self.objective = checkpoint.config.model, Untrained(self.kind, checkpoint.config.model)
 
@@ -308,14 +291,14 @@ class Reconstruction(Task[ReconstructionConfig]):
     def table(self, name: str, metrics: Mapping[str, Metric], clips: int, skipped: int) -> str:
         return format_table(name, metrics, clips, skipped)
 
-    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
+    def plot(self, measured: Measured, folder: pathlib.Path) -> None:
         """Reconstructions of clips spread over the set, and the curves of the run where `init` is one."""
-        arrays = {name: np.stack([clip[name] for clip in measured.drawn]) for name in measured.drawn[0]}
-        nothing = jnp.zeros(())
-        names = ("image_prediction", "audio_prediction", "image_mask", "audio_mask")
-        out = models.Output(nothing, nothing, *(jnp.asarray(arrays[name]) for name in names))
-        picture = plots.reconstructions(arrays["image"], arrays["audio"], out, self.model, measured.names)
-        plots.save_png(folder / f"reconstruction_{pathlib.Path(measured.name).name}.png", picture)
+        clips, names = zip(*measured.drawn, strict=True)
+        fields = ("image", "audio", "image_prediction", "audio_prediction", "image_mask", "audio_mask")
+        image, audio, *rest = (np.stack([clip[name] for clip in clips]) for name in fields)
+        out = models.Output(jnp.zeros(()), jnp.zeros(()), *map(jnp.asarray, rest))
+        plot = plots.reconstructions(image, audio, out, self.model, list(names))
+        plots.save_png(folder / f"reconstruction_{pathlib.Path(measured.name).name}.png", plot)
         lines = pathlib.Path(self.config.init) / "metrics.jsonl"
         if lines.is_file():
             plots.save_png(folder / "curves.png", plots.curves(plots.read_metrics(lines)))

@@ -19,11 +19,11 @@ import numpy as np
 from av_mae import recipes
 from av_mae.checkpoint import Checkpoints, TrainState, load_params, open_checkpoint, read_meta
 from av_mae.config import DataConfig, TrainConfig
-from av_mae.console import Progress, note
+from av_mae.console import Progress, note, one_line
 from av_mae.data.pipeline import open_evaluation_data
 from av_mae.errors import UserError
 from av_mae.evaluate.bootstrap import Bootstrap, Metric, Report
-from av_mae.evaluate.task import Condition, Measurable, Measured, Task, make_task
+from av_mae.evaluate.task import Condition, Measurable, Measured, Task, TaskConfig, task_class
 from av_mae.models.config import require
 from av_mae.models.kinds import Params
 from av_mae.train.hosts import Stopped
@@ -60,14 +60,11 @@ class Rates:
         if batches < 1:
             return {}
         seconds = sum(self._seconds[1:]) + self._prefetch.wait_seconds - self._waited
-        alone = []
         for _ in range(REPEATS):
-            start = time.perf_counter()
-            jax.block_until_ready(forward(*args))
-            alone.append(time.perf_counter() - start)
+            self.timed(forward, *args)
         return {
             "clips_per_second": batches * batch_size / seconds,
-            "encoder_clips_per_second": batch_size / float(np.median(alone)),
+            "encoder_clips_per_second": batch_size / float(np.median(self._seconds[-REPEATS:])),
         }
 
 
@@ -77,10 +74,9 @@ def run(config: Measurable, workdir: pathlib.Path) -> Report:
     Raises:
       UserError: `init` is no checkpoint, the data does not fit, or the process was asked to stop while training.
     """
-    sets = config.sets
     require(bool(config.init), "no checkpoint: set --config.init=DIR to a run's workdir or one of its checkpoints")
     checkpoint = open_checkpoint(config.init)
-    task = make_task(config, checkpoint)
+    task = task_class(config.task)(config, checkpoint)
     step, state = trained(task, config.run_config(checkpoint.config, task.annotations, task.classes), workdir)
     states = {False: state}
     if any(condition.untrained for condition in task.conditions):
@@ -90,7 +86,7 @@ def run(config: Measurable, workdir: pathlib.Path) -> Report:
             condition.name: measure(task, step, states[condition.untrained], condition, name)
             for condition in task.conditions
         }
-        for name in sets
+        for name in config.held_out.sets
     }
     return make_report(task, measured, workdir)
 
@@ -102,16 +98,17 @@ def trained(task: Task, config: TrainConfig, workdir: pathlib.Path) -> tuple[Tra
         config = dataclasses.replace(config, batch_size=row_shards(mesh), grad_accumulation=1)
         step = TrainStep(config, mesh, run_length(config, 1), task.objective)
         return step, step.init(first_weights(task, step))
-    with contextlib.ExitStack() as stack:
-        step, data, last = stack.enter_context(open_run(config, task.objective))
-        labels = {
-            "kind": task.kind,
-            "head": recipes.to_dict(task.config.head),
-            "init": str(task.checkpoint.folder),
-            "random_weights": task.config.random_weights,
-        }
-        checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last, config.keep_every, labels=labels)
-        stack.callback(checkpoints.close)
+    labels = {
+        "kind": task.kind,
+        "head": recipes.to_dict(task.config.head),
+        "init": str(task.checkpoint.folder),
+        "random_weights": task.config.random_weights,
+    }
+    kept = workdir / "checkpoints", config.keep_last, config.keep_every
+    with (
+        open_run(config, task.objective) as (step, data, last),
+        contextlib.closing(Checkpoints(*kept, labels=labels)) as checkpoints,
+    ):
         begin = first_state(step, checkpoints, config, lambda: first_weights(task, step))
         if begin.meta["step"] >= last:
             note(f"the head is trained: it has done {begin.meta['step']} of {last} steps")
@@ -125,7 +122,7 @@ def trained(task: Task, config: TrainConfig, workdir: pathlib.Path) -> tuple[Tra
 def first_weights(task: Task, step: TrainStep) -> Params | None:
     """The encoder of `init`, or the whole model where nothing is trained; other weights begin at random, and so do all
     where the recipe says so (`None`)."""
-    if task.config.random_weights:
+    if isinstance(task.config, TaskConfig) and task.config.random_weights:
         return None
     abstract: Mapping[str, Any] = step.abstract_state().model
     wanted = {name: x for name, x in abstract.items() if not task.trains or name.startswith("encoder.")}
@@ -134,29 +131,29 @@ def first_weights(task: Task, step: TrainStep) -> Params | None:
 
 def measure(task: Task, step: TrainStep, state: TrainState, condition: Condition, name: str) -> Measured:
     """Scores of every held-out clip of the set `name` under one condition."""
-    config, model, shards = task.config, step.config.model, row_shards(step.mesh)
-    size = -(-config.test_batch_size // shards) * shards
-    source = dataclasses.replace(step.config.data, path=config.sets[name], split=config.test_split, weights=None)
+    held_out, model, shards = task.config.held_out, step.config.model, row_shards(step.mesh)
+    size = -(-held_out.batch_size // shards) * shards
+    source = dataclasses.replace(step.config.data, path=held_out.sets[name], split=held_out.split, weights=None)
     compiled = step.forward(lambda model, batch: batch | task.forward_under(condition, model, batch))
     compiled_drawn = step.forward(task.forward_drawn)
-    with contextlib.ExitStack() as stack:
-        data = stack.enter_context(
-            open_evaluation_data(
-                source,
-                model.image.size,
-                model.audio.size,
-                size,
-                local_rows(step.rows, size),
-                swap=condition.swap,
-                most=config.test_clips,
-                make_plan=task.plan,
-            )
-        )
+    opened = open_evaluation_data(
+        source,
+        model.image.size,
+        model.audio.size,
+        size,
+        local_rows(step.rows, size),
+        swap=condition.swap,
+        most=held_out.clips,
+        make_plan=task.plan,
+    )
+    what = "/".join(filter(None, (name, condition.name.rstrip("/") or "right")))
+    with (
+        opened as data,
+        Prefetch(data, step.rows, source.prefetch) as prefetch,
+        Progress(len(data.plan), one_line(f"measuring {what}")) as progress,
+    ):
         measured, items = Measured(name, data.plan), len(data.plan)
-        prefetch = stack.enter_context(Prefetch(data, step.rows, source.prefetch))
-        what = "/".join(filter(None, (name, condition.name.rstrip("/") or "right")))
-        progress = stack.enter_context(Progress(items, f"measuring {what}"))
-        pictures = config.pictures if condition == task.conditions[0] else 0
+        pictures = task.config.pictures if condition == task.conditions[0] else 0
         drawn = np.unique(np.linspace(0, items - 1, pictures).astype(int))
         rates = Rates(prefetch)
         for number, (host, batch) in enumerate(prefetch):
@@ -168,13 +165,14 @@ def measure(task: Task, step: TrainStep, state: TrainState, condition: Condition
             progress.update(min(size, items - number * size))
         measured.rates |= rates.metrics(size, compiled, state, batch)
     if not measured.items:
-        raise UserError(f"none of the clips of {source.path} can be read; the first error: {measured.failures[0]}")
+        first = one_line(str(measured.failures[0]))
+        raise UserError(f"none of the clips of {source.path} can be read; the first error: {first}")
     measured.scores = {group: task.combine(scores) for group, scores in measured.items.items()}
     return measured
 
 
 def make_report(task: Task, measured: Mapping[str, Mapping[str, Measured]], workdir: pathlib.Path) -> Report:
-    """Metrics over the clips (or mixtures) that were measured under every condition, and pictures of them.
+    """Metrics over the clips (or mixtures) that were measured under every condition, and plots of them.
 
     What annotations name and the sets do not hold is counted, and listed in `missing.txt`; the ids of the clips that
     the metrics count are written to `ids.json`.
@@ -182,7 +180,7 @@ def make_report(task: Task, measured: Mapping[str, Mapping[str, Measured]], work
     Args:
       task: what was measured.
       measured: set → condition → what was measured.
-      workdir: for pictures and lists.
+      workdir: for plots and lists.
     """
     config = task.config
     metrics: dict[str, Metric] = {}
@@ -194,21 +192,21 @@ def make_report(task: Task, measured: Mapping[str, Mapping[str, Measured]], work
         found = task.metrics(scores, Bootstrap(len(common), config.seed, config.bootstrap))
         metrics |= {f"{name}/{metric}" if name else metric: value for metric, value in found.items()}
         whole = next(iter(parts.values()))
-        tables.append(task.table(name, found, len(common), whole.plan.groups - len(common)))
+        tables.append(task.table(one_line(name), found, len(common), whole.plan.groups - len(common)))
         ids[name] = list(itertools.chain.from_iterable(dict.fromkeys(whole.ids[group]) for group in common))
         clips, groups = clips + len(common), groups + whole.plan.groups
         items += sum(len(whole.items[group]) for group in common)
-        if config.pictures and jax.process_index() == 0:
-            task.picture(whole, workdir / "images")
+        if whole.drawn and jax.process_index() == 0:
+            task.plot(whole, workdir / "images")
     every = [part for parts in measured.values() for part in parts.values()]
     failures = list(dict.fromkeys(itertools.chain.from_iterable(part.failures for part in every)))
-    paths = DataConfig(path=",".join(config.sets.values())).paths
-    missing = [*missing_clips(paths, config.test_split), *task.missing]
+    paths = DataConfig(path=",".join(config.held_out.sets.values())).paths
+    missing = [*missing_clips(paths, config.held_out.split), *task.missing]
     listed = json.dumps(ids[""] if list(ids) == [""] else ids, indent=0) + "\n"
     if jax.process_index() == 0:
         (workdir / "ids.json").write_text(listed)
         if missing:
-            (workdir / "missing.txt").write_text("\n".join(missing) + "\n")
+            (workdir / "missing.txt").write_text("".join(one_line(clip) + "\n" for clip in missing))
     details = {
         "items": items,
         "missing": len(missing),
@@ -219,7 +217,8 @@ def make_report(task: Task, measured: Mapping[str, Mapping[str, Measured]], work
         "skipped_clips": [str(failure) for failure in failures],
         **every[0].rates,
     }
-    tables += [f"left out: {cause}" for cause in [*map(str, failures), *missing][:5]]
+    # Ids and causes come from the prepared set: nothing in them may move the cursor of a terminal.
+    tables += [one_line(f"left out: {cause}") for cause in [*map(str, failures), *missing][:5]]
     return Report(metrics, clips, groups - clips, "\n".join(tables), details, failures)
 
 
@@ -228,9 +227,10 @@ def common_groups(parts: Mapping[str, Measured]) -> list[int]:
     whole = next(iter(parts.values()))
     groups = [group for group in whole.scores if all(group in part.scores for part in parts.values())]
     if not groups:
+        first = next(part.failures[0] for part in parts.values() if part.failures)
         raise UserError(
-            f"none of the {whole.plan.groups} clips can be measured under every condition; the "
-            f"first error: {next(part.failures[0] for part in parts.values() if part.failures)}"
+            f"none of the {whole.plan.groups} clips can be measured under every condition; the first error: "
+            f"{one_line(str(first))}"
         )
     return groups
 

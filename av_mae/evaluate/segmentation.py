@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import itertools
 import math
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from av_mae import models, plots
 from av_mae.checkpoint import Checkpoint
 from av_mae.evaluate.bootstrap import Bootstrap, Metric, Value, divide, mean_defined, require_finite, require_labels
 from av_mae.evaluate.localization import objects_in, right_object
-from av_mae.evaluate.task import Clip, Finetuning, Measured, Task, TaskConfig, common_classes
+from av_mae.evaluate.task import Clip, Finetuning, Task, TaskConfig, common_classes
 from av_mae.models.config import SegmenterConfig
 from av_mae.models.losses import segmentation_loss
 from av_mae.train.step import Batch, Rows
@@ -103,11 +102,9 @@ def averages(weights: np.ndarray, scores: Sequence[ClipScores]) -> dict[str, np.
     values = np.stack([score.values for score in scores]).reshape(len(scores), -1)
     shape = (len(weights), len(MEASURES), scores[0].values.shape[1])
     by_class = divide(weights @ (values * counts), weights @ counts).reshape(shape)
-    found = {}
-    for number, name in enumerate(MEASURES):
-        found[name] = mean_defined(by_class[:, number])
-        found[name + WITHOUT] = mean_defined(by_class[:, number, 1:])
-    return found
+    parts = [(name, by_class[:, number]) for number, name in enumerate(MEASURES)]
+    parts += [(name + WITHOUT, values[:, 1:]) for name, values in parts]
+    return {name: mean_defined(values) for name, values in parts}
 
 
 def segmentation_metrics(scores: Sequence[ClipScores | str], bootstrap: Bootstrap) -> dict[str, Metric]:
@@ -119,11 +116,10 @@ def segmentation_metrics(scores: Sequence[ClipScores | str], bootstrap: Bootstra
     """
     left_out = dict(collections.Counter(score for score in scores if isinstance(score, str)))
     used = np.flatnonzero([not isinstance(score, str) for score in scores])
-    if not len(used):
-        names = [name + end for name in MEASURES for end in ("", WITHOUT)]
-        found = {name: Metric(math.nan, math.nan, math.nan, left_out) for name in names}
-    else:
-        chosen = [score for score in scores if not isinstance(score, str)]
+    chosen = [score for score in scores if not isinstance(score, str)]
+    names = [name + end for name in MEASURES for end in ("", WITHOUT)]
+    found = dict.fromkeys(names, Metric(math.nan, math.nan, math.nan, left_out))
+    if chosen:
         found = bootstrap.statistics(lambda weights: averages(weights[:, used], chosen), left_out)
     found["iou"] = found["miou" + WITHOUT]
     for size in SIZES:
@@ -153,6 +149,7 @@ class Segmentation(Task[SegmentationConfig]):
     config_class = SegmentationConfig
     kind = "segmenter"
     annotations = ("mask", "objects")
+    columns = ("frame", "mask", "target")
 
     def __init__(self, config: SegmentationConfig, checkpoint: Checkpoint):
         super().__init__(config, checkpoint)
@@ -193,16 +190,9 @@ class Segmentation(Task[SegmentationConfig]):
             found[f"{prefix}right_object"] = frames.mean(objects)
         return found
 
-    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
-        rows = [
-            [
-                clip["image"],
-                plots.overlay(clip["image"], probability(clip)),
-                plots.overlay(clip["image"], clip["mask"] > 0),
-            ]
-            for clip in measured.drawn
-        ]
-        plots.save_png(folder / "segmentation.png", plots.gallery(rows, ("frame", "mask", "target"), measured.names))
+    def panels(self, clip: Clip) -> list[np.ndarray]:
+        image = clip["image"]
+        return [image, plots.overlay(image, probability(clip)), plots.overlay(image, clip["mask"] > 0)]
 
 
 def probability(clip: Clip) -> np.ndarray:

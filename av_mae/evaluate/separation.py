@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import soundfile
 
-from av_mae import models, plots
+from av_mae import models
 from av_mae.checkpoint import Checkpoint
 from av_mae.data.audio import apply_mask, ideal_masks, log_mel
 from av_mae.data.plans import Clips, Plan, listed_mixtures, read_lists
@@ -22,7 +22,7 @@ from av_mae.train.step import Batch, Rows
 
 RATIOS = ("sdr", "sir", "sar", "si_sdr")
 IMPROVED = ("sdr", "si_sdr")
-SILENCE = 1e-5  # the sum of squares below which the published system takes a signal for empty
+SILENCE = 1e-5  # the sum of squares below which DeepAVFusion takes a signal for empty
 Ratios = dict[str, np.ndarray]
 
 
@@ -49,6 +49,8 @@ def ratios(sources: np.ndarray, estimates: np.ndarray) -> Ratios | str:
       Name → float64 [k] dB, or the reason why the clip cannot be measured: a source or an estimate is empty (the sum of
       its squares is below 1e-5), or the sources are not independent.
     """
+    from mir_eval import separation
+
     if len(sources) < 2 or not 1 <= len(estimates) <= len(sources):
         raise ValueError(
             f"{len(estimates)} estimates of {len(sources)} sources: at least 2 sources are needed, and no "
@@ -60,24 +62,18 @@ def ratios(sources: np.ndarray, estimates: np.ndarray) -> Ratios | str:
     for signals, name in ((sources, "source"), (estimates, "estimate")):
         if np.square(signals).sum(1).min() < SILENCE:
             return f"empty {name}"
-    bss = _bss_eval(sources, estimates)
-    if isinstance(bss, str):
-        return bss
-    return bss | {"si_sdr": si_sdr(sources[: len(estimates)], estimates)}
-
-
-def _bss_eval(sources: np.ndarray, estimates: np.ndarray) -> Ratios | str:
-    from mir_eval import separation
-
     count = len(estimates)
     every = np.concatenate([estimates, sources[count:]])  # mir_eval wants an estimate of each source
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the module is deprecated, and still what is published
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # the module is deprecated, and still what others measure with
             found = separation.bss_eval_sources(sources, every, compute_permutation=False)
     except (np.linalg.LinAlgError, AttributeError):  # where mir_eval 0.8 meets a singular matrix, it asks NumPy for
         return "the sources are not independent"  # np.linalg.linalg.LinAlgError, which NumPy 2.4 no longer has
-    return {name: values[:count] for name, values in zip(RATIOS, found[:3])}
+    bss = {name: values[:count] for name, values in zip(RATIOS, found[:3])}
+    return bss | {"si_sdr": si_sdr(sources[:count], estimates)}
 
 
 def mixture_ratios(sources: np.ndarray, mixture: np.ndarray, count: int) -> Ratios | str:
@@ -138,6 +134,7 @@ class Separation(Task[SeparationConfig]):
     kind = "separator"
     annotations = ("sources", "waveforms")
     other = "image"
+    columns = ("frame", "mixture", "estimate", "source")
 
     def __init__(self, config: SeparationConfig, checkpoint: Checkpoint):
         super().__init__(config, checkpoint)
@@ -162,10 +159,9 @@ class Separation(Task[SeparationConfig]):
     def score(self, clip: Clip) -> dict[str, Value]:
         """The ratios of one source, and under `ideal/` those of the mask that the sources themselves give."""
         mixed = self.config.data.mix
-        sources = clip["sources"][:mixed] if mixed > 1 else heard(clip["sources"])
-        estimate = apply_mask(clip["mixture"], clip["mask"].astype(np.float32), self.sound)
+        sources = clip["sources"][:mixed] if mixed > 1 else without_padding(clip["sources"])
         unprocessed, ideal = self.references(clip, sources)
-        return score_clip(sources, estimate[None], unprocessed) | ideal
+        return score_clip(sources, self.heard(clip)["estimate"][None], unprocessed) | ideal
 
     def combine(self, scores: list[dict[str, Value]]) -> dict[str, Value]:
         """Means over the sources of a mixture, and where they are several under `source1/` … those of each; a mixture
@@ -204,18 +200,21 @@ class Separation(Task[SeparationConfig]):
             for name in PAIRED
         }
 
-    def picture(self, measured: Measured, folder: pathlib.Path) -> None:
+    def plot(self, measured: Measured, folder: pathlib.Path) -> None:
         """Spectrograms of mixture, estimate and target source beside the frame, and all three as wav files."""
-        rows, folder = [], folder / "separation"
-        folder.mkdir(parents=True, exist_ok=True)
-        for clip, name in zip(measured.drawn, measured.names, strict=True):
-            estimate = apply_mask(clip["mixture"], clip["mask"].astype(np.float32), self.sound)
-            audio = {"mixture": clip["mixture"], "estimate": estimate, "source": clip["sources"][0]}
-            rows.append([clip["image"], *(log_mel(x, self.sound) for x in audio.values())])
-            for kind, x in audio.items():
-                soundfile.write(folder / f"{pathlib.PurePath(name).name}_{kind}.wav", x, self.sound.rate)
-        picture = plots.gallery(rows, ("frame", "mixture", "estimate", "source"), measured.names)
-        plots.save_png(folder.parent / "separation.png", picture)
+        super().plot(measured, folder)
+        (folder / "separation").mkdir(parents=True, exist_ok=True)
+        for clip, name in measured.drawn:
+            for kind, x in self.heard(clip).items():
+                path = folder / "separation" / f"{pathlib.PurePath(name).name}_{kind}.wav"
+                soundfile.write(path, x, self.sound.rate)
+
+    def panels(self, clip: Clip) -> list[np.ndarray]:
+        return [clip["image"], *(log_mel(x, self.sound) for x in self.heard(clip).values())]
+
+    def heard(self, clip: Clip) -> dict[str, np.ndarray]:
+        estimate = apply_mask(clip["mixture"], clip["mask"].astype(np.float32), self.sound)
+        return {"mixture": clip["mixture"], "estimate": estimate, "source": clip["sources"][0]}
 
 
 def mean_of(values: list[Value]) -> Value:
@@ -224,7 +223,7 @@ def mean_of(values: list[Value]) -> Value:
     return reasons[0] if reasons else float(np.mean(np.array(values, np.float64)))
 
 
-def heard(sources: np.ndarray) -> np.ndarray:
+def without_padding(sources: np.ndarray) -> np.ndarray:
     """The sources [m, samples] of a prepared mixture without the empty rows behind them; a silent source keeps its
     row."""
     return sources[: max(2, 1 + int(np.flatnonzero(sources.any(1)).max(initial=0)))]

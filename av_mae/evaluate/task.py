@@ -1,18 +1,19 @@
 """What a task is: its recipe, its model, how a head is trained, how clips are scored, and the table of all tasks."""
 
 import abc
+import collections
 import dataclasses
 import importlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from av_mae import models
+from av_mae import models, plots
 from av_mae.checkpoint import Checkpoint
 from av_mae.config import DataConfig, RunConfig, SoundConfig, TrainConfig
 from av_mae.data import records
@@ -41,37 +42,47 @@ NO_DATA = "no data: set --config.data.path=DIR[,DIR] to prepared sets (python -m
 Clip = dict[str, np.ndarray]
 
 
-class Measurable(Protocol):
-    """What the recipe of a task has. `sets`: name (the prefix of its metrics) → prepared sets measured together."""
+class HeldOut(NamedTuple):
+    """What is measured: name (the prefix of its metrics) → prepared sets that are measured together; their split; how
+    many clips of it (0: all), in batches of how many."""
+
+    sets: Mapping[str, str]
+    split: str
+    clips: int
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurable(abc.ABC):
+    """What the recipe of a task has. `bootstrap` resamplings give the intervals, `pictures` clips are drawn."""
+
+    task: str = ""
+    init: str = ""
+    seed: int = 0
+    bootstrap: int = 2000
+    pictures: int = 6
 
     @property
-    def task(self) -> str: ...
-    @property
-    def init(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def random_weights(self) -> bool: ...
-    @property
-    def bootstrap(self) -> int: ...
-    @property
-    def pictures(self) -> int: ...
-    @property
-    def sets(self) -> Mapping[str, str]: ...
-    @property
-    def test_split(self) -> str: ...
-    @property
-    def test_clips(self) -> int: ...
-    @property
-    def test_batch_size(self) -> int: ...
-    def run_config(self, pretrained: TrainConfig, annotations: tuple[str, ...], classes: int) -> TrainConfig: ...
+    @abc.abstractmethod
+    def held_out(self) -> HeldOut:
+        """What is measured."""
+
+    @abc.abstractmethod
+    def run_config(self, pretrained: TrainConfig, annotations: tuple[str, ...], classes: int) -> TrainConfig:
+        """The recipe of the run that trains the head, or measures the model as it is.
+
+        Args:
+          pretrained: the recipe of the pretraining.
+          annotations: the annotations that batches carry.
+          classes: how many classes the annotations have, where there are several.
+        """
 
 
 ConfigT = TypeVar("ConfigT", bound=Measurable)
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskConfig(RunConfig):
+class TaskConfig(Measurable, RunConfig):
     """What all tasks with a head share. The encoder, its sizes and its audio features (`data.sound`) are those of
     `init`.
 
@@ -81,7 +92,6 @@ class TaskConfig(RunConfig):
     `bootstrap` resamplings give the intervals, `pictures` clips are drawn.
     """
 
-    task: str = ""
     random_weights: bool = False
     encoder_rate: float = 1.0
     layer_decay: float = 1.0
@@ -89,37 +99,24 @@ class TaskConfig(RunConfig):
     test_split: str = "test"
     test_clips: int = 0
     test_batch_size: int = 64
-    bootstrap: int = 2000
-    pictures: int = 6
 
     def __post_init__(self):
         super().__post_init__()
         require(0 < self.layer_decay <= 1, f"layer_decay={self.layer_decay} must be above 0 and at most 1")
-        require(self.encoder_rate >= 0, f"encoder_rate={self.encoder_rate} must be 0 or more")
         require(bool(self.test_split), "test_split must name a split of the prepared sets, e.g. test")
-        require(self.test_clips >= 0, f"test_clips={self.test_clips} must be 0 (all) or more")
-        require(self.test_batch_size > 0, f"test_batch_size={self.test_batch_size} must be at least 1")
-        require(self.bootstrap >= 100, f"bootstrap={self.bootstrap} must be at least 100 for 95 % intervals")
-        require(self.pictures >= 0, f"pictures={self.pictures} must be 0 (none) or more")
 
     @property
-    def sets(self) -> Mapping[str, str]:
+    def held_out(self) -> HeldOut:
         """All sets are measured as one."""
-        return {"": self.test_path or self.data.path}
+        sets = {"": self.test_path or self.data.path}
+        return HeldOut(sets, self.test_split, self.test_clips, self.test_batch_size)
 
     @property
     def paths(self) -> tuple[str, ...]:
         """All prepared sets that are used, each once."""
-        return tuple(dict.fromkeys((*self.data.paths, *DataConfig(path=self.sets[""]).paths)))
+        return tuple(dict.fromkeys((*self.data.paths, *DataConfig(path=self.held_out.sets[""]).paths)))
 
     def run_config(self, pretrained: TrainConfig, annotations: tuple[str, ...], classes: int) -> TrainConfig:
-        """The recipe of the run that trains the head on the encoder of a pretraining.
-
-        Args:
-          pretrained: the recipe of the pretraining.
-          annotations: the annotations that batches carry.
-          classes: how many classes the annotations have, where there are several.
-        """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)}
         data = dataclasses.replace(self.data, sound=pretrained.data.sound, annotations=annotations, classes=classes)
         return TrainConfig(**fields | {"data": data}, model=pretrained.model)
@@ -149,6 +146,7 @@ class Task(abc.ABC, Generic[ConfigT]):
       plan: what is measured of which clips; `None` as EvaluationData has it.
       details: further entries of results.json.
       missing: what could not be measured because clips are not there.
+      columns: heads of the columns of the plot, which `panels` fills.
     """
 
     config_class: type[ConfigT]
@@ -158,6 +156,7 @@ class Task(abc.ABC, Generic[ConfigT]):
     annotations: tuple[str, ...] = ()
     classes: int = 0
     plan: MakePlan | None = None
+    columns: tuple[str, ...] = ()
     objective: Objective
 
     def __init__(self, config: ConfigT, checkpoint: Checkpoint):
@@ -168,7 +167,7 @@ class Task(abc.ABC, Generic[ConfigT]):
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """Under which conditions every clip is measured; the first one gives the pictures."""
+        """Under which conditions every clip is measured; the first one gives the plots."""
         return Condition(), Condition("swapped/", swap=self.other), Condition("blank/", blank=self.other)
 
     @abc.abstractmethod
@@ -184,7 +183,7 @@ class Task(abc.ABC, Generic[ConfigT]):
         return None
 
     def forward_drawn(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """What pictures need besides, computed for the batches of drawn clips alone."""
+        """What plots need besides, computed for the batches of drawn clips alone."""
         return {}
 
     @abc.abstractmethod
@@ -205,32 +204,51 @@ class Task(abc.ABC, Generic[ConfigT]):
         lines = (f"  {metric_name:<{width}}  {metric}" for metric_name, metric in metrics.items())
         return "\n".join([f"{clips} clips measured, {skipped} skipped", *lines])
 
-    def picture(self, measured: "Measured", folder: pathlib.Path) -> None:
-        """Writes pictures (and audio files) of the clips `measured.drawn`, or of all scores."""
+    def panels(self, clip: Clip) -> list[np.ndarray]:
+        """What the plot shows of a clip under `columns`: frames uint8 [H, W, 3] and spectrograms [mels, frames]."""
+        return []
+
+    def plot(self, measured: "Measured", folder: pathlib.Path) -> None:
+        """Writes plots (and audio files) of the clips `measured.drawn`, or of all scores."""
+        if self.columns:
+            rows, names = [self.panels(clip) for clip, _ in measured.drawn], [name for _, name in measured.drawn]
+            plots.save_png(folder / f"{self.config.task}.png", plots.gallery(rows, self.columns, names))
 
 
-class Finetuning(Objective):
-    """A model of `kind` with the head of the recipe on the encoder of a checkpoint; `loss(model, rows)` gives [B].
+class HeadObjective(Objective):
+    """A head on an encoder, which learns at `encoder_rate` times the rates of the head (0: frozen), its layers by
+    `layer_decay` of those.
 
-    Learning rates: those of the encoder times `encoder_rate` (0: frozen), those of its layers by `layer_decay`.
+    Raises:
+      UserError: encoder_rate is negative.
     """
 
-    def __init__(self, kind: str, config: Any, checkpoint: Checkpoint, loss: Callable[[Any, Rows], jax.Array]):
-        self.kind, self.config, self.encoder_config, self.loss = kind, config, checkpoint.config.model, loss
+    def __init__(
+        self, kind: str, config: models.AVMAEConfig, head: Any, encoder_rate: float = 1.0, layer_decay: float = 1.0
+    ):
+        require(encoder_rate >= 0, f"encoder_rate={encoder_rate} must be at least 0 (0: the encoder stays as it is)")
+        self.kind, self.config, self.head = kind, config, head
+        self.encoder_rate, self.layer_decay = encoder_rate, layer_decay
 
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        return kinds.build_model(self.kind, self.encoder_config, self.config.head, rngs)
+    def build(self, rngs: nnx.Rngs) -> Any:
+        return kinds.build_model(self.kind, self.config, self.head, rngs)
+
+    def multipliers(self, params: Rows, length: Length) -> Multipliers:
+        return encoder_multipliers(params, self.encoder_rate, self.layer_decay, self.config.layers)
+
+    def trained(self, name: str) -> bool:
+        return self.encoder_rate > 0 or not name.startswith("encoder.")
+
+
+class Finetuning(HeadObjective):
+    """The head of a recipe on the encoder of a checkpoint; `loss(model, rows)` gives [B]."""
+
+    def __init__(self, kind: str, config: Any, checkpoint: Checkpoint, loss: Callable[[Any, Rows], jax.Array]):
+        super().__init__(kind, checkpoint.config.model, config.head, config.encoder_rate, config.layer_decay)
+        self.loss = loss
 
     def losses(self, model: nnx.Module, rows: Rows) -> tuple[jax.Array, Rows]:
         return self.loss(model, rows), {}
-
-    def multipliers(self, params: Rows, length: Length) -> Multipliers:
-        return encoder_multipliers(
-            params, self.config.encoder_rate, self.config.layer_decay, self.encoder_config.layers
-        )
-
-    def trained(self, name: str) -> bool:
-        return self.config.encoder_rate > 0 or not name.startswith("encoder.")
 
 
 class Untrained(Objective):
@@ -254,50 +272,46 @@ class Untrained(Objective):
                 part.run = run
 
 
+@dataclasses.dataclass
 class Measured:
     """What was measured of a plan under one condition.
 
     Attributes:
       name: of the set.
+      plan: what is measured of which clips.
       items: group of the plan → scores of its items that could be read; `scores`: the same combined.
       ids: group of the plan → ids of the items' clips.
       failures: the clips that could not be read.
-      drawn, names: items for pictures, and their clips' ids.
+      drawn: items for plots, with their clips' ids.
+      rates: clips per second, where they were timed.
     """
 
-    def __init__(self, name: str, plan: Plan):
-        self.name, self.plan = name, plan
-        self.items: dict[int, list] = {}
-        self.scores: dict[int, Any] = {}
-        self.ids: dict[int, list[str]] = {}
-        self.failures: list[ClipFailure] = []
-        self.drawn: list[Clip] = []
-        self.names: list[str] = []
-        self.rates: dict[str, float] = {}
+    name: str
+    plan: Plan
+    items: dict[int, list] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
+    scores: dict[int, Any] = dataclasses.field(default_factory=dict)
+    ids: dict[int, list[str]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
+    failures: list[ClipFailure] = dataclasses.field(default_factory=list)
+    drawn: list[tuple[Clip, str]] = dataclasses.field(default_factory=list)
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, task: Task, arrays: Clip, host: dict[str, np.ndarray], drawn: Sequence[int]) -> None:
-        """Scores a batch's rows; those in `drawn` are kept for pictures. Every process must call this."""
+        """Scores a batch's rows; those in `drawn` are kept for plots. Every process must call this."""
         self.failures += gather_failures(batch_failures(host))
         ids = gather_texts(list(host["id"]))
         for row in np.flatnonzero(arrays["valid"]):
             clip = {name: x[row] for name, x in arrays.items()}
             group = int(self.plan.group[clip["index"]])
-            self.items.setdefault(group, []).append(task.score(clip))
-            self.ids.setdefault(group, []).append(ids[row])
+            self.items[group].append(task.score(clip))
+            self.ids[group].append(ids[row])
             if row in drawn:
-                self.drawn.append(clip)
-                self.names.append(ids[row])
+                self.drawn.append((clip, ids[row]))
 
 
 def task_class(name: Any) -> type[Task]:
     """The class of the task of this name. Raises UserError for an unknown one."""
     require(name in TASKS, f"task={name!r} must be one of {', '.join((*TASKS, 'compare'))}")
     return getattr(importlib.import_module(f"av_mae.evaluate.{name}"), TASKS[name])
-
-
-def make_task(config: Measurable, checkpoint: Checkpoint) -> Task:
-    """The task that a recipe names."""
-    return task_class(config.task)(config, checkpoint)
 
 
 def blank(batch: Batch, stream: str, sound: SoundConfig) -> Batch:

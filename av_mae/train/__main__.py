@@ -14,15 +14,15 @@ import jax
 from av_mae import recipes
 from av_mae.checkpoint import Checkpoints, load_params
 from av_mae.config import TrainConfig
-from av_mae.console import note, quiet_libraries
+from av_mae.console import note
 from av_mae.convert.store import stream_arrays
 from av_mae.errors import UserError, run_command
 from av_mae.model_card import write_card
 from av_mae.models.kinds import Params
 from av_mae.train.hooks import Events, MetricsHook, ReconstructionHook
-from av_mae.train.hosts import Stopped, add_process_arguments, check_processes, held_by_run, joined
+from av_mae.train.hosts import Stopped, check_processes, held_by_run, joined
 from av_mae.train.loop import Hook
-from av_mae.train.run import Run, first_state, open_local, open_run, train_from
+from av_mae.train.run import Run, first_state, open_local, open_run, read_command, train_from
 from av_mae.train.step import TrainStep
 from av_mae.workdir import make_workdir
 
@@ -98,17 +98,8 @@ def main(argv: list[str]) -> None:
         description="Pretrains by masked reconstruction. Resumes by itself.",
         epilog="example: python -m av_mae.train --config=configs/demo.py --workdir=runs/demo --config.steps=200",
     )
-    recipes.add_config_argument(parser)
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        metavar="DIR",
-        help="config.json, checkpoints/, metrics.jsonl, TensorBoard events, images/ and a model card go here",
-    )
-    add_process_arguments(parser)
-    arguments, overrides = recipes.parse_arguments(parser, argv)
-    config = recipes.load_recipe(arguments.config, overrides, TrainConfig)
-    quiet_libraries()
+    output = "config.json, checkpoints/, metrics.jsonl, TensorBoard events, images/ and a model card go here"
+    arguments, config = read_command(parser, argv, output)
     workdir = make_workdir(arguments.workdir)
     with joined(arguments):
         try:

@@ -1,27 +1,58 @@
 """One run in a work directory: from its checkpoint or a first state, through the loop with all hooks, to the end."""
 
+import argparse
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 
+from av_mae import recipes
 from av_mae.checkpoint import Checkpoints, Restored
 from av_mae.config import TrainConfig
-from av_mae.console import Progress, note
+from av_mae.console import Progress, note, quiet_libraries
 from av_mae.data.pipeline import TrainingData, open_training_data
 from av_mae.errors import FailureCount, SkippedFile, UserError
 from av_mae.models.kinds import Params
 from av_mae.train import hooks
 from av_mae.train.goodput import Goodput, Stragglers, Watchdog, open_record
 from av_mae.train.hooks import Events
+from av_mae.train.hosts import add_process_arguments
 from av_mae.train.local_checkpoint import LocalCheckpoints
 from av_mae.train.loop import Hook, Prefetch, stop_on_sigterm, train
 from av_mae.train.optimizer import run_length
 from av_mae.train.sharding import batch_sharding, check_batch, local_rows, make_mesh
 from av_mae.train.step import Objective, TrainStep, fitted_mesh
+
+
+def read_command(
+    parser: argparse.ArgumentParser,
+    argv: list[str],
+    output: str,
+    kind: type | Callable[[dict[str, Any]], type] = TrainConfig,
+    kinds: Iterable[type] = (TrainConfig,),
+) -> tuple[argparse.Namespace, Any]:
+    """What a command that runs a recipe in a work directory is given; from here on libraries are quiet.
+
+    Args:
+      parser: of the command; what all these commands take is added.
+      argv: the command line.
+      output: what goes into the work directory, for the help.
+      kind: the dataclass that the recipe fills, or a function that tells it from the recipe's values.
+      kinds: the dataclasses whose keys the help lists.
+
+    Returns:
+      The options, and the recipe as a `kind`.
+    """
+    recipes.add_config_argument(parser, *kinds)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help=output)
+    add_process_arguments(parser)
+    arguments, overrides = recipes.parse_arguments(parser, argv)
+    quiet_libraries()
+    return arguments, recipes.load_recipe(arguments.config, overrides, kind)
+
 
 # Further hooks of a run, made from its TensorBoard events (`None` where the process is not the first one), its metrics
 # and the function that tells the user.

@@ -1,8 +1,9 @@
-"""The page of a work directory. Here the runs in it are read; page.py makes one HTML file of them.
+"""The page of a work directory. Here the runs in it are read; __main__.py makes one HTML file of them.
 
 Nothing in a work directory is trusted: files may be damaged, huge, or links to elsewhere.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -68,11 +69,10 @@ class Workdir:
         config, results = (self._object(folder / file, problems) for file in ("config.json", "results.json"))
         found = sorted(self._shown(folder / "images", problems))
         images, sounds = ([path for path in found if path.endswith(end)] for end in SHOWN_FILES)
-        is_step = lambda line: is_number(line.get("step"))
-        metrics = [
-            {key: value for key, value in line.items() if is_number(value)}
-            for line in self._lines(folder / "metrics.jsonl", problems, is_step, "metrics of a step")
-        ]
+        lines = self._lines(
+            folder / "metrics.jsonl", problems, lambda line: is_number(line.get("step")), "metrics of a step"
+        )
+        metrics = [{key: value for key, value in line.items() if is_number(value)} for line in lines]
         skipped = self._lines(folder / "skipped.jsonl", problems, lambda line: "clip" in line, "clips with their cause")
         return Run(name, config, metrics, results, skipped, images, sounds, problems)
 
@@ -97,11 +97,9 @@ class Workdir:
         for parent, folders, files in os.walk(folder):
             folders.sort()
             for path in (pathlib.Path(parent, name) for name in files if name.endswith(SHOWN_FILES)):
-                try:
+                with contextlib.suppress(Refused):
                     self._inside(path)
-                except Refused:
-                    continue
-                yield path.relative_to(self.root).as_posix()
+                    yield path.relative_to(self.root).as_posix()
 
     def _text(self, path: pathlib.Path, problems: list[str]) -> str:
         """A file's text; empty if the file is missing or cannot be read, which `problems` then tell."""
@@ -133,18 +131,13 @@ class Workdir:
         self, path: pathlib.Path, problems: list[str], is_right: Callable[[dict[str, Any]], bool], what: str
     ) -> list[dict[str, Any]]:
         """The objects in the lines of a file that are right; any other line is counted as a problem."""
-        right, broken = [], 0
-        for text in self._text(path, problems).splitlines():
-            try:
+        right, texts = [], self._text(path, problems).splitlines()
+        for text in texts:
+            with contextlib.suppress(ValueError, RecursionError):
                 line = _parse(text)
-            except (ValueError, RecursionError):
-                line = None
-            if isinstance(line, dict) and is_right(line):
-                right.append(line)
-            else:
-                broken += 1
-        if broken:
-            problems.append(f"{path.name}: {broken} lines are no {what} and are left out")
+                right += [line] if isinstance(line, dict) and is_right(line) else []
+        if len(right) < len(texts):
+            problems.append(f"{path.name}: {len(texts) - len(right)} lines are no {what} and are left out")
         return right
 
 

@@ -38,10 +38,10 @@ def test_clips_that_cannot_be_read_are_left_out(tmp_path):
     clips = [fake_clips.record("c", index, size=(33, 47), seconds=1.0, frames=1) for index in range(3)]
     clips[1]["sound"] = clips[1]["sound"][:300]
     clips = [{name: value for name, value in clip.items() if name != "label"} for clip in clips]
-    for folder, stored in (("some", clips), ("none", clips[1:2])):
+    for folder, chosen in (("some", clips), ("none", clips[1:2])):
         (tmp_path / folder).mkdir()
-        splits = {"valid": functools.partial(iter, stored)}
-        write_set(tmp_path / folder, "made_up", "made up", ["x"], splits, len(stored))
+        splits = {"valid": functools.partial(iter, chosen)}
+        write_set(tmp_path / folder, "made_up", "made up", ["x"], splits, len(chosen))
     assert reading.measure(str(tmp_path / "some"), 64, 1)["clips"] == 2
     with pytest.raises(UserError, match="none of the first 1 clips of .*none can be read; .*clip c-1: sound: "):
         reading.measure(str(tmp_path / "none"), 64, 1)
@@ -57,10 +57,10 @@ def test_made_clips_are_like_real_ones(tmp_path):
     assert reading.write_video(clip, tmp_path / "clip.mp4") == 10.0
     video = media.Media(tmp_path / "clip.mp4")
     (_, frame), (_, between) = video.frames([4.0, 6.52])
-    stored = [simplejpeg.decode_jpeg(clip["frames"][number]).astype(float) for number in (4, 6, 7)]
-    assert np.abs(frame - stored[0]).mean() < 6
-    assert np.abs(between - (0.48 * stored[1] + 0.52 * stored[2])).mean() < 6
-    assert np.abs(frame - stored[1]).mean() > 12
+    stills = [simplejpeg.decode_jpeg(clip["frames"][number]).astype(float) for number in (4, 6, 7)]
+    assert np.abs(frame - stills[0]).mean() < 6
+    assert np.abs(between - (0.48 * stills[1] + 0.52 * stills[2])).mean() < 6
+    assert np.abs(frame - stills[1]).mean() > 12
     heard, rate, began = video.waveform(2.0, 3.0)
     expected = np.interp(began + np.arange(len(heard)) / rate, np.arange(160_000) / 16_000, waveform)
     assert np.corrcoef(heard, expected)[0, 1] > 0.95

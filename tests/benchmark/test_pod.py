@@ -64,9 +64,9 @@ def test_seconds_of_an_exchange(kind, size, group, chip, shape, slices, expected
 
 def test_exchanges_by_kind():
     found = [
-        Collective("all-gather", 10**9, 16, False, (), "a"),
-        Collective("all-gather", 10**9, 16, True, (), "b"),
-        Collective("all-reduce", 10**9, 4, False, (), "c"),
+        Collective("all-gather", 10**9, 16, False, ()),
+        Collective("all-gather", 10**9, 16, True, ()),
+        Collective("all-reduce", 10**9, 4, False, ()),
     ]
     kinds = roofline.exchanges(found, V5E, (16, 16), 1, ())
     once = 15 / 16 / 100
@@ -89,10 +89,10 @@ def test_curve():
     assert rows[256]["efficiency"] == pytest.approx(0.01 / (0.01 + 0.4 * 255 / 256 / 200))
     assert (rows[1024]["slices"], rows[1024]["shape"], rows[1024]["limit"]) == (4, "16x16", "all-reduce")
     assert rows[1024]["exchange_seconds"] == pytest.approx(rows[256]["exchange_seconds"] + 0.4 / 256 * 3 / 4 / 3.1)
-    cut = roofline.parallel_exchanges(V5E, 256, 16, 10**8)
-    assert cut["all-gather"] == pytest.approx(2 * 0.2 * 15 / 16 / 100)
-    assert cut["reduce-scatter"] == pytest.approx(cut["all-gather"] / 2)
-    assert cut["all-reduce"] == pytest.approx(2 * 0.2 / 16 * 15 / 16 / 100)
+    sharded = roofline.parallel_exchanges(V5E, 256, 16, 10**8)
+    assert sharded["all-gather"] == pytest.approx(2 * 0.2 * 15 / 16 / 100)
+    assert sharded["reduce-scatter"] == pytest.approx(sharded["all-gather"] / 2)
+    assert sharded["all-reduce"] == pytest.approx(2 * 0.2 / 16 * 15 / 16 / 100)
 
 
 def test_hours_of_a_recipe():
@@ -123,8 +123,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
     )
     state = pod.state_bytes(train_step)
     assert state == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(train_step.abstract_state()))
-    cut = pod.advice(train_step.config, state, state, state, 4, 1)
-    assert cut == f"--config.mesh.fsdp=4 would cut parameters and moments to {state / 4 / 1e9:.1f} GB"
+    sharded = pod.advice(train_step.config, state, state, state, 4, 1)
+    assert sharded == f"--config.mesh.fsdp=4 would shard parameters and moments to {state / 4 / 1e9:.1f} GB"
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         pod.does_not_fit(jax.errors.JaxRuntimeError("INTERNAL"), train_step.config, train_step, "v5e:2x2")
 

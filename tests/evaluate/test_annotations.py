@@ -21,27 +21,27 @@ from av_mae.evaluate.bootstrap import Bootstrap
 from av_mae.evaluate.localization import LocalizationConfig
 from av_mae.evaluate.segmentation import SegmentationConfig
 from av_mae.evaluate.separation import SeparationConfig
-from av_mae.evaluate.task import make_task
+from av_mae.evaluate.task import task_class
 from av_mae.models.config import SegmenterConfig
 from av_mae.prepare.shards import write_set
 
 SIZE = (20, 30)
-PLACES = 32  # for boxes in a batch
+BOXES = 32  # of a clip in a batch
 
 
 def task(config):
     """The task on a checkpoint of which only the recipe is looked at."""
     recipe = TrainConfig(steps=1, batch_size=8, model=tiny_tasks.MODEL, data=DataConfig(sound=tiny_tasks.SOUND))
-    return make_task(config, Checkpoint(pathlib.Path("nowhere"), recipe, "pretraining", None))
+    return task_class(config.task)(config, Checkpoint(pathlib.Path("nowhere"), recipe, "pretraining", None))
 
 
 def annotated(boxes, sounding, annotators=1, by=None) -> dict[str, np.ndarray]:
     """The fields of the annotation 'objects' for boxes (top, left, bottom, right) in pixels of SIZE."""
     count = len(boxes)
-    fields = {"boxes": np.zeros((PLACES, 4), np.float32), "annotators": np.int32(annotators)}
+    fields = {"boxes": np.zeros((BOXES, 4), np.float32), "annotators": np.int32(annotators)}
     fields["boxes"][:count] = np.reshape(boxes, (count, 4)) / np.tile(SIZE, 2)
     for name, values in {"sounding": sounding, "box_annotators": by or [0] * count}.items():
-        fields[name] = np.full(PLACES, -1, np.int32)
+        fields[name] = np.full(BOXES, -1, np.int32)
         fields[name][:count] = values
     return fields
 
@@ -53,9 +53,9 @@ def frame(seed: int, **fields) -> dict[str, np.ndarray]:
 
 def plain_ciou(heat, share: float, target) -> float:
     """Of a map without equal values, the highest `share` of which are marked."""
-    marked = sorted(np.ndindex(SIZE), key=lambda place: -heat[place])[: math.ceil(share * heat.size)]
-    outside = sum(target[place] == 0 for place in marked)
-    return sum(target[place] for place in marked) / (target.sum() + outside)
+    marked = sorted(np.ndindex(SIZE), key=lambda index: -heat[index])[: math.ceil(share * heat.size)]
+    outside = sum(target[index] == 0 for index in marked)
+    return sum(target[index] for index in marked) / (target.sum() + outside)
 
 
 def filled(*boxes) -> np.ndarray:
@@ -195,12 +195,12 @@ def test_every_source_of_a_mixture_has_its_figure():
     sources = generator.standard_normal((3, 8000)).astype(np.float32) * 0.1
     mixture, mask = sources.sum(0), generator.random((32, 64)).astype(np.float32)
 
-    def item(first: int, place: int, silent: bool = False) -> dict[str, np.ndarray]:
+    def item(first: int, index: int, silent: bool = False) -> dict[str, np.ndarray]:
         turned = np.zeros((4, 8000), np.float32)
         turned[:3] = np.roll(sources, -first, axis=0)
         if silent:
             turned[(2 - first) % 3] = 0
-        return {"sources": turned, "mixture": mixture, "mask": mask, "index": place}
+        return {"sources": turned, "mixture": mixture, "mask": mask, "index": index}
 
     scores = [separation.score(item(first, first)) for first in range(3)]
     whole = separation.combine(scores)

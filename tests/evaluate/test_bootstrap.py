@@ -72,7 +72,7 @@ def test_statistics_of_several_metrics_undefined_in_some_draws():
 def test_blocks_of_draws_change_nothing(monkeypatch):
     values = np.random.default_rng(3).normal(size=50)
     whole = Bootstrap(50, SEED, DRAWS).mean(values)
-    monkeypatch.setattr("av_mae.evaluate.bootstrap._BLOCK", 50 * 7)
+    monkeypatch.setattr("av_mae.evaluate._BLOCK", 50 * 7)
     parts = Bootstrap(50, SEED, DRAWS).mean(values)
     np.testing.assert_allclose([parts.low, parts.high], [whole.low, whole.high], rtol=1e-12)
 
@@ -92,10 +92,10 @@ def test_nothing_left_is_no_number_and_says_why(tmp_path):
         assert all(map(math.isnan, (metric.value, metric.low, metric.high)))
         assert metric.left_out == {"silent": 2, "short": 1} and str(metric) == "- (silent, short)"
     Report(found, 3, 0, "", {"causes": {"broken": 1}}).save(tmp_path / "results.json")
-    stored = json.loads((tmp_path / "results.json").read_text())
-    assert stored["sdr"] == {"value": None, "low": None, "high": None, "left_out": {"silent": 2, "short": 1}}
-    assert stored["iou"]["value"] == 0.75 and "left_out" not in stored["iou"]
-    assert stored["causes"] == {"broken": 1} and (stored["clips"], stored["skipped"]) == (3, 0)
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["sdr"] == {"value": None, "low": None, "high": None, "left_out": {"silent": 2, "short": 1}}
+    assert saved["iou"]["value"] == 0.75 and "left_out" not in saved["iou"]
+    assert saved["causes"] == {"broken": 1} and (saved["clips"], saved["skipped"]) == (3, 0)
 
 
 def test_a_statistic_that_is_undefined_says_so():

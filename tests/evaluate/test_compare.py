@@ -145,12 +145,12 @@ def test_the_shipped_recipe_has_recipes_for_every_cell(variant, rows, cells):
 
 def test_bars():
     panels = {"a": {"x": [(1.0, 0.1), None], "y": [(0.5, float("nan")), (2.0, 0.3)]}, "b": {"z": [None, None]}}
-    picture = plots.bars(panels, ["one", "two"])
-    assert picture.dtype == np.uint8 and picture.ndim == 3
-    colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
+    plot = plots.bars(panels, ["one", "two"])
+    assert plot.dtype == np.uint8 and plot.ndim == 3
+    colours = {tuple(colour) for colour in plot.reshape(-1, 3)}
     assert {(31, 119, 180), (255, 127, 14)} <= colours
     other = plots.bars(panels | {"b": {"z": [None, (1.0, 0.0)]}}, ["one", "two"])
-    assert (picture != other).any()
+    assert (plot != other).any()
 
 
 @pytest.mark.slow

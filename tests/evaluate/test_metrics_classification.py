@@ -86,14 +86,14 @@ def test_ranking_agrees_with_scikit_learn_for_any_resampling(clips, classes, dig
     precision, area = classification.ranking(weights, scores, targets)
     for row, counts in enumerate(weights.astype(int)):
         for number in range(classes):
-            truth, score = np.repeat(targets[:, number], counts), np.repeat(scores[:, number], counts)
-            if truth.any():
-                expected = sklearn.average_precision_score(truth, score)
+            positive, score = np.repeat(targets[:, number], counts), np.repeat(scores[:, number], counts)
+            if positive.any():
+                expected = sklearn.average_precision_score(positive, score)
                 assert precision[row, number] == pytest.approx(expected, abs=1e-9)
             else:
                 assert np.isnan(precision[row, number])
-            if truth.any() and not truth.all():
-                assert area[row, number] == pytest.approx(sklearn.roc_auc_score(truth, score), abs=1e-9)
+            if positive.any() and not positive.all():
+                assert area[row, number] == pytest.approx(sklearn.roc_auc_score(positive, score), abs=1e-9)
             else:
                 assert np.isnan(area[row, number])
 

@@ -31,7 +31,7 @@ def test_boxes_of_shares():
 
 
 def test_float32_boxes_hit_whole_pixels():
-    """Every box on whole pixels of 96 comes back exactly from shares stored as float32."""
+    """Every box on whole pixels of 96 comes back exactly from shares in float32."""
     edges = np.arange(1, 97)
     boxes = np.stack([np.zeros(96), np.zeros(96), edges / 96, edges / 96], axis=1).astype(np.float32)
     np.testing.assert_array_equal(localization.box_masks(boxes, (96, 96)).any(2).sum(1), edges)
@@ -58,7 +58,7 @@ def test_the_highest_values(share, digits):
 
 
 def test_half_of_the_map_as_published():
-    """The published code takes what is at least the value at place int(n / 2) of the ascending values."""
+    """DeepAVFusion takes what is at least the value at index int(n / 2) of the ascending values."""
     for shape in ((15, 15), (16, 15)):
         heat = np.random.default_rng(0).normal(size=shape)
         np.testing.assert_array_equal(localization.top_mask(heat, 0.5), heat >= np.sort(heat.ravel())[heat.size // 2])
@@ -135,7 +135,7 @@ def test_right_object():
         heat, number = generator.normal(size=(HEIGHT, WIDTH)), generator.integers(0, 3)
         objects = np.zeros((3, HEIGHT, WIDTH), bool)
         objects[0, :4, :4] = objects[1, 5:, :9] = objects[2, 6:8, 10:] = True
-        strengths = [np.mean([heat[place] for place in np.ndindex(heat.shape) if mask[place]]) for mask in objects]
+        strengths = [np.mean([heat[index] for index in np.ndindex(heat.shape) if mask[index]]) for mask in objects]
         found = localization.right_object(heat, objects, np.arange(3) == number)
         assert found == (np.argmax(strengths) == number)
         assert localization.right_object(heat, objects, np.arange(3) != number) == 1 - found

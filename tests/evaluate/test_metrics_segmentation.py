@@ -44,8 +44,8 @@ def plain_scores(logits, target):
     prediction = (logits[..., 0] > 0).astype(int) if logits.shape[-1] == 1 else logits.argmax(-1)
     found = {}
     for number in range(classes):
-        marked = {place for place in np.ndindex(target.shape) if prediction[place] == number}
-        true = {place for place in np.ndindex(target.shape) if target[place] == number}
+        marked = {index for index in np.ndindex(target.shape) if prediction[index] == number}
+        true = {index for index in np.ndindex(target.shape) if target[index] == number}
         if marked | true:
             precision = len(marked & true) / len(marked) if marked else 0
             recall = len(marked & true) / len(true) if true else 0
@@ -65,10 +65,10 @@ def test_agrees_with_loops(classes):
     found = segmentation_metrics([score_clip(*clip) for clip in clips], Bootstrap(8, 0, 100))
     plain = [plain_scores(*clip) for clip in clips if clip[1].any()]
     seen = sorted(set().union(*plain))
-    for place, name in enumerate(("miou", "precision", "recall", "f_score")):
+    for index, name in enumerate(("miou", "precision", "recall", "f_score")):
         if classes == 1 and name == "f_score":
             continue
-        by_class = {number: np.mean([scores[number][place] for scores in plain if number in scores]) for number in seen}
+        by_class = {number: np.mean([scores[number][index] for scores in plain if number in scores]) for number in seen}
         assert found[name].value == pytest.approx(np.mean(list(by_class.values())))
         without = np.mean([value for number, value in by_class.items() if number])
         assert found[f"{name}_without_background"].value == pytest.approx(without)

@@ -105,8 +105,8 @@ def test_metrics_against_scikit_learn_and_loops_on_any_mesh(folder, on_devices, 
             assert found[f"{prefix}image_to_audio/recall{k}"] == pytest.approx(recall(similarity.T, k), abs=1e-6)
     assert len(found) == 4 + 12 and results["clips"] == CLIPS and results["checkpoint"]["step"] == 0
     assert results["nearest/all"]["low"] <= found["nearest/all"] <= results["nearest/all"]["high"]
-    picture = np.asarray(Image.open(tmp_path / "one" / "images" / "neighbours.png"))
-    assert picture.ndim == 3 and picture.std() > 5
+    plot = np.asarray(Image.open(tmp_path / "one" / "images" / "neighbours.png"))
+    assert plot.ndim == 3 and plot.std() > 5
     assert not (tmp_path / "one" / "checkpoints").exists()
     on_devices(8)
     again = values(measured(folder, tmp_path / "eight", "test_batch_size=32"))

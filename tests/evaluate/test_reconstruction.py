@@ -106,11 +106,11 @@ def _patch(array: np.ndarray, number: int, columns: int) -> np.ndarray:
     return array[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(-1)
 
 
-def _plain_error(truth: np.ndarray, prediction: np.ndarray, noise: np.ndarray, keep: int, normalize: bool) -> float:
+def _plain_error(original: np.ndarray, prediction: np.ndarray, noise: np.ndarray, keep: int, normalize: bool) -> float:
     """Loop over the patches of one clip whose noise is not among the `keep` least."""
-    total, columns = [], truth.shape[1] // 4
+    total, columns = [], original.shape[1] // 4
     for number in np.argsort(noise)[keep:]:
-        values = _patch(truth, number, columns).astype(np.float64)
+        values = _patch(original, number, columns).astype(np.float64)
         if normalize:
             values = (values - values.mean()) / np.sqrt(values.var(ddof=1) + 1e-6)
         total.append(np.mean((prediction[number] - values) ** 2))
@@ -127,8 +127,10 @@ def _predict(model, image, audio, image_keep, audio_keep):
     )
 
 
-def _check(errors: np.ndarray, truth: np.ndarray, prediction, noise: np.ndarray, keep: int, normalize=False):
-    expected = [_plain_error(*clip, keep, normalize) for clip in zip(truth, np.asarray(prediction), noise, strict=True)]
+def _check(errors: np.ndarray, original: np.ndarray, prediction, noise: np.ndarray, keep: int, normalize=False):
+    expected = [
+        _plain_error(*clip, keep, normalize) for clip in zip(original, np.asarray(prediction), noise, strict=True)
+    ]
     np.testing.assert_allclose(errors, expected, rtol=1e-4)
 
 
@@ -234,10 +236,10 @@ def test_baseline_errors(normalize):
     for clip in range(4):
         total = []
         for number in np.argsort(noise.audio[clip])[1:]:
-            truth = _patch(clips.audio[clip], number, 5).astype(np.float64)
+            original = _patch(clips.audio[clip], number, 5).astype(np.float64)
             guess = _patch(np.tile(rows[:, None], (1, 20)), number, 5)
-            scale = truth.var(ddof=1) + 1e-6 if normalize else 1.0
-            total.append(np.mean((guess - truth) ** 2) / scale)
+            scale = original.var(ddof=1) + 1e-6 if normalize else 1.0
+            total.append(np.mean((guess - original) ** 2) / scale)
         np.testing.assert_allclose(errors["baseline/audio_error"][clip], np.mean(total), rtol=1e-5)
         image, hidden = (clips.image[clip] / 255 - MEAN) / DEVIATION, np.zeros((12, 8), bool)
         for number in np.argsort(noise.image[clip])[3:]:
@@ -253,10 +255,10 @@ def test_baseline_errors(normalize):
         np.testing.assert_allclose(errors["baseline/image_error"][clip], expected, rtol=1e-4)
 
 
-def _scaled(guess: np.ndarray, truth: np.ndarray, number: int, normalize: bool) -> np.ndarray:
+def _scaled(guess: np.ndarray, original: np.ndarray, number: int, normalize: bool) -> np.ndarray:
     """Patch `number` of the guess on the scale of the true patch."""
-    guess, truth = _patch(guess, number, 2), _patch(truth, number, 2)
-    return (guess - truth.mean()) / np.sqrt(truth.var(ddof=1) + 1e-6) if normalize else guess
+    guess, original = _patch(guess, number, 2), _patch(original, number, 2)
+    return (guess - original.mean()) / np.sqrt(original.var(ddof=1) + 1e-6) if normalize else guess
 
 
 def test_bootstrap_is_paired():
@@ -295,7 +297,7 @@ def test_summary_and_table():
 
 @pytest.mark.slow
 def test_any_mesh_and_batch_size_give_the_same_results(tmp_path, monkeypatch):
-    """One clip of two sets is broken; ids, errors and pictures of the others are there."""
+    """One clip of two sets is broken; ids, errors and plots of the others are there."""
     pretrained(tmp_path / "run")
     sets = ",".join(str(prepared(tmp_path, variant, test_clips=9)) for variant in ("single", "mixture"))
     read = records.RecordSource.__getitem__

@@ -23,7 +23,7 @@ from av_mae.prepare.shards import write_set
 from av_mae.train import run
 from av_mae.train import sharding as mesh
 
-PICTURES = {
+PLOTS = {
     "classification": "confusion",
     "localization": "localization",
     "segmentation": "segmentation",
@@ -90,8 +90,8 @@ def test_a_task_leaves_metrics_pictures_and_a_checkpoint(folder, one_device, tas
     }
     for prefix in ("", "swapped/", "blank/"):
         assert np.isfinite(found[prefix + names[task]])
-    picture = np.asarray(Image.open(tmp_path / "images" / f"{PICTURES[task]}.png"))
-    assert picture.ndim == 3 and picture.std() > 5
+    plot = np.asarray(Image.open(tmp_path / "images" / f"{PLOTS[task]}.png"))
+    assert plot.ndim == 3 and plot.std() > 5
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir())[-1] == "3"
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -154,13 +154,28 @@ def test_a_broken_clip_is_named_and_left_out(folder, one_device, tmp_path, monke
     assert results["skipped_clips"] == [str(failure)]
 
 
+def test_ids_move_no_cursor(folder, one_device, tmp_path, monkeypatch, capsys):
+    """What a prepared set holds is printed with its control characters as escapes."""
+    read, hostile = records.RecordSource.__getitem__, "clip\x1b[2K\raccuracy 1.000\n\x9b1A"
+
+    def damaged(self, index):
+        broken = self.split == "test" and index == 5
+        return read(self, index) | ({"id": hostile, "sound": b"none"} if broken else {})
+
+    monkeypatch.setattr(records.RecordSource, "__getitem__", damaged)
+    assert measured(folder, "classification", tmp_path)["skipped"] == 1
+    printed = capsys.readouterr()
+    assert "left out: clip clip\\x1b[2K\\raccuracy 1.000\\n\\x9b1A: sound: " in printed.out
+    assert not {"\x1b", "\r", "\x9b"} & set(printed.out + printed.err)
+
+
 def changed(path: pathlib.Path, source: pathlib.Path, change) -> pathlib.Path:
     """A copy of a prepared set; `change(split, number, record)` gives the fields that are others."""
 
     def contents(split):
-        stored = records.open_source(source, split)
-        for number in range(len(stored)):
-            record = stored[number]
+        source_set = records.open_source(source, split)
+        for number in range(len(source_set)):
+            record = source_set[number]
             del record["label"]
             yield record | change(split, number, record)
 
@@ -325,4 +340,4 @@ def test_what_cannot_work_is_refused(folder, one_device, task, overrides, messag
 @pytest.mark.parametrize("levels, kept", [((1, 1, 0, 0), 2), ((0, 1, 0, 0), 2), ((1, 0, 1, 0), 3), ((1, 0, 0, 0), 2)])
 def test_a_silent_source_keeps_its_place(levels, kept):
     sources = np.outer(levels, np.ones(5))
-    np.testing.assert_array_equal(separation.heard(sources), sources[:kept])
+    np.testing.assert_array_equal(separation.without_padding(sources), sources[:kept])

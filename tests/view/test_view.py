@@ -11,7 +11,7 @@ import pytest
 from made_run import HOSTILE, write_run
 
 from av_mae.errors import UserError
-from av_mae.view import Workdir, page
+from av_mae.view import Workdir
 from av_mae.view import __main__ as view
 
 
@@ -63,13 +63,21 @@ def test_page_shows_curves_images_sounds_and_metrics(run):
     ]
     assert [text for text in shown.texts if text.startswith("step ")][:3] == ["step 10", "step 20", "step 30"]
     sounds = [path for path in shown.sources("audio") if path.startswith("images/")]
-    assert sounds == [f"images/separation/clip%201%23_{kind}.wav" for kind in ("mixture", "estimate", "truth")]
+    assert sounds == [f"images/separation/clip%201%23_{kind}.wav" for kind in ("mixture", "estimate", "source")]
     assert all((run / urllib.parse.unquote(path)).is_file() for path in shown.sources("img") + shown.sources("audio"))
     texts = " ".join(shown.texts)
     assert "Step 30 of 30" in texts and "20 clips measured, 1 skipped" in texts
     assert "7.166 [6.304, 8.031] (without 2 silent)" in texts and "– (9 nothing left)" in texts
     assert "metrics.jsonl: 2 lines are no metrics of a step" in texts
     assert f"tensorboard --logdir={run}" in texts
+
+
+def test_sounds_of_older_runs_are_shown_with_the_others(tmp_path):
+    """Once, the files of target sources ended in `_truth`."""
+    folder = write_run(tmp_path / "run") / "images" / "separation"
+    (folder / "clip 1#_source.wav").rename(folder / "clip 1#_truth.wav")
+    shown = shown_page(tmp_path / "run")
+    assert shown.sources("audio")[-1].endswith("clip%201%23_truth.wav") and "source" in shown.texts
 
 
 def test_skipped_clips_are_shown_by_their_causes(run):
@@ -89,7 +97,7 @@ def test_runs_of_a_folder_are_on_one_page(run):
 
 def test_curves_have_labelled_axes_and_their_values(run):
     metrics = [{"step": float(step), "input_wait": 0.4 * step} for step in range(0, 101)]
-    svg = page.curve(metrics, "input_wait")
+    svg = view.curve(metrics, "input_wait")
     texts = [element.text for element in svg.iter("text")]
     assert texts[:2] == ["input wait [share of the time]", "step"] and {"0", "50", "100"} <= set(texts[2:])
     points = [tuple(map(float, pair.split(","))) for pair in svg.find("polyline").get("points").split()]
@@ -126,9 +134,9 @@ def test_many_images_are_spread_and_all_can_be_had(tmp_path):
 
 def test_spread_keeps_the_ends_and_the_order():
     for count in (13, 50, 997):
-        chosen = page.spread(list(range(count)), 12)
+        chosen = view.spread(list(range(count)), 12)
         assert len(set(chosen)) == 12 and chosen == sorted(chosen) and (chosen[0], chosen[-1]) == (0, count - 1)
-    assert page.spread([1, 2], 12) == [1, 2]
+    assert view.spread([1, 2], 12) == [1, 2]
 
 
 @pytest.mark.parametrize(
