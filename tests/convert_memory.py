@@ -23,7 +23,7 @@ from av_mae.models.layers import sin_cos_2d
 
 SCRIPT = """
 import sys
-from av_mae.convert import __main__ as convert
+from av_mae import convert
 convert.main(sys.argv[1:])
 print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])
 """

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from av_mae import models
-from av_mae.convert.__main__ import load_published
+from av_mae.convert import load_published
 
 VARIABLES = (nnx.Param, nnx.BatchStat)
 MODELS = {"classifier": models.Classifier, "separator": models.Separator, "segmenter": models.Segmenter}

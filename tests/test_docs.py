@@ -163,3 +163,15 @@ def test_tutorial_from_folder_to_search(tmp_path, monkeypatch, capsys):
     assert len(hits) == 5 and hits[0][1] == "test/toy_band_single_test_000003.mp4" and float(hits[0][0]) > 0.999
     assert (tmp_path / "runs/hits.png").stat().st_size > 10_000
     assert np.isfinite([float(similarity) for similarity, _ in hits]).all()
+
+
+def test_names_of_the_reference_are_there():
+    """Each name that the reference lists for a module exists where the page says."""
+    page = (ROOT / "docs" / "reference" / "api.md").read_text()
+    found = re.findall(
+        r"^::: (\S+)\n    options:\n(?:      (?!members).*\n)*      members: \[(.+)\]", page, re.MULTILINE
+    )
+    assert len(found) > 5
+    for module, names in found:
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"

@@ -12,9 +12,8 @@ from published import GOLDEN_OPTIONS
 from tiny_training import MODEL, batches, first_state, make_step, recipe
 
 import av_mae
-from av_mae import loading, models
+from av_mae import convert, loading, models
 from av_mae.checkpoint import Checkpoints
-from av_mae.convert import __main__ as convert
 from av_mae.errors import UserError
 from av_mae.models.kinds import flat_values
 

@@ -12,8 +12,7 @@ import pytest
 import typed_commands
 from typed_commands import MODULES
 
-from av_mae import recipes
-from av_mae.convert import __main__ as convert
+from av_mae import convert, recipes
 from av_mae.errors import UserError
 from av_mae.evaluate import __main__ as evaluate
 from av_mae.evaluate import compare

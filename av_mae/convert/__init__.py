@@ -5,17 +5,19 @@ under the Apache License 2.0. Its weights are Git LFS files of that repository,
 `checkpoints/deepavfusion_vitb_{vggsound,as2m}_ep200/checkpoints/checkpoint_latest.pth`.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from av_mae.convert.__main__ import convert, export, main
     from av_mae.convert.deepavfusion import load_published
 
-__all__ = ["load_published"]
+__all__ = ["convert", "export", "load_published", "main"]
 
 
 def __getattr__(name: str):
-    if name != "load_published":
+    """Brings in JAX with the first function that is asked for: reading a weight file does without."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from av_mae.convert import deepavfusion  # brings in JAX, which reading a weight file does not need
-
-    return deepavfusion.load_published
+    module = "deepavfusion" if name == "load_published" else "__main__"
+    return getattr(importlib.import_module(f"av_mae.convert.{module}"), name)

@@ -9,12 +9,10 @@ import sys
 from av_mae.checkpoint import open_checkpoint
 from av_mae.console import one_line, quiet_libraries
 from av_mae.convert import store
-from av_mae.convert.deepavfusion import DeepAVFusionFile, complaints, load_published, summarize
+from av_mae.convert.deepavfusion import DeepAVFusionFile, complaints, summarize
 from av_mae.convert.infer import AS_TOLD, Options, infer
 from av_mae.convert.weight_file import open_weights
 from av_mae.errors import run_command
-
-__all__ = ["convert", "export", "load_published"]
 
 EXAMPLE = """examples:
   python -m av_mae.convert --source=checkpoint_latest.pth --output=runs/deepavfusion

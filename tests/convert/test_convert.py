@@ -18,10 +18,9 @@ from published import GOLDEN, GOLDEN_OPTIONS, assert_same_tensors, read_state_di
 from tiny_training import make_step, recipe
 
 import av_mae
-from av_mae import models, recipes
+from av_mae import convert, models, recipes
 from av_mae.checkpoint import Checkpoints, checksum, load_params, open_checkpoint, read_meta
 from av_mae.config import sized_model
-from av_mae.convert import __main__ as convert
 from av_mae.convert import store
 from av_mae.convert.deepavfusion import DeepAVFusionFile
 from av_mae.convert.infer import Options, infer

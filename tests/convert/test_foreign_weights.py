@@ -13,7 +13,7 @@ import weight_file_bytes as made
 from published import unimodal_tensors
 from safetensors.numpy import save_file
 
-from av_mae.convert import __main__ as convert
+from av_mae import convert
 from av_mae.convert.weight_file import open_weights
 from av_mae.errors import UserError
 

@@ -12,8 +12,8 @@ from published import assert_same_tensors, unimodal_tensors
 from tiny_training import MODEL, make_step, recipe, unfused
 
 import av_mae
+from av_mae import convert
 from av_mae.checkpoint import open_checkpoint
-from av_mae.convert import __main__ as convert
 from av_mae.convert.store import stream_arrays
 from av_mae.errors import UserError
 from av_mae.train import __main__ as train

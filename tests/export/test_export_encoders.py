@@ -17,9 +17,8 @@ from tiny_export import write_checkpoint
 from tiny_training import MODEL
 
 import av_mae
-from av_mae import preprocess
+from av_mae import convert, preprocess
 from av_mae.config import SoundConfig
-from av_mae.convert import __main__ as convert
 from av_mae.data import audio as sound
 from av_mae.errors import UserError
 from av_mae.export import __main__ as command
