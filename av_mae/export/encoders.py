@@ -15,9 +15,8 @@ import numpy as np
 from flax import nnx
 
 import av_mae
-from av_mae import recipes
+from av_mae import convert, recipes
 from av_mae.config import SoundConfig
-from av_mae import convert
 from av_mae.convert.store import whole_or_nothing
 from av_mae.data.audio import mel_filter_bank
 from av_mae.errors import UserError
