@@ -9,15 +9,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from av_mae.convert.__main__ import convert, export, main
     from av_mae.convert.deepavfusion import load_published
+    from av_mae.convert.store import convert, export
 
-__all__ = ["convert", "export", "load_published", "main"]
+__all__ = ["convert", "export", "load_published"]
+HOMES = {"load_published": "deepavfusion", "convert": "store", "export": "store", "main": "__main__"}
 
 
 def __getattr__(name: str):
     """Brings in JAX with the first function that is asked for: reading a weight file does without."""
-    if name not in __all__:
+    if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "deepavfusion" if name == "load_published" else "__main__"
-    return getattr(importlib.import_module(f"av_mae.convert.{module}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)

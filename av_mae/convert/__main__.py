@@ -2,65 +2,17 @@
 
 import argparse
 import dataclasses
-import os
 import pathlib
-import sys
 
-from av_mae.checkpoint import open_checkpoint
-from av_mae.console import one_line, quiet_libraries
-from av_mae.convert import store
-from av_mae.convert.deepavfusion import DeepAVFusionFile, complaints, summarize
-from av_mae.convert.infer import AS_TOLD, Options, infer
-from av_mae.convert.weight_file import open_weights
+from av_mae.console import quiet_libraries
+from av_mae.convert.infer import Options
+from av_mae.convert.store import convert, export
 from av_mae.errors import run_command
 
 EXAMPLE = """examples:
   python -m av_mae.convert --source=checkpoint_latest.pth --output=runs/deepavfusion
   python -m av_mae.convert --source=runs/deepavfusion --to=safetensors --output=deepavfusion.safetensors
 """
-
-
-def convert(source: str | os.PathLike, output: str | os.PathLike, options: Options = AS_TOLD) -> str:
-    """Writes the model of a weight file as a work directory with one checkpoint.
-
-    In memory are a few times the largest tensor, never the whole model.
-
-    Args:
-      source: a .pth, .pt, .safetensors or .index.json file of DeepAVFusion or of a unimodal MAE.
-      output: the new work directory.
-      options: what the file does not tell of its model.
-
-    Returns:
-      What the file is, in lines.
-
-    Raises:
-      UserError: the file cannot be read or is no such model, or `output` is there already.
-    """
-    file = open_weights(source)
-    weights = DeepAVFusionFile(file, infer(file.tensors, str(source), options))
-    survey = weights.survey()
-    for complaint in complaints(weights, survey):
-        print(f"warning: {one_line(complaint)}", file=sys.stderr)
-    with store.whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
-        store.write_checkpoint(unfinished, weights, survey, between)
-    return summarize(weights, options)
-
-
-def export(source: str | os.PathLike, output: str | os.PathLike) -> str:
-    """Writes a checkpoint, or a weight file, as safetensors with DeepAVFusion's names; says in a line what was written.
-
-    What a checkpoint was converted from comes back bit for bit.
-
-    Raises:
-      UserError: the source cannot be read, DeepAVFusion has no such model, or `output` is there already.
-    """
-    if os.path.isfile(source):
-        tensors: store.NamedTensors = list(open_weights(source).tensors.items())
-    else:
-        tensors = store.deepavfusion_tensors(open_checkpoint(os.fspath(source)))
-    with store.whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
-        store.write_safetensors(unfinished, tensors, between)
-    return f"{len(tensors)} tensors, {os.path.getsize(output) / 1e6:.1f} MB"
 
 
 def numbers(count: int):

@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import signal
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,9 +28,9 @@ import orbax.checkpoint as ocp
 from av_mae import recipes
 from av_mae.checkpoint import Checkpoint, open_checkpoint
 from av_mae.config import DataConfig, SoundConfig, TrainConfig
-from av_mae.console import note
-from av_mae.convert.deepavfusion import DeepAVFusionFile, Survey, complaints
-from av_mae.convert.infer import Found, identify
+from av_mae.console import note, one_line
+from av_mae.convert.deepavfusion import DeepAVFusionFile, Survey, complaints, summarize
+from av_mae.convert.infer import AS_TOLD, Found, Options, identify, infer
 from av_mae.convert.names import names_of
 from av_mae.convert.tensors import SAFETENSORS_TYPES, StoredTensor
 from av_mae.convert.weight_file import open_weights
@@ -270,3 +271,46 @@ def stream_arrays(path: str, stream: str, config: AVMAEConfig) -> dict[str, np.n
     else:
         arrays = {name: np.asarray(x) for name, x in checkpoint.load(config)[1].items()}
     return {f"encoder.{stream}.{name}": x for name, x in arrays.items()}
+
+
+def convert(source: str | os.PathLike, output: str | os.PathLike, options: Options = AS_TOLD) -> str:
+    """Writes the model of a weight file as a work directory with one checkpoint.
+
+    In memory are a few times the largest tensor, never the whole model.
+
+    Args:
+      source: a .pth, .pt, .safetensors or .index.json file of DeepAVFusion or of a unimodal MAE.
+      output: the new work directory.
+      options: what the file does not tell of its model.
+
+    Returns:
+      What the file is, in lines.
+
+    Raises:
+      UserError: the file cannot be read or is no such model, or `output` is there already.
+    """
+    file = open_weights(source)
+    weights = DeepAVFusionFile(file, infer(file.tensors, str(source), options))
+    survey = weights.survey()
+    for complaint in complaints(weights, survey):
+        print(f"warning: {one_line(complaint)}", file=sys.stderr)
+    with whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
+        write_checkpoint(unfinished, weights, survey, between)
+    return summarize(weights, options)
+
+
+def export(source: str | os.PathLike, output: str | os.PathLike) -> str:
+    """Writes a checkpoint, or a weight file, as safetensors with DeepAVFusion's names; says in a line what was written.
+
+    What a checkpoint was converted from comes back bit for bit.
+
+    Raises:
+      UserError: the source cannot be read, DeepAVFusion has no such model, or `output` is there already.
+    """
+    if os.path.isfile(source):
+        tensors: NamedTensors = list(open_weights(source).tensors.items())
+    else:
+        tensors = deepavfusion_tensors(open_checkpoint(os.fspath(source)))
+    with whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
+        write_safetensors(unfinished, tensors, between)
+    return f"{len(tensors)} tensors, {os.path.getsize(output) / 1e6:.1f} MB"

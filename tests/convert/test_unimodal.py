@@ -14,6 +14,7 @@ from tiny_training import MODEL, make_step, recipe, unfused
 import av_mae
 from av_mae import convert
 from av_mae.checkpoint import open_checkpoint
+from av_mae.convert.infer import Options
 from av_mae.convert.store import stream_arrays
 from av_mae.errors import UserError
 from av_mae.train import __main__ as train
@@ -121,7 +122,7 @@ def test_what_converted_folders_say(folders, files, capsys):
 
 
 def test_summary_names_what_is_left_out(files, tmp_path):
-    said = convert.convert(files["image"], tmp_path / "run", convert.Options(heads=2))
+    said = convert.convert(files["image"], tmp_path / "run", Options(heads=2))
     assert "unimodal MAE image encoder (safetensors, 36 tensors" in said
     assert "ignored: class token, positions (sin-cos of the run's grid take their place), decoder (6 tensors)" in said
 
@@ -138,7 +139,7 @@ def test_audiomae_grid_counts_time_in_rows(tmp_path):
     tensors = unimodal_tensors(1, 512, decoder=False)
     tensors["pos_embed"] = np.concatenate([np.zeros((1, WIDTH)), positions_of((64, 8), WIDTH)])[None].astype(np.float32)
     safetensors.numpy.save_file(tensors, tmp_path / "audio.safetensors")
-    said = convert.convert(tmp_path / "audio.safetensors", tmp_path / "run", convert.Options(heads=2))
+    said = convert.convert(tmp_path / "audio.safetensors", tmp_path / "run", Options(heads=2))
     assert "unimodal AudioMAE encoder" in said and "input 128×1024 in patches of 16×16" in said
     assert stream_arrays(str(tmp_path / "run"), "audio", RUN)["encoder.audio.patch_embed.kernel"].shape == (256, WIDTH)
 
@@ -146,7 +147,7 @@ def test_audiomae_grid_counts_time_in_rows(tmp_path):
 def test_other_positions_do_not_matter(tmp_path):
     """Learned ones, say: they are left out, so the file is taken; 512 patches are 128 mels × 1024 frames."""
     safetensors.numpy.save_file(unimodal_tensors(1, 512, decoder=False), tmp_path / "audio.safetensors")
-    said = convert.convert(tmp_path / "audio.safetensors", tmp_path / "run", convert.Options(heads=2))
+    said = convert.convert(tmp_path / "audio.safetensors", tmp_path / "run", Options(heads=2))
     assert "input 128×1024 in patches of 16×16" in said
 
 
