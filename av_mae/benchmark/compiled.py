@@ -15,21 +15,18 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import Jaxpr
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-BYTES |= {"f64": 8, "s64": 8, "u64": 8}
+# Bytes of a value, by XLA's name of its type.
+BYTES = {
+    name: size
+    for size, names in {1: "pred s8 u8", 2: "bf16 f16 s16 u16", 4: "f32 s32 u32", 8: "f64 s64 u64"}.items()
+    for name in names.split()
+}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions whose result is their operand, perhaps laid out or rounded otherwise.
-SAME_VALUE: tuple[str, ...] = (
-    "bitcast",
-    "reshape",
-    "transpose",
-    "copy",
-    "convert",
-    "get-tuple-element",
-    "tuple",
-    "copy-start",
+SAME_VALUE = frozenset(
+    """bitcast reshape transpose copy convert get-tuple-element tuple copy-start copy-done opt-barrier all-gather-done
+    async-done""".split()
 )
-SAME_VALUE += ("copy-done", "opt-barrier", "all-gather-done", "async-done")
 
 # A name, the type of the result, the operation, and from its operands on what follows.
 _LINE = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*?) ([\w\-]+)\((.*)")
