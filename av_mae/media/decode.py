@@ -9,7 +9,6 @@ import io
 import itertools
 import math
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 
 from av_mae.errors import ClipFailure, stage
+from av_mae.media.promises import EXACT, TIMED, lacks, lacks_last_page, promised
 
 # What FFmpeg may take a file for. Others name further files or addresses (concat, hls, sdp, image2, …) or are no media.
 DEMUXERS = (
@@ -27,18 +27,16 @@ DEMUXERS = (
     "dts truehd tta wv ape mpc mpc8 mxf rm nut dv wtv ivf gif apng h264 hevc vvc obu m4v mjpeg vc1 yuv4mpegpipe "
     "jpeg_pipe png_pipe bmp_pipe webp_pipe"
 ).split()
-# Formats whose files say how long they are: one that ends sooner is cut off. Where others have a length, FFmpeg has
-# guessed it from the bit rate.
-PROMISING = {"mov", "matroska", "flv", "avi", "asf", "wav", "w64", "flac", "aiff", "caf", "au"}
-TIMED = {"mpegts", "mpeg"}  # every packet has its time, so that the last one's is the length
 COUNTED = {"ogg", "flac", "mp3", "aac"}  # times are counted from the samples: a gap is what was lost
+CHECKED = {"flac"}  # codecs whose blocks have checksums, which FFmpeg compares only where it is told to
 SEEK_BACK = 10.0  # seconds before the wanted time at which reading begins: key frames are rarely farther apart
 PREROLL = 0.5  # seconds of audio decoded and dropped: a decoder's first samples depend on what it has heard before
 GAP = 0.1  # seconds; timestamps that jump ahead by more leave silence, smaller steps are rounding
+LOSS = 0.01  # seconds; where times are counted, a jump by more is what was lost
+SHORT = 0.05  # seconds that may be missing of an exact length without a word
 SHORTFALL = 0.5  # seconds that may be missing at the end before a file counts as cut off
 MARGIN = 0.25  # seconds of audio around an excerpt, for the resampling filter
 LARGEST_ASPECT = 8  # of a sample
-HEADER = 1 << 20  # bytes at a file's beginning that are searched for its length
 LOUDEST = 8.0  # decoders overshoot 1 a little; 16-bit samples given as floats go far beyond
 
 File = str | os.PathLike[str] | bytes  # a path, or a file's content
@@ -73,11 +71,13 @@ class Media:
     """One media file, a path or its bytes; of its videos and of its audios the default one, or else the first.
 
     `video` and `audio` are Tracks or `None` (a cover picture is no video), `duration` is in seconds. What cannot be
-    read raises ClipFailure with the stage ('open', 'frame', 'sound') and the cause.
+    read raises ClipFailure with the stage ('open', 'frame', 'sound') and the cause. `damages` grows while the file is
+    read: stage → damage that costs little, as half a packet at the end.
     """
 
     def __init__(self, source: File):
         self._source = source
+        self.damages: dict[str, str] = {}
         if av.logging.get_level() is None:  # else PyAV does not count FFmpeg's errors
             av.logging.set_level(av.logging.PANIC)
         with _part("open"), self._open() as container:
@@ -92,9 +92,14 @@ class Media:
                 self._aspect = float(video.sample_aspect_ratio or 1)
                 if not 1 / LARGEST_ASPECT <= self._aspect <= LARGEST_ASPECT:
                     raise ValueError(f"the sample aspect ratio {self._aspect:g} is beyond {LARGEST_ASPECT} to 1")
-            promised = self._promised(container)
+            length = promised(container, self._format, source)
             ends = [track.end for track in (self.video, self.audio) if track]
-            self.duration = max(ends) if promised is None else promised
+            known = length is not None and self._format not in EXACT and max(ends) < length + GAP
+            self.duration = length if known and length else max(ends)
+            if length is not None and self._format not in TIMED and max(ends) > length + SHORTFALL / 2:
+                self.damages["open"] = f"its packets end at {max(ends):.2f} s, but it says {length:.2f} s"
+            if self._format == "ogg" and (missing := lacks_last_page(source)):
+                self.damages["open"] = missing
 
     @property
     def main(self) -> Track:
@@ -103,16 +108,17 @@ class Media:
         assert track is not None
         return track
 
-    def frames(self, times: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
+    def frames(self, times: Sequence[float], every: bool = False) -> Iterator[tuple[float, np.ndarray]]:
         """For each of the rising `times` the nearest frame: its time, and uint8 [H, W, 3].
 
-        Turned and mirrored as the file says, with square pixels; ten bits become eight, without tone mapping.
+        Turned and mirrored as the file says, with square pixels; ten bits become eight, without tone mapping. `every`:
+        what lies between the times is decoded, however far they are apart, so that damage there is found.
         """
         with _part("frame"):
             decoded: Iterator[tuple[float, Any]] = iter(())
             before = after = None
             for time in times:
-                if after is None or time > after[0] + SEEK_BACK:
+                if after is None or time > after[0] + SEEK_BACK and not every:
                     decoded, before = self._decoded(self.video, time), None
                     after = next(decoded, None)
                 if after is None:
@@ -140,8 +146,9 @@ class Media:
                 if frame.sample_rate != rate:
                     raise ValueError(f"the rate changes from {rate} to {frame.sample_rate} Hz at {time:.2f} s")
                 silence = round((time - first) * rate) - samples
-                if silence > GAP * rate:
-                    if self._format in COUNTED:
+                counted = self._format in COUNTED
+                if silence > (LOSS if counted else GAP) * rate:
+                    if counted:
                         raise ValueError(f"{silence / rate:.2f} s are lost at {time - silence / rate:.2f} s")
                     blocks.append(np.zeros(min(silence, wanted - samples), np.float32))
                     samples += len(blocks[-1])
@@ -175,45 +182,22 @@ class Media:
         for stream in sorted(usable, key=lambda stream: not stream.disposition & Disposition.default):
             if stream.type in ("video", "audio") and not stream.disposition & Disposition.attached_pic:
                 chosen.setdefault(stream.type, stream)
-        promised = self._promised(container)
+        length = promised(container, self._format, self._source)
         ends: dict[int, float] = {}
         if self._format not in ("mov", *TIMED) or any(stream.duration is None for stream in chosen.values()):
-            ends = self._last_ends(promised)
-        cut_off = promised is not None and max(ends.values(), default=promised) + SHORTFALL < promised
+            ends = self._last_ends(length)
+        cut_off = length is not None and max(ends.values(), default=length) + SHORTFALL < length
         tracks: dict[str, Track] = {}
         for kind, stream in chosen.items():
             begin = 0.0 if stream.start_time is None else self._seconds(stream.start_time, stream)
             if stream.index in ends:
-                end = promised if cut_off and promised else ends[stream.index]
+                end = length if cut_off and length else ends[stream.index]
+                if missing := lacks(self._format, stream, ends[stream.index], length, SHORT):
+                    self.damages["frame" if kind == "video" else "sound"] = missing
             else:
                 end = begin + float((stream.duration or 0) * stream.time_base)
             tracks[kind] = Track(stream.index, begin, end, cut_off or self._format == "mov")
         return tracks.get("video"), tracks.get("audio")
-
-    def _promised(self, container: av.container.InputContainer) -> float | None:
-        """How long a file says that it is, in seconds; `None` where it does not say so."""
-        known = None if container.duration is None else container.duration / av.time_base
-        if self._format not in ("mp3", "wav"):
-            return known if self._format in (*PROMISING, *TIMED) else None
-        if isinstance(self._source, bytes):
-            begin, size = self._source[:HEADER], len(self._source)
-        else:
-            with open(self._source, "rb") as file:
-                begin, size = file.read(HEADER), os.fstat(file.fileno()).st_size
-        if self._format == "mp3":  # a header that counts the frames; an ID3 tag's length is in four times seven bits
-            tag = sum((value & 127) << shift for value, shift in zip(begin[6:10], (21, 14, 7, 0)))
-            first = begin[10 + tag :][:2048] if begin.startswith(b"ID3") else begin[:2048]
-            return known if any(mark in first for mark in (b"Xing", b"Info", b"VBRI")) else None
-        position, rate = 12, 0
-        while position + 8 <= len(begin):  # FFmpeg takes the file's size for the length where data is missing
-            kind, length = struct.unpack_from("<4sI", begin, position)
-            if kind == b"fmt ":
-                (rate,) = struct.unpack_from("<I", begin, position + 16)  # bytes a second
-            if kind == b"data":
-                missing = length not in (0, 0xFFFFFFFF) and position + 8 + length > size
-                return length / rate if missing and rate else known
-            position += 8 + length + length % 2
-        return known
 
     def _last_ends(self, known: float | None) -> dict[int, float]:
         """When the last packet of each stream ends, found near `known` or by reading all (`None`); decodes nothing."""
@@ -239,12 +223,15 @@ class Media:
         Raises ValueError at a damaged packet from `strict_from` on, and where the file ends before it says.
         """
         assert track is not None
+        unopened, _ = av.logging.get_last_error()
         container, packets, whole = self._packets(track.number, time)
-        shown, following, read, message = -math.inf, 0.0, 0.0, ""
+        shown, following, read, ended_early = -math.inf, 0.0, 0.0, False
+        kind = "frame" if track is self.video else "sound"
         # FFmpeg also reports what a decoder misses that begins in the middle: that is no damage.
         strict_log = strict_from if whole else max(strict_from, time)
         with container:
-            errors, _ = av.logging.get_last_error()
+            errors, opening = av.logging.get_last_error()
+            in_opening = errors > unopened and whole and strict_log <= track.begin
             for packet in packets:
                 begin = read if packet.pts is None else self._seconds(packet.pts, packet)
                 try:
@@ -255,17 +242,25 @@ class Media:
                     raise ValueError(f"cannot be decoded at {begin:.2f} s: {error.strerror}") from error
                 count, last = av.logging.get_last_error()
                 end = begin + float((packet.duration or 0) * packet.time_base)
-                # Files that were cut by others often end in half a packet.
-                if count > errors and last and begin >= strict_log and 2 * end - begin < track.end:
-                    message = " ".join(last[2].split())
-                    if message.endswith(("ended prematurely", "partial file")):
+                if count > errors and last and begin >= strict_log:
+                    damage = " ".join(last[2].split())
+                    if 2 * end - begin >= track.end:  # files that were cut by others often end in half a packet
+                        self.damages[kind] = f"damaged at {begin:.2f} s: {damage}"
+                    elif ended_early := damage.endswith(("ended prematurely", "partial file")):
                         break
-                    raise ValueError(f"damaged at {begin:.2f} s: {message}")
+                    else:
+                        raise ValueError(f"damaged at {begin:.2f} s: {damage}")
+                elif packet.is_corrupt and begin >= strict_log:
+                    self.damages[kind] = f"damaged at {begin:.2f} s: the packet is marked or not whole"
                 errors = count
                 for frame in frames:
                     own = following if frame.pts is None else self._seconds(frame.pts, frame)
                     if self._chained and own < following - GAP:
                         own = following
+                    elif own < shown - (GAP if kind == "sound" else SHORTFALL):  # B frames of AVI fall a little
+                        raise ValueError(f"the times fall from {shown:.2f} to {own:.2f} s")
+                    elif own < following - SHORT and kind == "sound":
+                        self.damages[kind] = f"at {own:.2f} s a block begins {following - own:.2f} s too early"
                     shown = max(shown, own)
                     yield shown, frame
                     if isinstance(frame, av.AudioFrame):
@@ -273,7 +268,10 @@ class Media:
                     else:
                         following = shown + float((frame.duration or 0) * (frame.time_base or 0))
                 read = max(read, end)
-        if message or track.promised and read + SHORTFALL < track.end:
+        # Opening reads seconds ahead, and what FFmpeg has said then concerns those who read all of the file.
+        if in_opening and opening and opening[1] == container.format.name:
+            raise ValueError(f"damaged: {' '.join(opening[2].split())}")
+        if ended_early or track.promised and read + SHORTFALL < track.end:
             raise ValueError(f"the file is cut off: {read:.2f} of {track.end:.2f} s are there")
 
     def _packets(self, number: int, time: float) -> tuple[av.container.InputContainer, Iterator[Any], bool]:
@@ -298,6 +296,8 @@ class Media:
         container = self._open()
         stream: Any = container.streams[number]
         stream.codec_context.thread_count = 1
+        if stream.codec_context.name in CHECKED:
+            stream.codec_context.options = {"err_detect": "crccheck"}
         if seek_to is not None:
             container.seek(int((seek_to + self._origin) / stream.time_base), stream=stream)
         lead: list[Any] = []
@@ -308,6 +308,8 @@ class Media:
             begin = None if packet.pts is None else self._seconds(packet.pts, packet)
             keyless = lead and not lead[0].is_keyframe
             if packet.is_keyframe and begin is not None and (begin <= time or keyless) and lead and not keep:
+                if keyless and begin > time and seek_to is None:
+                    self.damages["frame"] = f"the first key frame is at {begin:.2f} s"
                 lead, whole = [], False
             lead.append(packet)
             if packet.dts is not None and self._seconds(packet.dts, packet) > time and lead[0].is_keyframe:

@@ -164,6 +164,7 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
     }
     record |= _annotations(clip, files, small)
     findings = list(_findings(clip, duration, small, audio, options))
+    findings += [("damaged", kind, damage) for kind, damage in media.damages.items()]
     if longer:
         message = f"lasts {media.duration:.2f} s, of which {duration:.2f} s from {clip.start:g} s on are taken"
         findings.append(("too_long", "open", message))
@@ -209,8 +210,8 @@ def _frames(media: Media, start: float, duration: float, options: RecordOptions)
     that damage is found wherever it is."""
     count = options.frames or max(1, round(duration * options.frame_rate))
     times = [start + (number + 0.5) * duration / count for number in range(count)]
-    for number, (time, pixels) in enumerate(media.frames([*times, start + duration])):
-        if number < count:
+    for number, (time, pixels) in enumerate(media.frames([start, *times, start + duration], every=True)):
+        if 0 < number <= count:
             yield time - start, pixels
 
 

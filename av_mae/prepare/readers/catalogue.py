@@ -25,6 +25,7 @@ CAUSES = {
     "no_picture": "the file has no frames",
     "too_short": "shorter than --shortest",
     "too_long": "the file is longer than the part that is annotated, which alone is taken",
+    "damaged": "half a packet at the end, a block or a frame is lost or marked as damaged; what there is is taken",
     "silence": "the audio never rises above -60 dB of full scale",
     "black": "every frame is black",
     "still": "the frame never changes",
@@ -34,7 +35,7 @@ CAUSES = {
 # With these, no record is stored whatever the options say.
 NEVER_STORED = ("bad_row", "bad_id", "duplicate_id", "missing", "no_split", "not_media", "undecodable")
 # What is seen when a clip is decoded, and may leave it out (--skip).
-SKIPPABLE = ("no_sound", "no_picture", "too_short", "silence", "black", "still")
+SKIPPABLE = ("no_sound", "no_picture", "too_short", "damaged", "silence", "black", "still")
 
 SPLITS = {
     "train": "train",

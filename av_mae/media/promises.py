@@ -1,0 +1,87 @@
+"""How long a media file says that it is, and what of that is known to be exact."""
+
+import os
+import struct
+from typing import Any
+
+import av
+
+# Formats whose files say how long they are: one that ends sooner is cut off. Where others have a length, FFmpeg has
+# guessed it from the bit rate.
+PROMISING = {"mov", "matroska", "flv", "avi", "asf", "wav", "w64", "flac", "aiff", "caf", "au"}
+EXACT = {"wav", "w64", "flac", "aiff", "caf", "au"}  # to the sample
+TIMED = {"mpegts", "mpeg"}  # every packet has its time, so that the last one's is the length
+HEADER = 1 << 20  # bytes at a file's beginning that are searched for its length
+LARGEST_PAGE = 27 + 255 + 255 * 255  # bytes of an Ogg page
+UNKNOWN_COUNT = 2**31 - 1  # and above: what AVI writers put where they cannot go back
+
+
+def promised(
+    container: av.container.InputContainer, format: str, source: str | os.PathLike[str] | bytes
+) -> float | None:
+    """How long a file says that it is, in seconds; `None` where it does not say so.
+
+    Args:
+        container: the file, open.
+        format: the first of FFmpeg's names of the container's format.
+        source: the file's path, or its content.
+    """
+    known = None if container.duration is None else container.duration / av.time_base
+    if format not in ("mp3", "wav"):
+        return known if format in (*PROMISING, *TIMED) else None
+    if isinstance(source, bytes):
+        begin, size = source[:HEADER], len(source)
+    else:
+        with open(source, "rb") as file:
+            begin, size = file.read(HEADER), os.fstat(file.fileno()).st_size
+    if format == "mp3":  # a header that counts the frames; an ID3 tag's length is in four times seven bits
+        tag = sum((value & 127) << shift for value, shift in zip(begin[6:10], (21, 14, 7, 0)))
+        first = begin[10 + tag :][:2048] if begin.startswith(b"ID3") else begin[:2048]
+        return known if any(mark in first for mark in (b"Xing", b"Info", b"VBRI")) else None
+    position, rate = 12, 0
+    while position + 8 <= len(begin):  # FFmpeg takes the file's size for the length where data is missing
+        kind, length = struct.unpack_from("<4sI", begin, position)
+        if kind == b"fmt " and position + 20 <= len(begin):
+            (rate,) = struct.unpack_from("<I", begin, position + 16)  # bytes a second
+        if kind == b"data":
+            missing = length not in (0, 0xFFFFFFFF) and position + 8 + length > size
+            return length / rate if missing and rate else known
+        position += 8 + length + length % 2
+    return known
+
+
+def lacks(format: str, stream: Any, end: float, whole: float | None, short: float) -> str:
+    """What a stream lacks of its promised length, '' where nothing is known to be missing.
+
+    The times of an AVI file are counted from chunk to chunk, so that after a lost chunk all pictures are early; the
+    header says how many there were.
+
+    Args:
+        format: as of `promised`.
+        stream: of an open file.
+        end: seconds at which its last packet ends.
+        whole: what `promised` returned.
+        short: seconds that may be missing of audio.
+    """
+    if format == "avi" and stream.type == "video" and 0 < stream.frames < UNKNOWN_COUNT:
+        expected = float(stream.frames * stream.time_base)
+        short = 0.5 * float(stream.time_base)
+    elif format in EXACT and whole is not None:
+        expected = whole
+    else:
+        return ""
+    return f"{end:.2f} of {expected:.2f} s are there" if end + short < expected else ""
+
+
+def lacks_last_page(source: str | os.PathLike[str] | bytes) -> str:
+    """What an Ogg file lacks at its end, whose last page is marked as such; '' where that page is there and whole."""
+    if isinstance(source, bytes):
+        end = source[-LARGEST_PAGE:]
+    else:
+        with open(source, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LARGEST_PAGE))
+            end = file.read()
+    page = end[end.rfind(b"OggS") :]  # version, flags, 20 bytes more, the number of segments, their lengths, the data
+    if not page.startswith(b"OggS") or len(page) < 27 or not page[5] & 4:
+        return "its last page is not marked as the last"
+    return "" if len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]]) else "its last page is not whole"
