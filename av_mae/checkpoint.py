@@ -508,8 +508,12 @@ def open_checkpoint(path: str) -> Checkpoint:
     folder = find_checkpoint(path)
     try:
         meta = read_meta(folder)
-        values, kind = meta["config"], meta.get("kind", kinds.PRETRAINING)
-    except (OSError, ValueError, KeyError) as error:
+        kind = meta.get("kind", kinds.PRETRAINING)
+        if kind not in (kinds.PRETRAINING, kinds.ENCODER, *kinds.HEADS, *kinds.STREAMS):
+            raise ValueError(f"a model of kind {kind!r} is not known")
+        head = recipes.from_dict(meta.get("head") or {}, kinds.HEADS[kind][1]) if kind in kinds.HEADS else None
+        return Checkpoint(folder, recipes.from_dict(meta["config"], TrainConfig), kind, head)
+    except UserError:
+        raise
+    except Exception as error:  # damage shows in many ways
         raise UserError(f"checkpoint {folder} cannot be read ({first_line(error)}): name another one") from error
-    head = recipes.from_dict(meta.get("head") or {}, kinds.HEADS[kind][1]) if kind in kinds.HEADS else None
-    return Checkpoint(folder, recipes.from_dict(values, TrainConfig), kind, head)

@@ -1,7 +1,6 @@
 """Progress of long work: a bar on a terminal, a plain line now and then elsewhere. Both go to stderr."""
 
 import logging
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -126,8 +125,3 @@ def first_line(error: BaseException) -> str:
         return "no space left on device"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def one_line(text: str) -> str:
-    """Text that stays in its line and moves no cursor: control characters and line ends are written as escapes."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)

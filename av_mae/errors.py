@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,11 @@ def check_name(option: str, name: str, known: tuple[str, ...]) -> None:
     raise UserError(f"unknown {option} {name!r}, known are {', '.join(known)}{hint}")
 
 
+def one_line(text: str) -> str:
+    """Text that stays in its line and moves no cursor: control characters and line ends are written as escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs `main(argv)` of a command; what a user can mend becomes one line on stderr, with status 2 or RESTART.
 
@@ -44,10 +50,10 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except WorkerKilled as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(RESTART)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

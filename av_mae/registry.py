@@ -60,7 +60,7 @@ def entries() -> dict[str, Entry]:
     for file in registry_files():
         try:
             values = tomllib.loads(file.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"registry {file} cannot be read: {error}") from error
         for name, value in values.items():
             known.setdefault(name, _entry(file, name, value))

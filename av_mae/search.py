@@ -15,8 +15,8 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from av_mae import preprocess
-from av_mae.console import note, one_line, quiet_libraries
-from av_mae.errors import ClipFailure, UserError, run_command
+from av_mae.console import first_line, note, quiet_libraries
+from av_mae.errors import ClipFailure, UserError, one_line, run_command
 from av_mae.evaluate.cosine import Hits, closest, unit
 from av_mae.export import tables
 from av_mae.export.embeddings import Embedder, model_identity
@@ -29,6 +29,7 @@ EXAMPLE = """examples:
   python -m av_mae.search --index=embeddings --modality=fusion --faiss=fusion.npy
 """
 BLOCK = 16384  # rows
+MOST_SHARDS = 99_999  # that their names can count
 LEAST_SPREAD = 1e-4  # of the largest: what spreads less is noise
 ROW_COLUMNS = ("id", "path", "place", "start", "label")
 SUFFIXES = (".npy", ".fvecs")
@@ -46,7 +47,7 @@ class Index:
         if record is None:
             raise UserError(f"--index={folder} holds no embeddings: make them with python -m av_mae.export")
         self.folder, self.settings, self.source = folder, record["settings"], record["source"]
-        shards = -(-self.settings["clips"] // self.settings["shard_clips"])
+        shards = self._shards()
         paths = [tables.shard_path(folder, shard, shards) for shard in range(shards)]
         unfinished = [path.name for path in paths if not tables.is_finished(path)]
         if unfinished:
@@ -56,6 +57,22 @@ class Index:
             )
         self._files = [parquet.ParquetFile(path) for path in paths]
         self._first = np.cumsum([0] + [file.metadata.num_rows for file in self._files])
+        schema = self._files[0].schema_arrow
+        kinds = {name: schema.field(name).type for name in schema.names}
+        if any(file.schema_arrow != schema for file in self._files):
+            raise self._damaged("its tables have different columns")
+        if kinds.get("id") != pa.string() or kinds.get("start") != pa.float64() or not self.columns:
+            raise self._damaged("its tables lack ids, starts or embeddings")
+
+    def _shards(self) -> int:
+        """How many files there must be."""
+        clips, shard_clips = (self.settings.get(name) for name in ("clips", "shard_clips"))
+        if not (isinstance(clips, int) and isinstance(shard_clips, int) and 0 < clips <= MOST_SHARDS * shard_clips):
+            raise self._damaged(f"{clips=!r} and {shard_clips=!r} in {tables.RECORD}")
+        return -(-clips // shard_clips)
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"--index={self.folder} is damaged ({what}): run its export again")
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -73,13 +90,15 @@ class Index:
         """The rows of a column in order, of length 1: float32 [n, D].
 
         Raises:
-          UserError: there is no such column, or a value is not finite.
+          UserError: there is no such column, or a value is missing or not finite.
         """
         if column not in self.columns:
             raise UserError(f"--modality={column}: {self.folder} has {', '.join(self.columns)}")
         for file in self._files:
             for batch in file.iter_batches(BLOCK, columns=[column]):
                 values = batch.column(0)
+                if values.null_count:
+                    raise self._damaged(f"{column} has rows without a value")
                 yield unit(values.flatten().to_numpy().reshape(len(values), values.type.list_size))
 
     def search(self, queries: np.ndarray, column: str, top: int, whiten: bool = False) -> Hits:
@@ -91,6 +110,10 @@ class Index:
           top: how many rows of each query.
           whiten: whether cosines are taken in units of the index's own spread, see `whitening`.
         """
+        if column in self.columns:
+            size = self._files[0].schema_arrow.field(column).type.list_size
+            if size != queries.shape[-1]:
+                raise self._damaged(f"{column} has {size} values a row, a query {queries.shape[-1]}")
         change = self.whitening(column) if whiten else unit
         blocks = self.blocks(column)
         return closest(change(queries), map(change, blocks) if whiten else blocks, top)
@@ -116,9 +139,9 @@ class Index:
             name: values[0]
             for name, values in file.read(columns).slice(row - int(self._first[number]), 1).to_pydict().items()
         }
-        classes = self.settings["classes"]
-        if classes and found.get("label") is not None:
-            found["label"] = classes[found["label"]]
+        classes, label = self.settings.get("classes"), found.get("label")
+        if isinstance(classes, list) and isinstance(label, int) and 0 <= label < len(classes):
+            found["label"] = classes[label]
         return found
 
     def write_vectors(self, path: pathlib.Path, column: str) -> None:
@@ -217,15 +240,16 @@ def contact_sheet(index: Index, embedder: Embedder, query: dict[str, np.ndarray]
 def lines(index: Index, hits: Hits) -> list[str]:
     """The hits as text: rank, cosine, id, start and label."""
     found = [index.describe(int(row)) for row in hits.row[0]]
-    width = max(len(row["id"]) for row in found)
+    names = [one_line(row["id"]) for row in found]
+    width = max(map(len, names))
     return [
-        f"{number:>4}  {similarity:.4f}  {row['id']:<{width}}  {row['start']:8.2f} s  {_label(row)}".rstrip()
+        f"{number:>4}  {similarity:.4f}  {names[number - 1]:<{width}}  {row['start']:8.2f} s  {_label(row)}".rstrip()
         for number, (row, similarity) in enumerate(zip(found, hits.similarity[0]), 1)
     ]
 
 
 def _label(row: dict) -> str:
-    return "" if row.get("label") is None else str(row["label"])
+    return "" if row.get("label") is None else one_line(str(row["label"]))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -286,6 +310,8 @@ def main(argv: list[str]) -> None:
             print(f"{arguments.faiss}: {len(index)} vectors, ids in {arguments.faiss}.ids.txt")
         if arguments.query is not None:
             find(index, arguments)
+    except pa.ArrowException as error:
+        raise UserError(f"--index={arguments.index} is damaged ({first_line(error)}): run its export again") from error
     except OSError as error:
         raise UserError(f"cannot write: {error}; name another file") from error
 

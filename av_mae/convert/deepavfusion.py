@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from av_mae.console import one_line
 from av_mae.convert.infer import POSITION_TOLERANCE, Found, Options, identify, infer, learned_positions
 from av_mae.convert.names import names_of
 from av_mae.convert.tensors import shown
 from av_mae.convert.weight_file import WeightFile, open_weights
-from av_mae.errors import UserError
+from av_mae.errors import UserError, one_line
 from av_mae.models import AVMAEConfig, StreamConfig, kinds
 from av_mae.models.kinds import define_model
 

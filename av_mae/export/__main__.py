@@ -7,8 +7,8 @@ import pathlib
 
 import jax
 
-from av_mae.console import format_metrics, one_line, quiet_libraries
-from av_mae.errors import UserError, run_command
+from av_mae.console import format_metrics, quiet_libraries
+from av_mae.errors import UserError, one_line, run_command
 from av_mae.export.embeddings import Options, export_embeddings
 from av_mae.export.encoders import INPUTS, OUTPUTS, export_onnx, export_safetensors, export_stablehlo
 from av_mae.loading import load

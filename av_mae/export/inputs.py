@@ -18,10 +18,10 @@ import soundfile
 
 from av_mae import preprocess
 from av_mae.config import DataConfig, SoundConfig
-from av_mae.console import note, one_line
+from av_mae.console import note
 from av_mae.data.loading import FIELDS, ClipLoader
 from av_mae.data.plans import MIDDLE
-from av_mae.errors import ClipFailure, UserError, stage
+from av_mae.errors import ClipFailure, UserError, one_line, stage
 from av_mae.media import MEDIA, ending
 from av_mae.storage import Folder
 

@@ -201,9 +201,10 @@ def read_record(output: pathlib.Path) -> dict[str, Any] | None:
     """What the export in a folder is: its `settings`, and its `result` once it is finished. `None` without one."""
     try:
         record = json.loads((output / RECORD).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "settings" in record else None
+    known = isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in ("settings", "source"))
+    return record if known else None
 
 
 def write_record(output: pathlib.Path, record: Mapping[str, Any]) -> None:
