@@ -28,6 +28,7 @@ from tensorflow_datasets.core.splits import SplitDict
 from tensorflow_datasets.proto import tf_example_pb2
 
 from av_mae.data.records import BYTES, VERSION, Labels, features, labels_file
+from av_mae.errors import UserError
 from av_mae.prepare.clips import Outcome
 from av_mae.prepare.readers.catalogue import Finding, SourceClip
 from av_mae.storage import TEMPORARY, Folder
@@ -173,13 +174,29 @@ def clean_up(output: Folder, shards: Sequence[Shard], everything: bool) -> None:
 
 
 class Summaries:
-    """The summaries of all shards of a set, read anew by each iteration: of millions of clips they are large."""
+    """The summaries of all shards of a set, read anew by each iteration: of millions of clips they are large.
+
+    Raises UserError at a summary that is damaged.
+    """
 
     def __init__(self, output: Folder, plan: Sequence[Shard]):
         self.plan, self._output = plan, output
 
     def __iter__(self) -> Iterator[tuple[Shard, dict[str, Any]]]:
-        return ((shard, json.loads(self._output.read(shard.summary))) for shard in self.plan)
+        for shard in self.plan:
+            try:
+                summary = json.loads(self._output.read(shard.summary).decode())
+            except (ValueError, FileNotFoundError):
+                summary = None
+            kinds = {"stored": int, "bytes": int, "clips": list, "findings": list}
+            if not isinstance(summary, dict) or any(
+                type(summary.get(name)) is not kind for name, kind in kinds.items()
+            ):
+                raise UserError(
+                    f"the set in {self._output} is damaged ({shard.summary}): remove this file, and the same command "
+                    "makes its shard again"
+                )
+            yield shard, summary
 
 
 def digest(classes: Sequence[str], clips: Iterable[SourceClip]) -> str:

@@ -296,6 +296,22 @@ def test_a_damaged_output_is_named(file, content, tmp_path):
         run.prepare(job)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"stored": 1', b"\xff\xfe", b"[]", b'{"stored": "1"}'])
+def test_a_damaged_summary_is_named_and_made_again(content, tmp_path):
+    clip_trees.put(tmp_path / "in", {"a.mp4": clip_trees.clip(1)})
+    job = Job("folder", Folder(tmp_path / "in"), Folder(tmp_path / "set"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run.prepare(job)
+    (summary,) = (tmp_path / "set" / "unfinished").iterdir()
+    summary.write_bytes(content)
+    with pytest.raises(UserError, match=rf"is damaged \(unfinished/{summary.name}\): remove this file"):
+        run.prepare(job)
+    summary.unlink()
+    run.prepare(job)
+    assert clip_trees.stored(tmp_path / "set").keys() == {"a"}
+
+
 @pytest.mark.parametrize("part", ["s4", "ms3"])
 def test_avsbench_as_first_released(part, tmp_path):
     """Frames and masks of seconds 1 to 5; of training clips of the single-source part the first mask alone."""
