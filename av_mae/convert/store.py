@@ -28,13 +28,13 @@ import orbax.checkpoint as ocp
 from av_mae import recipes
 from av_mae.checkpoint import Checkpoint, open_checkpoint
 from av_mae.config import DataConfig, SoundConfig, TrainConfig
-from av_mae.console import note, one_line
+from av_mae.console import note
 from av_mae.convert.deepavfusion import DeepAVFusionFile, Survey, complaints, summarize
 from av_mae.convert.infer import AS_TOLD, Found, Options, identify, infer
 from av_mae.convert.names import names_of
 from av_mae.convert.tensors import SAFETENSORS_TYPES, StoredTensor
 from av_mae.convert.weight_file import open_weights
-from av_mae.errors import UserError
+from av_mae.errors import UserError, one_line
 from av_mae.models import AVMAEConfig, kinds
 from av_mae.models.config import require
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from av_mae import plots, recipes
 from av_mae.checkpoint import find_checkpoint, first_difference
-from av_mae.console import first_line, note, one_line
-from av_mae.errors import UserError
+from av_mae.console import first_line, note
+from av_mae.errors import UserError, one_line
 from av_mae.evaluate import run as task_run
 from av_mae.evaluate.bootstrap import Metric, Report
 from av_mae.evaluate.task import TaskConfig, task_class

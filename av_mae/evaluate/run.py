@@ -19,9 +19,9 @@ import numpy as np
 from av_mae import recipes
 from av_mae.checkpoint import Checkpoints, TrainState, load_params, open_checkpoint, read_meta
 from av_mae.config import DataConfig, TrainConfig
-from av_mae.console import Progress, note, one_line
+from av_mae.console import Progress, note
 from av_mae.data.pipeline import open_evaluation_data
-from av_mae.errors import UserError
+from av_mae.errors import UserError, one_line
 from av_mae.evaluate.bootstrap import Bootstrap, Metric, Report
 from av_mae.evaluate.task import Condition, Measurable, Measured, Task, TaskConfig, task_class
 from av_mae.models.config import require
