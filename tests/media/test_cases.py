@@ -73,6 +73,8 @@ def test_a_download_that_stopped_is_named(name):
 def test_damage_in_the_middle_is_named():
     with pytest.raises(ClipFailure, match=r"sound: damaged at \d\.\d\d s: CRC mismatch!"):
         media.Media(CASES / "dam.ogg").waveform(0.0, 10.0)
+    with pytest.raises(ClipFailure, match=r"sound: (damaged at|\d.* s are lost at|cannot be decoded at)"):
+        media.Media(CASES / "dam.flac").waveform(0.0, 100.0)
     file, noise = io.BytesIO(), np.random.default_rng(0).uniform(-0.5, 0.5, 64000)
     soundfile.write(file, noise, 16000, format="FLAC")
     damaged = bytearray(file.getvalue())
@@ -100,7 +102,24 @@ def test_the_default_track_is_taken():
     assert clip.audio.number == 2 and np.abs(clip.waveform(0.0, 2.0)[0]).max() > 0.01
 
 
+@pytest.mark.parametrize(
+    "format, codec",
+    [("h264", "libx264"), ("hevc", "libx265"), ("m4v", "mpeg4"), ("ivf", "libvpx-vp9")],
+)
+def test_raw_video_is_read_from_its_beginning(format, codec):
+    """Files without an index, and the first three without times."""
+    frames = [made_media.numbered_frame(number) for number in range(25 * 13)]
+    clip = media.Media(made_media.encoded(frames, fps=25, format=format, video=codec))
+    assert clip.audio is None and clip.duration == pytest.approx(13.0, abs=0.001)
+    for times in ([0.3, 1.1, 12.3], [12.3]):
+        shown = [(time, made_media.number_of(frame)) for time, frame in clip.frames(times)]
+        assert [number / 25 for _, number in shown] == pytest.approx([time for time, _ in shown], abs=1e-3)
+        assert [time for time, _ in shown] == pytest.approx(times, abs=0.021)
+
+
 def test_whole_numbers_as_floats_are_refused(tmp_path):
+    with pytest.raises(ClipFailure, match=r"sound: samples reach 1\d{4}"):
+        media.Media(CASES / "int16_as_float.wav").waveform(0.0, 1.0)
     loud = (14000 * np.sin(np.arange(32000) / 9)).astype(np.float32)
     soundfile.write(tmp_path / "loud.wav", loud, 16000, subtype="FLOAT")
     with pytest.raises(ClipFailure, match=r"sound: samples reach 1\d{4}.*divide 16-bit ones by 32768"):
