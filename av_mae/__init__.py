@@ -8,11 +8,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from av_mae import convert, models, preprocess, registry
+    from av_mae import convert, models, preprocess
     from av_mae.loading import Encoding, encode, load
 
 __version__ = "0.1.0"
-__all__ = ["Encoding", "convert", "encode", "load", "models", "preprocess", "registry"]
+__all__ = ["Encoding", "convert", "encode", "load", "models", "preprocess"]
 
 
 def __getattr__(name: str) -> Any:

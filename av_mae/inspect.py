@@ -85,7 +85,7 @@ def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
     """What one split holds; histograms are of a random sample of `clips` of its clips."""
     known = records.describe(path)
     size = known.splits[split]
-    shards = f"{size.shards:,} shard{'s' * (size.shards != 1)}"
+    shards = f"{len(size.shards):,} shard{'s' * (len(size.shards) != 1)}"
     lines = ["", f"{split}: {size.clips:,} clips in {shards}, {size.bytes / 1e9:.3f} GB"]
     if not size.clips:
         return lines

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import av_mae
-from av_mae import recipes, registry
+from av_mae import loading, recipes
 from av_mae.checkpoint import find_checkpoint
 from av_mae.config import TrainConfig
 from av_mae.console import note
@@ -38,7 +38,7 @@ def write_card(workdir: pathlib.Path, config: TrainConfig, parameters: int) -> N
         {
             "av_mae": av_mae.__version__,
             "checkpoint": str(folder.relative_to(workdir.absolute())),
-            "sha256": registry.checksum(folder),
+            "sha256": loading.checksum(folder),
             "parameters": parameters,
             "licence": known.get("licence", ""),
             "training": {name: last[name] for name in TRAINING if name in last},
@@ -132,34 +132,27 @@ def render(card: Mapping[str, Any]) -> str:
         "",
         *_table(("at the end", "value"), [(name, f"{x:.4g}") for name, x in card["training"].items()]),
     ]
-    for place, found in card["evaluations"].items():
-        lines += [
-            "",
-            f"## {found['task'].capitalize()} on `{found['data']}`",
-            "",
-            f"Checkpoint {found['checkpoint']}, {found['clips']} clips ({found['skipped']} skipped), "
-            f"95 % intervals; from `{place}`.",
-            "",
-            *_table(
-                ("figure", *BOUNDS),
-                [
-                    (name, *("–" if figure[key] is None else f"{figure[key]:.4g}" for key in BOUNDS))
-                    for name, figure in found["figures"].items()
-                ],
-            ),
-        ]
-    lines += [
-        "",
-        "## Registry entry",
-        "",
-        "```toml",
-        "[name]",
-        'path = "…"',
-        f'sha256 = "{card["sha256"]}"',
-        f'licence = "{card["licence"]}"',
-        "```",
+    for folder, found in card["evaluations"].items():
+        lines += _evaluation_lines(folder, found)
+    entry = ["[name]", 'path = "…"', f'sha256 = "{card["sha256"]}"', f'licence = "{card["licence"]}"']
+    return "\n".join([*lines, "", "## Registry entry", "", "```toml", *entry, "```"]) + "\n"
+
+
+def _evaluation_lines(folder: str, found: Mapping[str, Any]) -> list[str]:
+    """The section of one evaluation, whose results lie in `folder`."""
+    rows = [
+        (name, *("–" if figure[key] is None else f"{figure[key]:.4g}" for key in BOUNDS))
+        for name, figure in found["figures"].items()
     ]
-    return "\n".join(lines) + "\n"
+    return [
+        "",
+        f"## {found['task'].capitalize()} on `{found['data']}`",
+        "",
+        f"Checkpoint {found['checkpoint']}, {found['clips']} clips ({found['skipped']} skipped), "
+        f"95 % intervals; from `{folder}`.",
+        "",
+        *_table(("figure", *BOUNDS), rows),
+    ]
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -20,9 +20,10 @@ BELOW = {
     "media": GROUND - {"models"},
     "data": GROUND | {"media"},
     "models": {"errors", "console"},
-    "checkpoint": GROUND,
+    "checkpoint": GROUND | {"checkpoint_arrays"},
+    "checkpoint_arrays": {"errors"},
     "prepare": GROUND | {"media", "data"},
-    "train": GROUND | {"media", "data", "plots", "checkpoint", "convert", "model_card", "registry"},
+    "train": GROUND | {"media", "data", "plots", "checkpoint", "convert", "model_card"},
 }
 
 

@@ -11,7 +11,7 @@ from tiny_export import write_checkpoint
 from tiny_training import recipe
 
 import av_mae
-from av_mae import model_card, registry
+from av_mae import loading, model_card
 from av_mae.errors import UserError
 from av_mae.evaluate.bootstrap import Metric, Report
 from av_mae.models.kinds import flat_values
@@ -28,29 +28,29 @@ def run(tmp_path_factory) -> pathlib.Path:
 def home(tmp_path, monkeypatch) -> pathlib.Path:
     """The user's own registry, yet to be written; no other."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.delenv(registry.VARIABLE, raising=False)
+    monkeypatch.delenv(loading.VARIABLE, raising=False)
     (tmp_path / "config" / "av_mae").mkdir(parents=True)
     return tmp_path / "config" / "av_mae" / "registry.toml"
 
 
 def test_load_by_name(run, home, tmp_path, monkeypatch):
     """From the user's file, by a path beside a lab's file, which comes first; what is a path stays one."""
-    checksum = registry.checksum(run)
+    checksum = loading.checksum(run)
     home.write_text(
         ENTRY.format(name="mine", path=run, sha256=checksum)
         + ENTRY.format(name="both", path="/nowhere", sha256=checksum)
     )
     lab = run.parent / "lab.toml"
     lab.write_text(ENTRY.format(name="both", path="run/checkpoints/0", sha256=checksum))
-    monkeypatch.setenv(registry.VARIABLE, str(lab))
+    monkeypatch.setenv(loading.VARIABLE, str(lab))
     expected = flat_values(av_mae.load(run))
     for name in ("mine", "both"):
         for parameter, x in flat_values(av_mae.load(name)).items():
             np.testing.assert_array_equal(x, expected[parameter])
-    assert registry.entries()["both"].licence == "CC-BY-4.0"
-    assert registry.entries()["mine"].figures == {"accuracy/joint": 0.5}
+    assert loading.entries()["both"].licence == "CC-BY-4.0"
+    assert loading.entries()["mine"].figures == {"accuracy/joint": 0.5}
     monkeypatch.chdir(run.parent)
-    assert registry.resolve("run") == "run"
+    assert loading.resolve("run") == "run"
     with pytest.raises(UserError, match="there is no checkpoint in 'others': .*; registered names are both, mine"):
         av_mae.load("others")
 
@@ -58,11 +58,11 @@ def test_load_by_name(run, home, tmp_path, monkeypatch):
 def test_checksums(run, home, tmp_path):
     """That of a file is sha256sum's; that of a checkpoint changes with any of its model's bytes."""
     (tmp_path / "weights.pth").write_bytes(b"weights")
-    assert registry.checksum(tmp_path / "weights.pth") == hashlib.sha256(b"weights").hexdigest()
+    assert loading.checksum(tmp_path / "weights.pth") == hashlib.sha256(b"weights").hexdigest()
     copy = write_checkpoint(tmp_path / "copy")
-    checksum = registry.checksum(copy)
+    checksum = loading.checksum(copy)
     home.write_text(ENTRY.format(name="copy", path=copy, sha256=checksum))
-    assert registry.resolve("copy") == str(copy)
+    assert loading.resolve("copy") == str(copy)
     file = max((copy / "checkpoints" / "0" / "model").rglob("*"), key=lambda path: path.stat().st_size)
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
@@ -86,7 +86,7 @@ def test_registries_that_cannot_be_read(home, text, message):
 
 
 def test_a_registry_that_is_not_there(home, monkeypatch):
-    monkeypatch.setenv(registry.VARIABLE, "/nowhere/lab.toml")
+    monkeypatch.setenv(loading.VARIABLE, "/nowhere/lab.toml")
     with pytest.raises(UserError, match="AV_MAE_REGISTRY names /nowhere/lab.toml, which is not there"):
         av_mae.load("a")
 
@@ -98,7 +98,7 @@ def test_card_of_a_run_and_its_evaluations(tmp_path, home):
     model_card.write_card(workdir, recipe(), 12_345_678)
     card = json.loads((workdir / "card.json").read_text())
     assert card["training"] == {"loss": 0.5} and card["config"]["model"]["fusion"]["tokens"] == [2, 1, 1]
-    assert card["sha256"] == registry.checksum(workdir) and card["checkpoint"] == "checkpoints/0"
+    assert card["sha256"] == loading.checksum(workdir) and card["checkpoint"] == "checkpoints/0"
     (workdir / "card.json").write_text(json.dumps(card | {"licence": "MIT"}))
     undefined = Metric(math.nan, math.nan, math.nan)
     report = Report({"iou": Metric(0.5, 0.25, 0.75), "auc": undefined}, 30, 2, "")

@@ -94,15 +94,6 @@ def features(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
     return spectrogram
 
 
-def extend_mirrored(waveform: np.ndarray, samples: int) -> np.ndarray:
-    """[n] → [samples], n ≥ 1: the waveform, its reversal (edge sample repeated), the waveform again, …, then cut."""
-    length = len(waveform)
-    if length >= samples:
-        return waveform[:samples]
-    position = np.arange(samples) % (2 * length)
-    return waveform[np.minimum(position, 2 * length - 1 - position)]
-
-
 def change_volume(waveform: np.ndarray, decibels: float) -> np.ndarray:
     """The waveform louder by `decibels`; nothing is clipped."""
     return np.asarray(waveform * np.float32(10 ** (decibels / 20)))
@@ -169,13 +160,18 @@ def cut(waveform: np.ndarray, own_rate: int, rate: int, first: int, samples: int
       own_rate: of `waveform`, Hz.
       rate: of the result, Hz.
       first: the sample of `waveform` at which the window begins.
-      samples: of the result. A waveform that ends sooner is extended by its reversal.
+      samples: of the result. A waveform that ends sooner is extended by its reversal (edge sample repeated), the
+        waveform again, and so on.
 
     Returns:
       float32 [samples].
     """
     count = min(math.ceil(samples * own_rate / rate), len(waveform) - first)
-    return extend_mirrored(resample(waveform, own_rate, rate, first, count), samples)
+    window = resample(waveform, own_rate, rate, first, count)
+    if len(window) >= samples:
+        return window[:samples]
+    position = np.arange(samples) % (2 * len(window))
+    return window[np.minimum(position, 2 * len(window) - 1 - position)]
 
 
 def resample(waveform: np.ndarray, own_rate: int, rate: int, first: int, count: int) -> np.ndarray:

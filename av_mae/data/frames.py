@@ -10,13 +10,13 @@ EVALUATION_SHARE = 0.875  # of the frame's shorter side that evaluation looks at
 ASPECTS = (3 / 4, 4 / 3)
 LEAST_SHRINK = 1.6  # of a frame's sides by the JPEG decoder
 
+Size = tuple[int, int]  # (height, width), or (mels, frames) of a log-mel
 Box = tuple[float, float, float, float]
 
 
 def frame_size(jpeg: bytes) -> tuple[int, int]:
     """(height, width) of an encoded frame, from its header. Raises ValueError where it is no JPEG."""
-    height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
-    return height, width
+    return simplejpeg.decode_jpeg_header(jpeg)[:2]
 
 
 def random_box(generator: np.random.Generator, height: int, width: int, scale: tuple[float, float]) -> Box:
@@ -37,7 +37,7 @@ def random_box(generator: np.random.Generator, height: int, width: int, scale: t
     return left, top, left + crop_width, top + crop_height
 
 
-def centre_box(height: int, width: int, size: tuple[int, int], share: float = EVALUATION_SHARE) -> Box:
+def centre_box(height: int, width: int, size: Size, share: float = EVALUATION_SHARE) -> Box:
     """The crop of evaluation: the frame shrunk until it just covers size / share, then its centre of `size`.
 
     A frame that has exactly `size` is kept whole.
@@ -50,7 +50,7 @@ def centre_box(height: int, width: int, size: tuple[int, int], share: float = EV
     return left, top, left + crop_width, top + crop_height
 
 
-def decode(jpeg: bytes, box: Box, size: tuple[int, int]) -> tuple[np.ndarray, Box]:
+def decode(jpeg: bytes, box: Box, size: Size) -> tuple[np.ndarray, Box]:
     """An encoded frame uint8 [height, width, 3], and where in it `box` lies.
 
     A frame far larger than needed is decoded at 5/8 of its size or less, never below what `box` resized to `size`
@@ -66,7 +66,7 @@ def decode(jpeg: bytes, box: Box, size: tuple[int, int]) -> tuple[np.ndarray, Bo
     return pixels, (left * scale, top * scale, right * scale, bottom * scale)
 
 
-def resize_box(pixels: np.ndarray, box: Box, size: tuple[int, int], flip: bool = False) -> np.ndarray:
+def resize_box(pixels: np.ndarray, box: Box, size: Size, flip: bool = False) -> np.ndarray:
     """The part `box` of uint8 [H, W, 3], resized (bilinear, antialiased) to uint8 [height, width, 3]."""
     if pixels.shape[:2] == tuple(size) and box == (0, 0, size[1], size[0]):
         return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels

@@ -15,7 +15,7 @@ from PIL import Image
 
 from av_mae.config import MOST_MIXED, DataConfig
 from av_mae.data import Record, Records, audio, frames
-from av_mae.data.frames import Box
+from av_mae.data.frames import Box, Size
 from av_mae.data.plans import MIDDLE
 from av_mae.errors import ClipFailure, stage
 
@@ -34,7 +34,7 @@ ANNOTATION_FIELDS: dict[str, tuple[str, ...]] = {
 Spec = dict[str, tuple[tuple[int, ...], type]]
 
 
-def batch_fields(data: DataConfig, image_size: tuple[int, int], audio_size: tuple[int, int]) -> Spec:
+def batch_fields(data: DataConfig, image_size: Size, audio_size: Size) -> Spec:
     """Shape and dtype, per clip, of the arrays in a batch.
 
     Besides `image`, `audio`, `label` and `start` those that `data.annotations` ask for. label: nothing, but a clip
@@ -124,8 +124,8 @@ class ClipLoader(grain.transforms.RandomMap):
     """
 
     data: DataConfig
-    image_size: tuple[int, int]
-    audio_size: tuple[int, int]
+    image_size: Size
+    audio_size: Size
     augment: bool
     swap: str = ""
 
@@ -297,7 +297,7 @@ def choose_mask(
     return number, float(start / spare)
 
 
-def read_mask(encoded: bytes, classes: int, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
+def read_mask(encoded: bytes, classes: int, box: Box, size: Size, flip: bool) -> np.ndarray:
     """The part `box` of a PNG mask, cropped and resized as the frame is.
 
     Args:

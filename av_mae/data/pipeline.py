@@ -28,6 +28,7 @@ from av_mae.config import DataConfig
 from av_mae.console import Progress
 from av_mae.data import records
 from av_mae.data.audio import check_sound
+from av_mae.data.frames import Size
 from av_mae.data.loading import ANNOTATION_FIELDS, FIELDS, ClipLoader, ClipSource, HostBatches, WithOthers, batch_fields
 from av_mae.data.plans import MIDDLE, Clips, MakePlan, usual_plan
 from av_mae.data.records import Labels
@@ -235,8 +236,8 @@ class TrainingData(_Batches):
         self,
         sources: Sequence[ClipSource],
         data: DataConfig,
-        image_size: tuple[int, int],
-        audio_size: tuple[int, int],
+        image_size: Size,
+        audio_size: Size,
         batch_size: int,
         rows: np.ndarray,
         *,
@@ -295,8 +296,8 @@ class EvaluationData(_Batches):
         self,
         sources: Sequence[ClipSource],
         data: DataConfig,
-        image_size: tuple[int, int],
-        audio_size: tuple[int, int],
+        image_size: Size,
+        audio_size: Size,
         batch_size: int,
         rows: np.ndarray,
         *,
@@ -337,12 +338,7 @@ class EvaluationData(_Batches):
 
 
 def open_training_data(
-    data: DataConfig,
-    image_size: tuple[int, int],
-    audio_size: tuple[int, int],
-    seed: int,
-    batch_size: int,
-    rows: np.ndarray,
+    data: DataConfig, image_size: Size, audio_size: Size, seed: int, batch_size: int, rows: np.ndarray
 ) -> TrainingData:
     """Opens the sets of `data` for training; arguments as in TrainingData.
 
@@ -360,24 +356,13 @@ def open_training_data(
 
 
 def open_evaluation_data(
-    data: DataConfig,
-    image_size: tuple[int, int],
-    audio_size: tuple[int, int],
-    batch_size: int,
-    rows: np.ndarray,
-    *,
-    swap: str = "",
-    most: int = 0,
-    make_plan: MakePlan | None = None,
+    data: DataConfig, image_size: Size, audio_size: Size, batch_size: int, rows: np.ndarray, **options: Any
 ) -> EvaluationData:
     """Opens the sets of `data` for evaluation; arguments as in EvaluationData, errors as in open_training_data."""
-    sources = open_sources(data, audio_size)
-    return EvaluationData(
-        sources, data, image_size, audio_size, batch_size, rows, swap=swap, most=most, make_plan=make_plan
-    )
+    return EvaluationData(open_sources(data, audio_size), data, image_size, audio_size, batch_size, rows, **options)
 
 
-def open_sources(data: DataConfig, audio_size: tuple[int, int]) -> list[ClipSource]:
+def open_sources(data: DataConfig, audio_size: Size) -> list[ClipSource]:
     """The records of each set of `data`, with the fields that its batches need. Errors as in open_training_data."""
     if not data.paths:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import io
 import json
 import os
@@ -140,70 +141,68 @@ class RecordSource:
 
     def __init__(self, path: str, split: str, fields: Sequence[str] | None = None):
         self.path, self.split, self.fields = path, split, fields
-        self._source: Sequence[bytes] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_source": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_source"}
 
-    def _open(self) -> Sequence[bytes]:
-        if self._source is None:
-            split = _read_set(self.path).splits[self.split]
-            filled = [(shard, length) for shard, length in zip(split.shards, split.lengths, strict=True) if length]
-            self._shards, self._ends = [shard for shard, _ in filled], np.cumsum([length for _, length in filled])
-            allow_open_files(len(filled))
-            self._source = ArrayRecordDataSource([f"{self.path}/{shard}[0:{length}]" for shard, length in filled])
-        return self._source
+    @functools.cached_property
+    def _source(self) -> Sequence[bytes]:
+        split = describe(self.path).splits[self.split]
+        filled = [(shard, length) for shard, length in zip(split.shards, split.lengths, strict=True) if length]
+        self._shards, self._ends = [shard for shard, _ in filled], np.cumsum([length for _, length in filled])
+        allow_open_files(len(filled))
+        opened: Sequence[bytes] = ArrayRecordDataSource([f"{self.path}/{name}[0:{length}]" for name, length in filled])
+        return opened
 
     def __len__(self) -> int:
-        return len(self._open())
+        return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        source = self._open()
+        source, record = self._source, {}
         try:
-            content = source[int(index)]
-        except RuntimeError as error:  # of ArrayRecord; the rest of its message is checksums and positions
+            stored = tf_example_pb2.Example.FromString(source[int(index)]).features.feature
+            # The same values as by TFDS's own parser, which is general and takes three times as long.
+            for name in self.fields or FIELDS:
+                dtype, shape = FIELDS[name]
+                values = getattr(stored[name], _LISTS.get(dtype, "bytes_list")).value
+                if shape:
+                    array: np.ndarray = np.array(values, dtype)
+                    record[name] = array.reshape(-1, *shape[1:]) if len(shape) > 1 else array
+                elif dtype is BYTES:
+                    record[name] = values[0]
+                else:
+                    record[name] = values[0].decode() if dtype is str else dtype(values[0])
+        except (RuntimeError, IndexError, ValueError, message.DecodeError) as error:
+            # the rest of ArrayRecord's messages, RuntimeErrors, is checksums and positions
+            read = not isinstance(error, RuntimeError)
+            cause = f"record {index} lacks fields" if read else str(error).split(" (")[0].split(";")[0]
             shard = self._shards[int(np.searchsorted(self._ends, index, side="right"))]
-            raise OSError(f"{shard} is damaged or cut off: {str(error).split(' (')[0].split(';')[0]}") from error
-        try:
-            return self._parsed(content)
-        except (IndexError, ValueError, message.DecodeError) as error:
-            shard = self._shards[int(np.searchsorted(self._ends, index, side="right"))]
-            raise OSError(f"{shard} is damaged or cut off: record {index} lacks fields") from error
-
-    def _parsed(self, content: bytes) -> Record:
-        stored = tf_example_pb2.Example.FromString(content).features.feature
-        record: Record = {}
-        # The same values as by TFDS's own parser, which is general and takes three times as long.
-        for name in self.fields or FIELDS:
-            dtype, shape = FIELDS[name]
-            kind = _LISTS.get(dtype, "bytes_list")
-            values = getattr(stored[name], kind).value
-            if shape:
-                array: np.ndarray = np.array(values, dtype)
-                record[name] = array.reshape(-1, *shape[1:]) if len(shape) > 1 else array
-            else:
-                record[name] = values[0] if dtype is BYTES else values[0].decode() if dtype is str else dtype(values[0])
+            raise OSError(f"{shard} is damaged or cut off: {cause}") from error
         return record
 
     def __repr__(self) -> str:
         return f"RecordSource(path={self.path!r}, split={self.split!r})"
 
 
-class _Split(NamedTuple):
-    """The files of a split in order, how many records each holds, and the bytes of all records."""
+class Split(NamedTuple):
+    """The files of a split in order, how many clips each holds, and the bytes of all records."""
 
     shards: list[str]
     lengths: list[int]
     bytes: int
 
+    @property
+    def clips(self) -> int:
+        return sum(self.lengths)
 
-class _Set(NamedTuple):
-    """What a prepared set says of itself."""
+
+class Description(NamedTuple):
+    """A prepared set: its name, what its maker says of it, its classes' names by number, and its splits by name."""
 
     name: str
     text: str
     classes: list[str]
-    splits: dict[str, _Split]
+    splits: dict[str, Split]
 
 
 def _damaged(path: pathlib.Path, file: str, cause: str) -> UserError:
@@ -224,8 +223,11 @@ def _read_json(path: pathlib.Path, file: str) -> dict[str, Any]:
     return value
 
 
-def _read_set(path: str | os.PathLike[str]) -> _Set:
-    """The description of a prepared set. It is compared with what this program writes; nothing it names is imported."""
+def describe(path: str | os.PathLike[str]) -> Description:
+    """What the prepared set in folder `path` holds. Raises UserError as open_source.
+
+    The set's files are compared with what this program writes; nothing that they name is imported.
+    """
     path = pathlib.Path(path)
     if not path.is_dir():
         raise UserError(
@@ -248,16 +250,16 @@ def _read_set(path: str | os.PathLike[str]) -> _Set:
             "delete the folder and prepare the set again"
         )
     try:
-        name, text = str(info["name"]), str(info.get("description", ""))
+        name, text = str(info["name"]), " ".join(str(info.get("description", "")).split())
         if info["version"] != VERSION or info["fileFormat"] != "array_record" or not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError("version, file format or name are none of a prepared set")
         splits = {str(split["name"]): _split(name, split) for split in info["splits"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, _STORED, console.first_line(error)) from error
-    return _Set(name, text, _read_classes(path), splits)
+    return Description(name, text, _read_classes(path), splits)
 
 
-def _split(name: str, stored: dict[str, Any]) -> _Split:
+def _split(name: str, stored: dict[str, Any]) -> Split:
     """A split of the set `name` as its description has it. Raises ValueError, KeyError or TypeError."""
     split, lengths = stored["name"], [int(length) for length in stored.get("shardLengths", ())]
     if not re.fullmatch(r"\w[\w.-]*", split) or stored.get("filepathTemplate", _TEMPLATE) != _TEMPLATE:
@@ -266,7 +268,7 @@ def _split(name: str, stored: dict[str, Any]) -> _Split:
         raise ValueError(f"split {split!r} has shards of {min(lengths)} records")
     count = len(lengths)
     shards = [f"{name}-{split}.array_record-{number:05d}-of-{count:05d}" for number in range(count)]
-    return _Split(shards, lengths, int(stored.get("numBytes", 0)))
+    return Split(shards, lengths, int(stored.get("numBytes", 0)))
 
 
 def _read_classes(path: pathlib.Path) -> list[str]:
@@ -311,10 +313,10 @@ def open_source(path: str | os.PathLike[str], split: str, fields: Sequence[str] 
     Raises UserError where the folder, the set or the split is not there, the set is of another version, or the split
     is empty.
     """
-    splits = _read_set(path).splits
+    splits = describe(path).splits
     if split not in splits:
         raise UserError(f"{path} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    if not sum(splits[split].lengths):
+    if not splits[split].clips:
         raise UserError(f"split {split!r} of {path} holds no clips")
     for shard in splits[split].shards:
         file = pathlib.Path(path, shard)
@@ -323,33 +325,9 @@ def open_source(path: str | os.PathLike[str], split: str, fields: Sequence[str] 
     return RecordSource(os.fspath(path), split, fields)
 
 
-class SplitSize(NamedTuple):
-    clips: int
-    shards: int
-    bytes: int
-
-
-class Description(NamedTuple):
-    """A prepared set: its name, what its maker says of it, its classes' names by number, and its splits by name."""
-
-    name: str
-    text: str
-    classes: list[str]
-    splits: dict[str, SplitSize]
-
-
-def describe(path: str | os.PathLike[str]) -> Description:
-    """What the prepared set in folder `path` holds. Raises UserError as open_source."""
-    known = _read_set(path)
-    splits = {
-        name: SplitSize(sum(split.lengths), len(split.shards), split.bytes) for name, split in known.splits.items()
-    }
-    return Description(known.name, " ".join(known.text.split()), known.classes, splits)
-
-
 def class_names(path: str | os.PathLike[str]) -> list[str]:
     """The names of the classes of the prepared set in folder `path`, by number. Raises UserError as open_source."""
-    return _read_set(path).classes
+    return describe(path).classes
 
 
 def labels_file(split: str) -> str:

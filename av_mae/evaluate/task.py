@@ -266,11 +266,6 @@ class Untrained(Objective):
     def trained(self, name: str) -> bool:
         return False
 
-    def run_layers(self, model: Any, run) -> None:
-        for part in (model.encoder, *(getattr(model, f"{stream}_decoder", None) for stream in ("image", "audio"))):
-            if part is not None:
-                part.run = run
-
 
 @dataclasses.dataclass
 class Measured:

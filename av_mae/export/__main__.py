@@ -11,8 +11,7 @@ from av_mae.console import format_metrics, quiet_libraries
 from av_mae.errors import UserError, one_line, run_command
 from av_mae.export.embeddings import Options, export_embeddings
 from av_mae.export.encoders import INPUTS, OUTPUTS, export_onnx, export_safetensors, export_stablehlo
-from av_mae.loading import load
-from av_mae.registry import resolve
+from av_mae.loading import load, resolve
 from av_mae.train.hosts import add_process_arguments, held_by_run, joined
 
 EXAMPLE = """examples:

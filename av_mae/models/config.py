@@ -328,8 +328,7 @@ class ClassifierConfig:
     concatenate: bool = False
 
     def __post_init__(self) -> None:
-        require_bounds(self)
-        require(self.classes > 0, f"classifier classes={self.classes} must be at least 1")
+        require_bounds(self, "classifier ", {"classes": 1})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,8 +375,7 @@ class SegmenterConfig:
     width: int = 128
 
     def __post_init__(self) -> None:
-        require_bounds(self)
-        require(self.classes > 0, f"segmenter classes={self.classes} must be at least 1")
+        require_bounds(self, "segmenter ", {"classes": 1})
         require(self.width > 0 and self.width % 2 == 0, f"segmenter width={self.width} must be positive and even")
 
 
@@ -390,50 +388,5 @@ class LocalizerConfig:
     temperature: float = 0.07
 
     def __post_init__(self) -> None:
-        require_bounds(self)
-        require(self.width > 0, f"localizer width={self.width} must be at least 1")
+        require_bounds(self, "localizer ", {"width": 1})
         require(self.temperature > 0, f"localizer temperature={self.temperature} must be above 0")
-
-
-def doublings(stream: StreamConfig, head: str) -> int:
-    """How many times the grid of a stream is doubled to reach its input's resolution: n for patches of 2^n × 2^n.
-
-    Raises:
-      UserError: the patch is not square, not a power of two, or 1.
-    """
-    rows, columns = stream.patch_size
-    require(
-        rows == columns and rows > 1 and rows & (rows - 1) == 0,
-        f"the {head} doubles the patch grid until it reaches the input's resolution, so patch={stream.patch} must "
-        "be square and a power of two, at least 2 (the published one is 16)",
-    )
-    return rows.bit_length() - 1
-
-
-def separator_scales(stream: StreamConfig) -> tuple[int, ...]:
-    """Widths of the separator's scales, finest first: D / 2^n … D / 2, D.
-
-    Raises:
-      UserError: 2^n does not divide the audio stream's width D, or see `doublings`.
-    """
-    count, width = doublings(stream, "separator"), stream.width
-    require(
-        width % 2**count == 0,
-        f"the separator halves the audio width {count} times, so patch={stream.patch} must divide {width=}",
-    )
-    return tuple(width >> number for number in reversed(range(count + 1)))
-
-
-def segmenter_scales(stream: StreamConfig, least: int) -> tuple[int, ...]:
-    """Widths of the segmenter's scales, coarsest first: max(least, D / 2^d) for d = 0 … n - 1.
-
-    Raises:
-      UserError: 2^(n - 1) does not divide the image stream's width D, or see `doublings`.
-    """
-    count, width = doublings(stream, "segmenter"), stream.width
-    require(
-        width % 2 ** (count - 1) == 0,
-        f"the segmenter halves the image width {count - 1} times, so {2 ** (count - 1)} (half of "
-        f"patch={stream.patch}) must divide {width=}",
-    )
-    return tuple(max(least, width >> number) for number in range(count))

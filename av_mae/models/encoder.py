@@ -202,19 +202,6 @@ class Stream(nnx.Module):
         return self.blocks[number] if number < len(self.blocks) else None, self.bridges[number]
 
 
-def run_stream_layer(
-    layer: StreamLayer,
-    x: Float[Array, "B N D"],
-    fusion: Float[Array, "B F Df"] | None,
-    factors: Float[Array, "B 2"] | None = None,
-) -> Float[Array, "B N D"]:
-    """A stream's block over [fusion ; x], of which only x is kept. After the stream's last layer x stays as it is."""
-    block, bridge = layer
-    if block is None:
-        return x
-    return block(x, fusion if fusion is None or bridge is None else bridge(fusion), factors)
-
-
 class Encoder(nnx.Module):
     """Two ViTs and the fusion blocks between them.
 
@@ -267,16 +254,22 @@ class Encoder(nnx.Module):
         tokens: LayerTokens,
         factors: Float[Array, "B 2 2"] | None = None,
     ) -> LayerTokens:
-        """One layer. All its blocks, the fusion block too, read the tokens from before the layer."""
-        (image_layer, audio_layer, block), (image, audio, fusion) = parts, tokens
-        block = block if fusion.shape[1] else None
-        read = None if block is None else fusion
-        image_factors, audio_factors = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
-        return (
-            run_stream_layer(image_layer, image, read, image_factors),
-            run_stream_layer(audio_layer, audio, read, audio_factors),
-            fusion if block is None else block(fusion, image, audio),
-        )
+        """One layer. All its blocks, the fusion block too, read the tokens from before the layer.
+
+        A stream's block runs over [fusion ; x], of which only x is kept. After its last block a stream stays as it is.
+        """
+        (image_layer, audio_layer, fusion_block), (image, audio, fusion) = parts, tokens
+        fusion_block = fusion_block if fusion.shape[1] else None
+
+        def stream(number: int, layer: StreamLayer, x: Array) -> Array:
+            block, bridge = layer
+            if block is None:
+                return x
+            read = None if fusion_block is None else fusion if bridge is None else bridge(fusion)
+            return block(x, read, None if factors is None else factors[:, number])
+
+        images, audios = stream(0, image_layer, image), stream(1, audio_layer, audio)
+        return images, audios, fusion if fusion_block is None else fusion_block(fusion, image, audio)
 
     def __call__(
         self,

@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from av_mae.models.config import FusionConfig, require
 from av_mae.models.layers import (
     FROM_HEADS,
+    MERGE_HEADS,
     MLP,
+    SPLIT_HEADS,
     TO_HEADS,
     Attention,
     LayerNorm,
@@ -23,10 +26,15 @@ from av_mae.models.layers import (
     at_least_float32,
     attend,
     attention_weights,
-    merge_heads,
-    softmax,
-    split_heads,
 )
+
+# Fusion, image and audio tokens of a layer; queries of fusion tokens; what they read of all pairs, and the weights.
+FusionTokens = Float[Array, "B F Df"]
+ImageTokens = Float[Array, "B I Di"]
+AudioTokens = Float[Array, "B A Da"]
+Queries = Float[Array, "B F H K"]
+Outputs = Float[Array, "B F H V"]
+PairWeights = Float[Array, "B H F I A"]
 
 
 class KeysValues(NamedTuple):
@@ -47,9 +55,7 @@ PairFunction = Callable[[Array, Array], Array]
 PAIRS: dict[str, PairFunction] = {"sum": jnp.add, "product": jnp.multiply}
 
 
-def separable(
-    q: Float[Array, "B F H K"], image: KeysValues, audio: KeysValues, scale: float, pair: str = "sum"
-) -> Float[Array, "B F H V"]:
+def separable(q: Queries, image: KeysValues, audio: KeysValues, scale: float, pair: str = "sum") -> Outputs:
     """Attention over all pairs of summed keys and values, computed without the pairs, in O(I + A).
 
     The logits of the pair (i, j) are s_i + t_j. So the softmax over pairs is softmax_i(s) · softmax_j(t), and the
@@ -62,7 +68,7 @@ def separable(
     return attend(q, *image, scale) + attend(q, *audio, scale)
 
 
-def _keep_scale(dropout: Dropout, tokens: Int[Array, " I"], shape: tuple[int, ...]) -> Float[Array, "B H F I A"]:
+def _keep_scale(dropout: Dropout, tokens: Int[Array, " I"], shape: tuple[int, ...]) -> PairWeights:
     """Dropout factors, 0 or 1 / (1 - rate), for image tokens of these indices; `shape` is (B, H, F, A)."""
 
     def draw(token: Array) -> Array:
@@ -72,14 +78,14 @@ def _keep_scale(dropout: Dropout, tokens: Int[Array, " I"], shape: tuple[int, ..
 
 
 def materialized(
-    q: Float[Array, "B F H K"],
+    q: Queries,
     image: KeysValues,
     audio: KeysValues,
     scale: float,
     pair: str = "sum",
     dropout: Dropout | None = None,
     return_weights: bool = False,
-) -> Float[Array, "B F H V"] | tuple[Float[Array, "B F H V"], Float[Array, "B H F I A"]]:
+) -> Outputs | tuple[Outputs, PairWeights]:
     """Attention over all pairs, which are put into memory: O(I · A). The reference for the other implementations.
 
     Args:
@@ -94,7 +100,7 @@ def materialized(
     keys, values = (PAIRS[pair](i[:, :, None], a[:, None]) for i, a in zip(image, audio, strict=True))
     b, i, a, h, _ = keys.shape
     logits = at_least_float32(jnp.einsum("bfhk,biahk->bhfia", q * scale, keys))
-    weights = softmax(logits.reshape(b, h, -1, i * a)).reshape(logits.shape)
+    weights = jax.nn.softmax(logits.reshape(b, h, -1, i * a), axis=-1).reshape(logits.shape)
     used = weights
     if dropout is not None:
         used = weights * _keep_scale(dropout, jnp.arange(i), (b, h, q.shape[1], a))
@@ -103,7 +109,7 @@ def materialized(
 
 
 def chunked(
-    q: Float[Array, "B F H K"],
+    q: Queries,
     image: KeysValues,
     audio: KeysValues,
     scale: float,
@@ -111,7 +117,7 @@ def chunked(
     dropout: Dropout | None = None,
     return_weights: bool = False,
     chunk: int = 16,
-) -> Float[Array, "B F H V"] | tuple[Float[Array, "B F H V"], Float[Array, "B H F I A"]]:
+) -> Outputs | tuple[Outputs, PairWeights]:
     """As `materialized`, with the pairs of `chunk` image tokens in memory at a time, also in the backward pass."""
     # an online softmax: highest logit, sum of weights and output so far are corrected with every chunk
     b, tokens, h, _ = image.keys.shape
@@ -180,19 +186,17 @@ class TokenAttention(nnx.Module):
         self.heads = config.heads
         self.scale = (inner / config.heads) ** -0.5
 
-    def __call__(
-        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I D"], audio: Float[Array, "B A D"]
-    ) -> Float[Array, "B F Df"]:
+    def __call__(self, fusion: FusionTokens, image: ImageTokens, audio: AudioTokens) -> FusionTokens:
         read = jnp.concatenate([image, audio], axis=1)
-        q, k, v = (split_heads(y, self.heads) for y in (self.query(fusion), self.key(read), self.value(read)))
-        return self.out(merge_heads(attend(q, k, v, self.scale)))
+        q, k, v = (
+            rearrange(y, SPLIT_HEADS, h=self.heads) for y in (self.query(fusion), self.key(read), self.value(read))
+        )
+        return self.out(rearrange(attend(q, k, v, self.scale), MERGE_HEADS))
 
-    def image_weights(
-        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I D"], audio: Float[Array, "B A D"]
-    ) -> Float[Array, "B F I"]:
+    def image_weights(self, fusion: FusionTokens, image: ImageTokens, audio: AudioTokens) -> Float[Array, "B F I"]:
         """How strongly tokens attend to each image token; the rest, up to 1, is the weight of the audio tokens."""
         read = jnp.concatenate([image, audio], axis=1)
-        q, k = split_heads(self.query(fusion), self.heads), split_heads(self.key(read), self.heads)
+        q, k = (rearrange(y, SPLIT_HEADS, h=self.heads) for y in (self.query(fusion), self.key(read)))
         return attention_weights(q, k, self.scale).mean(1)[..., : image.shape[1]]
 
 
@@ -243,33 +247,26 @@ class PairAttention(nnx.Module):
 
     def read(
         self,
-        fusion: Float[Array, "B F Df"],
-        image: Float[Array, "B I Di"],
-        audio: Float[Array, "B A Da"],
+        fusion: FusionTokens,
+        image: ImageTokens,
+        audio: AudioTokens,
         implementation: str,
         **options: Any,
     ) -> Any:
         """Pair attention before the projection; `options` go to the implementation (dropout, return_weights)."""
+        images = self.key_image(image), self.value_image(image)
+        audios = self.key_audio(audio), self.value_audio(audio)
+        q, *read = (rearrange(y, SPLIT_HEADS, h=self.heads) for y in (self.query(fusion), *images, *audios))
+        of_image, of_audio = KeysValues(*read[:2]), KeysValues(*read[2:])
+        return IMPLEMENTATIONS[implementation](q, of_image, of_audio, self.scale, self.pair, **options)
 
-        def read(key: Linear, value: Linear, tokens: Array) -> KeysValues:
-            return KeysValues(split_heads(key(tokens), self.heads), split_heads(value(tokens), self.heads))
+    def __call__(self, fusion: FusionTokens, image: ImageTokens, audio: AudioTokens) -> FusionTokens:
+        return self.out(rearrange(self.read(fusion, image, audio, self.implementation), MERGE_HEADS))
 
-        q = split_heads(self.query(fusion), self.heads)
-        images = read(self.key_image, self.value_image, image)
-        audios = read(self.key_audio, self.value_audio, audio)
-        return IMPLEMENTATIONS[implementation](q, images, audios, self.scale, self.pair, **options)
-
-    def __call__(
-        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
-    ) -> Float[Array, "B F Df"]:
-        return self.out(merge_heads(self.read(fusion, image, audio, self.implementation)))
-
-    def image_weights(
-        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
-    ) -> Float[Array, "B F I"]:
+    def image_weights(self, fusion: FusionTokens, image: ImageTokens, audio: AudioTokens) -> Float[Array, "B F I"]:
         """How strongly tokens attend to each image token, summed over the audio tokens of its pairs."""
         if self.pair == "sum":  # the softmax over pairs is a product, whose sum over the audio is that of the image
-            q, k = split_heads(self.query(fusion), self.heads), split_heads(self.key_image(image), self.heads)
+            q, k = (rearrange(y, SPLIT_HEADS, h=self.heads) for y in (self.query(fusion), self.key_image(image)))
             return attention_weights(q, k, self.scale).mean(1)
         weights: Array = self.read(fusion, image, audio, "chunked", return_weights=True)[1]
         return weights.sum(-1).mean(1)
@@ -292,18 +289,14 @@ class FactorizedAttention(nnx.Module):
         self.pairs = PairAttention(width, width, width, config, value_width=width, rngs=rngs)
         self.tokens = config.tokens
 
-    def __call__(
-        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
-    ) -> Float[Array, "B F Df"]:
+    def __call__(self, fusion: FusionTokens, image: ImageTokens, audio: AudioTokens) -> FusionTokens:
         """`fusion` is [fusion ; image-aggregation ; audio-aggregation], and so is the result."""
         f, v = self.tokens[0], self.tokens[0] + self.tokens[1]
         image = self.aggregate_image(fusion[:, f:v], image)
         audio = self.aggregate_audio(fusion[:, v:], audio)
         return jnp.concatenate([self.pairs(fusion[:, :f], image, audio), image, audio], axis=1)
 
-    def image_weights(
-        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
-    ) -> Float[Array, "B _ I"]:
+    def image_weights(self, fusion: FusionTokens, image: ImageTokens, audio: AudioTokens) -> Float[Array, "B _ I"]:
         """Of fusion tokens, through the aggregation tokens whose pairs they read, and of image-aggregation tokens."""
         f, v = self.tokens[0], self.tokens[0] + self.tokens[1]
         read = self.aggregate_image.weights(fusion[:, f:v], image).mean(1)
@@ -341,15 +334,11 @@ class FusionBlock(nnx.Module):
         self.norm2 = LayerNorm(width, eps=1e-5)
         self.mlp = MLP(width, config.mlp_ratio, rngs=rngs)
 
-    def __call__(
-        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
-    ) -> Float[Array, "B F Df"]:
+    def __call__(self, fusion: FusionTokens, image: ImageTokens, audio: AudioTokens) -> FusionTokens:
         fusion = self.norm_fusion(fusion)
         fusion = fusion + self.attention(fusion, self.norm_image(image), self.norm_audio(audio))
         return fusion + self.mlp(self.norm2(fusion))
 
-    def image_weights(
-        self, fusion: Float[Array, "B F Df"], image: Float[Array, "B I Di"], audio: Float[Array, "B A Da"]
-    ) -> Float[Array, "B _ I"]:
+    def image_weights(self, fusion: FusionTokens, image: ImageTokens, audio: AudioTokens) -> Float[Array, "B _ I"]:
         """How strongly the tokens that read the image attend to each of its tokens, in at least float32."""
         return self.attention.image_weights(self.norm_fusion(fusion), self.norm_image(image), self.norm_audio(audio))

@@ -13,11 +13,55 @@ from av_mae.models.config import (
     ClassifierConfig,
     SegmenterConfig,
     SeparatorConfig,
-    segmenter_scales,
-    separator_scales,
+    StreamConfig,
+    require,
 )
 from av_mae.models.encoder import Encoder, pool
 from av_mae.models.layers import Initial, LayerNorm, Linear, at_least_float32
+
+
+def doublings(stream: StreamConfig, head: str) -> int:
+    """How many times the grid of a stream is doubled to reach its input's resolution: n for patches of 2^n × 2^n.
+
+    Raises:
+      UserError: the patch is not square, not a power of two, or 1.
+    """
+    rows, columns = stream.patch_size
+    require(
+        rows == columns and rows > 1 and rows & (rows - 1) == 0,
+        f"the {head} doubles the patch grid until it reaches the input's resolution, so patch={stream.patch} must "
+        "be square and a power of two, at least 2 (the published one is 16)",
+    )
+    return rows.bit_length() - 1
+
+
+def separator_scales(stream: StreamConfig) -> tuple[int, ...]:
+    """Widths of the separator's scales, finest first: D / 2^n … D / 2, D.
+
+    Raises:
+      UserError: 2^n does not divide the audio stream's width D, or see `doublings`.
+    """
+    count, width = doublings(stream, "separator"), stream.width
+    require(
+        width % 2**count == 0,
+        f"the separator halves the audio width {count} times, so patch={stream.patch} must divide {width=}",
+    )
+    return tuple(width >> number for number in reversed(range(count + 1)))
+
+
+def segmenter_scales(stream: StreamConfig, least: int) -> tuple[int, ...]:
+    """Widths of the segmenter's scales, coarsest first: max(least, D / 2^d) for d = 0 … n - 1.
+
+    Raises:
+      UserError: 2^(n - 1) does not divide the image stream's width D, or see `doublings`.
+    """
+    count, width = doublings(stream, "segmenter"), stream.width
+    require(
+        width % 2 ** (count - 1) == 0,
+        f"the segmenter halves the image width {count - 1} times, so {2 ** (count - 1)} (half of "
+        f"patch={stream.patch}) must divide {width=}",
+    )
+    return tuple(max(least, width >> number) for number in range(count))
 
 
 class Convolution(nnx.Module):

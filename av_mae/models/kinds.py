@@ -68,15 +68,13 @@ class ModelDefinition:
       initials: of each value, how it is drawn.
     """
 
-    graph: nnx.GraphDef[Any]
+    graph: nnx.GraphDef[nnx.Module]
     paths: dict[str, tuple[Any, ...]]
     initials: dict[str, Initial]
 
     def merge(self, values: Params) -> nnx.Module:
         """The model with these parameters and statistics."""
-        state = nnx.from_flat_state([(self.paths[name], x) for name, x in values.items()])
-        model: nnx.Module = nnx.merge(self.graph, state)
-        return model
+        return nnx.merge(self.graph, nnx.from_flat_state([(self.paths[name], x) for name, x in values.items()]))
 
 
 def flat_values(model: nnx.Module, kind: type[nnx.Variable[Any]] = nnx.Param) -> Params:

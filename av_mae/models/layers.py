@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped
@@ -56,23 +57,18 @@ def at_least_float32(x: Shaped[Array, "*N"]) -> Float[Array, "*N"]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _sin_cos_1d(coordinates: np.ndarray, width: int) -> np.ndarray:
-    """[N] coordinates → [N, width], laid out [sin…, cos…] with frequencies 10000^(-k / (width / 2))."""
-    require(width % 2 == 0, f"width={width} of one coordinate must be even")
-    frequencies = 10000.0 ** (-np.arange(width // 2, dtype=np.float64) / (width / 2))
-    angles = np.outer(coordinates.astype(np.float64), frequencies)
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-
 @functools.lru_cache(maxsize=64)
 def sin_cos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
     """Positions of a (rows, columns) grid, row-major: float32 [rows · columns, width].
 
-    The first half of the width encodes the column, the second half the row.
+    The first half of the width encodes the column, the second half the row. Each half of n numbers is [sin…, cos…]
+    with frequencies 10000^(-k / (n / 2)).
     """
     require(width % 4 == 0, f"{width=} must be a multiple of 4")
-    row, column = (c.ravel() for c in np.meshgrid(*map(np.arange, grid), indexing="ij"))
-    return np.concatenate([_sin_cos_1d(column, width // 2), _sin_cos_1d(row, width // 2)], axis=1).astype(np.float32)
+    rows, columns = (c.ravel().astype(np.float64) for c in np.meshgrid(*map(np.arange, grid), indexing="ij"))
+    frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
+    angles = [np.outer(coordinates, frequencies) for coordinates in (columns, rows)]
+    return np.concatenate([wave(x) for x in angles for wave in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,27 +224,15 @@ class MLP(nnx.Module):
         return self.fc2(gelu(self.fc1(x)))
 
 
-def split_heads(x: Float[Array, "B N HK"], heads: int) -> Float[Array, "B N H K"]:
-    """Splits the last axis into heads; each head's values are contiguous."""
-    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
+# What attention is made of; each head's values are contiguous.
+SPLIT_HEADS, MERGE_HEADS = "b n (h k) -> b n h k", "b n h k -> b n (h k)"
+Queries = Float[Array, "B N H K"]
+Keys = Float[Array, "B C H K"]
+Values = Float[Array, "B C H V"]
+Bias = Float[Array, "#B #H #N #C"]
 
 
-def merge_heads(x: Float[Array, "B N H K"]) -> Float[Array, "B N HK"]:
-    """Inverse of `split_heads`."""
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
-
-
-def softmax(logits: Float[Array, "*N C"]) -> Float[Array, "*N C"]:
-    """Softmax over the last axis in at least float32."""
-    return jax.nn.softmax(at_least_float32(logits), axis=-1)
-
-
-def attention_weights(
-    q: Float[Array, "B N H K"],
-    k: Float[Array, "B C H K"],
-    scale: float,
-    bias: Float[Array, "#B #H #N #C"] | None = None,
-) -> Float[Array, "B H N C"]:
+def attention_weights(q: Queries, k: Keys, scale: float, bias: Bias | None = None) -> Float[Array, "B H N C"]:
     """How much each query attends to each key, in at least float32: softmax(scale · q k + bias)."""
     # Heads are moved beside the batch first: with heads between tokens and head width, the CPU's matrix products were
     # measured at a third of this rate in the forward pass.
@@ -258,44 +242,25 @@ def attention_weights(
         jnp.swapaxes(k, 1, 2),
         preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
     )
-    return softmax(logits if bias is None else logits + bias)
+    return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
 
 
-def fused_on_gpu(q: Float[Array, "B N H K"], v: Float[Array, "B C H V"], bias: Array | None) -> bool:
-    """Whether cuDNN's fused attention takes q and v.
-
-    It takes half precision, no bias, and queries and values of one head width, a multiple of 8 and at most 128.
-    """
-    width = q.shape[-1]
-    fits = bias is None and width == v.shape[-1] and width % 8 == 0 and width <= 128
-    return fits and q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
-
-
-def plain_attention(
-    q: Float[Array, "B N H K"],
-    k: Float[Array, "B C H K"],
-    v: Float[Array, "B C H V"],
-    scale: float,
-    bias: Float[Array, "#B #H #N #C"] | None = None,
-) -> Float[Array, "B N H V"]:
+def plain_attention(q: Queries, k: Keys, v: Values, scale: float, bias: Bias | None = None) -> Float[Array, "B N H V"]:
     """`attend` as matrix products around a softmax."""
     weights = attention_weights(q, k, scale, bias).astype(v.dtype)
     return jnp.swapaxes(jnp.einsum("bhnc,bhck->bhnk", weights, jnp.swapaxes(v, 1, 2)), 1, 2)
 
 
-def attend(
-    q: Float[Array, "B N H K"],
-    k: Float[Array, "B C H K"],
-    v: Float[Array, "B C H V"],
-    scale: float,
-    bias: Float[Array, "#B #H #N #C"] | None = None,
-) -> Float[Array, "B N H V"]:
+def attend(q: Queries, k: Keys, v: Values, scale: float, bias: Bias | None = None) -> Float[Array, "B N H V"]:
     """Multi-head attention: softmax(scale · q k + bias) v.
 
     Only this function chooses the implementation: cuDNN's fused kernel on GPUs where it takes the shapes, else (CPUs,
     TPUs) plain matrix products.
     """
-    if fused_on_gpu(q, v, bias):
+    # cuDNN takes no bias, half precision, and queries and values of one head width, a multiple of 8 and at most 128
+    (*_, heads, width), half = q.shape, q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = half and bias is None and width == v.shape[-1] and width % 8 == 0 and width <= 128
+    if fits and jax.default_backend() == "gpu":
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
     if jnp.dtype(v.dtype).itemsize >= 4:
         return plain_attention(q, k, v, scale, bias)
@@ -304,13 +269,11 @@ def attend(
     # and reading them back costs several times what their matrix product does.
     @jax.checkpoint
     def attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-        return plain_attention(
-            split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), scale=scale, bias=bias
-        )
+        q, k, v = (rearrange(x, SPLIT_HEADS, h=heads) for x in (q, k, v))
+        return plain_attention(q, k, v, scale, bias)
 
     # What is kept has its heads side by side: TPUs pad a last dimension of 32 or 64 to 128 numbers.
-    heads = q.shape[2]
-    out: Array = attention(merge_heads(q), merge_heads(k), merge_heads(v), bias)
+    out: Array = attention(*(rearrange(x, MERGE_HEADS) for x in (q, k, v)), bias)
     return out
 
 
@@ -343,12 +306,13 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B N D"]:
         """Tokens x attend to the context, or to x itself without one; `bias` is added to the attention's logits."""
         context = x if context is None else context
-        q, k, v = (split_heads(y, self.heads) for y in (self.query(x), self.key(context), self.value(context)))
-        return self.out(merge_heads(attend(q, k, v, self.scale, bias)))
+        read = self.query(x), self.key(context), self.value(context)
+        q, k, v = (rearrange(y, SPLIT_HEADS, h=self.heads) for y in read)
+        return self.out(rearrange(attend(q, k, v, self.scale, bias), MERGE_HEADS))
 
     def weights(self, x: Float[Array, "B N D"], context: Float[Array, "B C Dc"]) -> Float[Array, "B H N C"]:
         """How much each token of x attends to each token of the context."""
-        q, k = split_heads(self.query(x), self.heads), split_heads(self.key(context), self.heads)
+        q, k = (rearrange(y, SPLIT_HEADS, h=self.heads) for y in (self.query(x), self.key(context)))
         return attention_weights(q, k, self.scale)
 
 

@@ -210,42 +210,20 @@ class Decoder(nnx.Module):
         positions = self.positions[...][0]
         visible = visible + positions[keep]
         hidden = self.mask_token[...] + positions[masked]
-        blocks = self.swin_blocks if self.kind == "swin" else self.plain_blocks
-        x = blocks(fusion, visible, hidden, jnp.concatenate([keep, masked], axis=1), removed is None)
+        *blocks, last = self.blocks
+        unsort = jnp.argsort(jnp.concatenate([keep, masked], axis=1), axis=1)
+        x: Any
+        if self.kind == "swin":  # windows need the tokens at their positions on the grid
+            x = take(jnp.concatenate([visible, hidden], axis=1), unsort), fusion
+            x, _ = self.run(lambda block, x, _: (block(*x), None), blocks, x, [None] * len(blocks))
+            (x, _), _ = self.run(lambda block, x, _: (block(*x, removed), None), [last], x, [None])
+        else:  # attention does not depend on the order of tokens, so they stay as [fusion ; visible ; hidden]
+            x = jnp.concatenate([fusion, visible, hidden], axis=1)
+            x, _ = self.run(lambda block, x, _: (block(x), None), blocks, x, [None] * len(blocks))
+            read = fusion.shape[1] + (0 if removed is None else visible.shape[1])
+            x, _ = self.run(lambda block, x, _: (block(*x), None), [last], (x[:, read:], x[:, :read]), [None])
+            x = take(x, unsort) if removed is None else x
         return self.predict(self.norm(x))
-
-    def plain_blocks(
-        self,
-        fusion: Float[Array, "B F D"],
-        visible: Float[Array, "B K D"],
-        hidden: Float[Array, "B M D"],
-        order: Int[Array, "B N"],
-        everywhere: bool,
-    ) -> Float[Array, "B _ D"]:
-        """Plain blocks over visible and hidden tokens, whose positions are `order`; only the hidden ones are returned
-        unless `everywhere`."""
-        # attention does not depend on the order of tokens, so they stay as [fusion ; visible ; hidden]
-        *blocks, last = self.blocks
-        x: Any = jnp.concatenate([fusion, visible, hidden], axis=1)
-        x, _ = self.run(lambda block, x, _: (block(x), None), blocks, x, [None] * len(blocks))
-        read = fusion.shape[1] + (0 if everywhere else visible.shape[1])
-        x, _ = self.run(lambda block, x, _: (block(*x), None), [last], (x[:, read:], x[:, :read]), [None])
-        return take(x, jnp.argsort(order, axis=1)) if everywhere else x
-
-    def swin_blocks(
-        self,
-        fusion: Float[Array, "B F D"],
-        visible: Float[Array, "B K D"],
-        hidden: Float[Array, "B M D"],
-        order: Int[Array, "B N"],
-        everywhere: bool,
-    ) -> Float[Array, "B _ D"]:
-        """The same with Swin blocks, for which the tokens go back to their positions on the grid first."""
-        *blocks, last = self.blocks
-        x = take(jnp.concatenate([visible, hidden], axis=1), jnp.argsort(order, axis=1)), fusion
-        x, _ = self.run(lambda block, x, _: (block(*x), None), blocks, x, [None] * len(blocks))
-        predicted = None if everywhere else order[:, visible.shape[1] :]
-        return self.run(lambda block, x, _: (block(*x, predicted), None), [last], x, [None])[0][0]
 
 
 class Reconstruction(NamedTuple):

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from av_mae import recipes
-from av_mae.checkpoint import Restored, TrainState, check_same_run, flat_optimizer
+from av_mae.checkpoint import Restored, TrainState, check_same_run, flat_optimizer, unflat_state
 from av_mae.config import TrainConfig
 from av_mae.console import first_line, note
 from av_mae.train.sharding import gather_texts
@@ -145,19 +145,6 @@ class LocalCheckpoints:
                 return None
         except Exception:  # damage shows in many ways
             return None
-        return Restored(unflat(abstract, made, meta["step"]), meta)
-
-
-def unflat(abstract: TrainState, flat: Mapping[str, jax.Array], step: int) -> TrainState:
-    """The inverse of `flat_state`."""
-    params, statistics = (
-        {name: flat[f"model.{name}"] for name in part} for part in (abstract.params, abstract.statistics)
-    )
-    optimizer = [flat[f"optimizer.{name}"] for name in flat_optimizer(abstract)]
-    opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), optimizer)
-    return TrainState(
-        jax.make_array_from_callback((), abstract.step.sharding, lambda _: np.int32(step)),
-        params,
-        statistics,
-        opt_state,
-    )
+        parts = ("model", abstract.model), ("optimizer", flat_optimizer(abstract))
+        model, optimizer = ({name: made[f"{kind}.{name}"] for name in part} for kind, part in parts)
+        return Restored(unflat_state(abstract, meta["step"], model, optimizer), meta)

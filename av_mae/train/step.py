@@ -17,9 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from av_mae import models
 from av_mae.checkpoint import TrainState
 from av_mae.config import MeshConfig, TrainConfig
-from av_mae.models.encoder import run_layers
+from av_mae.models.encoder import Encoder, run_layers
 from av_mae.models.kinds import Params, define_model, flat_values
 from av_mae.models.layers import Initial, activation_sharding
+from av_mae.models.masked_autoencoder import Decoder
 from av_mae.train.optimizer import Length, Multipliers, learning_rate, make_optimizer, pretrained_multipliers
 from av_mae.train.sharding import (
     LAYERS,
@@ -77,10 +78,6 @@ class Objective(abc.ABC, Generic[Model]):
         """What the learning rates of single parameters are multiplied by; others have the full rate."""
         return {}
 
-    def run_layers(self, model: Model, run: Callable[..., Any]) -> None:
-        """Lets the model's layers be run by `run` (models/encoder.py)."""
-        model.encoder.run = run  # type: ignore[attr-defined]  # a model without an encoder overrides this
-
 
 class Pretraining(Objective[models.AVMAE]):
     """Masked reconstruction: the sum of both streams' losses, each times its `loss_weight` (paper section 3.3: 1).
@@ -111,9 +108,6 @@ class Pretraining(Objective[models.AVMAE]):
 
     def multipliers(self, params: Rows, length: Length) -> Multipliers:
         return pretrained_multipliers(params, self.pretrained, length)
-
-    def run_layers(self, model: models.AVMAE, run: Callable[..., Any]) -> None:
-        model.encoder.run = model.image_decoder.run = model.audio_decoder.run = run
 
 
 Batch = dict[str, jax.Array]
@@ -161,10 +155,15 @@ def draw_values(initials: dict[str, Initial], shardings: dict[str, NamedSharding
     return {name: programs[initials[name], sharding](keys[name]) for name, sharding in shardings.items()}
 
 
-def draw_rows(objective: Objective[Any], seed: int, step: jax.Array, batch_size: int, rows: NamedSharding) -> Batch:
-    """The step's random numbers; row b of step s depends on (seed, s, b) alone, never on the mesh."""
-    drawn = objective.draw(jax.random.fold_in(jax.random.key(seed), step), batch_size)
-    return {name: jax.lax.with_sharding_constraint(x, rows) for name, x in drawn.items()}
+def prepare_rows(
+    objective: Objective[Any], config: TrainConfig, step: jax.Array, batch: Batch, sharding: NamedSharding
+) -> Batch:
+    """The batch of a step with the step's random numbers, as the objective prepares it.
+
+    The numbers of row b in step s depend on (config.seed, s, b) alone, never on the mesh.
+    """
+    drawn = objective.draw(jax.random.fold_in(jax.random.key(config.seed), step), config.batch_size)
+    return objective.prepare({name: jax.lax.with_sharding_constraint(x, sharding) for name, x in drawn.items()} | batch)
 
 
 def split_rows(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
@@ -214,8 +213,15 @@ class TrainStep:
         self.schedule = learning_rate(config, length)
         self.optimizer = make_optimizer(config.optimizer, self.schedule, self.objective.multipliers(shapes, length))
         self.rows = batch_sharding(mesh)
+        self.trained = [name for name in shapes if self.objective.trained(name)]
         self.param_shardings = param_shardings({name: self.definition.initials[name] for name in shapes}, mesh)
         self.shardings = self._state_shardings()
+        # What stays for the backward pass: everything, but where parameters are gathered not those
+        gathered = any(sharding.gathered for sharding in self.param_shardings.values())
+        self.keep: Callable[..., bool] | None = keep_all_but_gathered if gathered else None
+        # Whether equal layers are a loop; by default where they gather their weights, but on CPUs (docs/scaling.md)
+        loops = gathered and mesh.devices.flat[0].platform != "cpu"
+        self.scan = loops if config.scan_layers == "auto" else config.scan_layers == "on"
         whole = replicated(mesh)
         self.step = jax.jit(
             self.train_step,
@@ -232,7 +238,7 @@ class TrainStep:
 
         def run(state: TrainState, batch: Batch) -> Any:
             if drawn:
-                batch = self._prepared(state.step, batch)
+                batch = prepare_rows(self.objective, self.config, state.step, batch, self.rows)
             with activation_sharding(self.mesh, RULES):
                 return function(self._model(state.params, state.statistics), batch)
 
@@ -256,10 +262,8 @@ class TrainStep:
         params, statistics = (
             {name: values[name] for name in part} for part in (self.shapes.params, self.shapes.statistics)
         )
-        return TrainState(jnp.zeros((), jnp.int32), params, statistics, self.optimizer.init(self._trained(params)))
-
-    def _trained(self, params: Params) -> Params:
-        return {name: x for name, x in params.items() if self.objective.trained(name)}
+        moments = self.optimizer.init({name: params[name] for name in self.trained})
+        return TrainState(jnp.zeros((), jnp.int32), params, statistics, moments)
 
     def _state_shardings(self) -> TrainState:
         """Optimizer moments lie as their parameters do, scalars and statistics on every device."""
@@ -269,7 +273,7 @@ class TrainStep:
         def of(path: tuple[Any, ...], _: Any) -> Any:
             return params.get(getattr(path[-1], "key", ""), whole)
 
-        moments = jax.eval_shape(self.optimizer.init, self._trained(self.shapes.params))
+        moments = jax.eval_shape(self.optimizer.init, {name: self.shapes.params[name] for name in self.trained})
         return TrainState(
             whole, params, dict.fromkeys(self.shapes.statistics, whole), jax.tree_util.tree_map_with_path(of, moments)
         )
@@ -282,33 +286,18 @@ class TrainStep:
         )
         return abstract
 
-    def _keeps(self) -> Callable[..., bool] | None:
-        """What stays for the backward pass where parameters are gathered; `None` (everything) where they are not."""
-        gathered = any(sharding.gathered for sharding in self.param_shardings.values())
-        return keep_all_but_gathered if gathered else None
-
-    def _scan(self) -> bool:
-        """Whether equal layers are a loop; by default where they gather their weights, but on CPUs
-        (docs/benchmarks.md, docs/scaling.md)."""
-        if self.config.scan_layers != "auto":
-            return self.config.scan_layers == "on"
-        return self._keeps() is not None and self.mesh.devices.flat[0].platform != "cpu"
-
     def _model(self, params: Params, statistics: Params) -> nnx.Module:
         """The model in the dtype of the computation; statistics keep theirs. Layers gather their own weights."""
         cast = {name: x.astype(DTYPES[self.config.dtype]) for name, x in params.items()}
         around = {name: x for name, x in cast.items() if not LAYERS.search(name)}
         model = self.definition.merge(cast | gather(around, self.param_shardings) | statistics)
-        policy = REMAT[self.config.remat] or self._keeps()
+        policy = REMAT[self.config.remat] or self.keep
         remat = None if policy is None else functools.partial(jax.checkpoint, policy=policy)
         read = functools.partial(gather_layer, mesh=self.mesh)
-        self.objective.run_layers(model, functools.partial(run_layers, read=read, remat=remat, scan=self._scan()))
+        for part in vars(model).values():
+            if isinstance(part, Encoder | Decoder):
+                part.run = functools.partial(run_layers, read=read, remat=remat, scan=self.scan)
         return model
-
-    def _prepared(self, step: jax.Array, batch: Batch) -> Batch:
-        """The batch with the step's random numbers, as the objective prepares it."""
-        drawn = draw_rows(self.objective, self.config.seed, step, self.config.batch_size, self.rows)
-        return self.objective.prepare(drawn | batch)
 
     def weighted_loss(
         self, statistics: Params, frozen: Params, trained: Params, rows: Batch
@@ -326,12 +315,13 @@ class TrainStep:
         parts = self.config.grad_accumulation
         valid = batch["valid"].astype(jnp.float32)
         count = valid.sum()
-        rows = self._prepared(state.step, batch) | {"weight": valid / jnp.maximum(count, 1)}
-        trained = self._trained(state.params)
+        rows = prepare_rows(self.objective, self.config, state.step, batch, self.rows)
+        rows = rows | {"weight": valid / jnp.maximum(count, 1)}
+        trained = {name: state.params[name] for name in self.trained}
         frozen = {name: x for name, x in state.params.items() if name not in trained}
         loss: Callable[..., Any] = functools.partial(self.weighted_loss, state.statistics, frozen)
-        if self._keeps():
-            loss = jax.checkpoint(loss, policy=self._keeps())
+        if self.keep:
+            loss = jax.checkpoint(loss, policy=self.keep)
         (loss, (metrics, statistics)), gradients = accumulate(
             jax.value_and_grad(loss, has_aux=True), trained, rows, parts, self.mesh
         )

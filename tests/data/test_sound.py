@@ -19,7 +19,7 @@ def golden(shared):
 
 @pytest.mark.parametrize("name, tolerance", [("demo1", 3e-4), ("demo2", 3e-4), ("chirp2s", 2e-2)])
 def test_log_mel_agrees_with_the_published_system(golden, name, tolerance):
-    waveform = audio.extend_mirrored(golden[f"{name}/waveform"][0], 48000)
+    waveform = audio.cut(golden[f"{name}/waveform"][0], 1, 1, 0, 48000)
     features = audio.log_mel(waveform, SoundConfig())
     assert features.dtype == np.float32 and features.shape == (128, 192)
     np.testing.assert_allclose(features, golden[f"{name}/log_mel"][0], rtol=0, atol=tolerance)
@@ -65,9 +65,9 @@ def test_log_mel_agrees_with_its_definition(settings, samples):
 
 def test_short_sound_is_extended_by_its_reversal():
     waveform = np.array([1, 2, 3], np.float32)
-    np.testing.assert_array_equal(audio.extend_mirrored(waveform, 11), [1, 2, 3, 3, 2, 1, 1, 2, 3, 3, 2])
-    np.testing.assert_array_equal(audio.extend_mirrored(waveform, 2), [1, 2])
-    np.testing.assert_array_equal(audio.extend_mirrored(waveform[:1], 3), [1, 1, 1])
+    np.testing.assert_array_equal(audio.cut(waveform, 1, 1, 0, 11), [1, 2, 3, 3, 2, 1, 1, 2, 3, 3, 2])
+    np.testing.assert_array_equal(audio.cut(waveform, 1, 1, 0, 2), [1, 2])
+    np.testing.assert_array_equal(audio.cut(waveform[:1], 1, 1, 0, 3), [1, 1, 1])
 
 
 def test_window_is_placed_and_its_middle_known():

@@ -24,6 +24,7 @@ from av_mae.convert.deepavfusion import as_count
 from av_mae.convert.infer import identify
 from av_mae.convert.names import HEADS, head_rules, names_of
 from av_mae.errors import UserError
+from av_mae.models import kinds
 from av_mae.models import losses as objectives
 
 
@@ -366,3 +367,19 @@ def test_encoders_that_a_head_does_not_fit(kind, head, streams, message):
     config = encoder_of(**streams)
     with pytest.raises(UserError, match=message):
         nnx.eval_shape(lambda: MODELS[kind](config, head, rngs=nnx.Rngs(0)))
+
+
+def test_a_localizer_is_a_model_of_its_kind():
+    """With the names that checkpoints keep, and none that are published."""
+    config, head = models.AVMAEConfig(), models.LocalizerConfig(width=10)
+    model = nnx.eval_shape(lambda: kinds.build_model("localizer", config, head, nnx.Rngs(0)))
+    assert isinstance(model, models.Localizer) and (model.config, model.head) == (config, head)
+    with pytest.raises(UserError, match="DeepAVFusion has no localizer"):
+        names_of(model)
+    names = flat_variables(model).keys()
+    assert {name for name in names if not name.startswith("encoder.")} == {
+        "image_projection.kernel",
+        "image_projection.bias",
+        "audio_projection.kernel",
+        "audio_projection.bias",
+    }

@@ -9,16 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_heads import flat_variables, random_variables
+from golden_heads import random_variables
 from numpy_model import NumPyModel, softmax
 from tiny_training import MODEL, batches, compile_step, recipe
 
 from av_mae import models
 from av_mae.config import MeshConfig, OptimizerConfig
-from av_mae.convert.names import names_of
 from av_mae.errors import UserError
 from av_mae.evaluate.localization import LocalizationObjective
-from av_mae.models import kinds
 from av_mae.models import losses as objectives
 from av_mae.train import loop, optimizer, sharding, step
 from av_mae.train import sharding as mesh
@@ -388,37 +386,9 @@ def test_occlusion_noise_depends_on_the_clips_key_alone():
 # Refusals
 
 
-@pytest.mark.parametrize(
-    "made_of, message",
-    [
-        (lambda: models.LocalizerConfig(width=0), "localizer width=0 must be at least 1"),
-        (lambda: models.LocalizerConfig(temperature=0.0), "localizer temperature=0.0 must be above 0"),
-        (lambda: LocalizationObjective(MODEL, HEAD, -1.0), "encoder_rate=-1.0 must be at least 0"),
-    ],
-)
-def test_rules(made_of, message):
-    with pytest.raises(UserError, match=message):
-        made_of()
-
-
 def test_maps_need_fusion_tokens():
     config = config_of("none")
     model = nnx.eval_shape(lambda: models.AVMAE(config, rngs=nnx.Rngs(0)))
     for function, more in ((models.attention_map, ()), (models.occlusion_map, (np.zeros((1, 2, 6)),))):
         with pytest.raises(UserError, match="map needs a model with fusion tokens, fusion kind='none' has none"):
             function(model, *inputs(config, 1), *more)
-
-
-def test_a_model_of_its_kind():
-    """With the names that checkpoints keep, and none that are published."""
-    model = nnx.eval_shape(lambda: kinds.build_model("localizer", MODEL, HEAD, nnx.Rngs(0)))
-    assert isinstance(model, models.Localizer) and (model.config, model.head) == (MODEL, HEAD)
-    with pytest.raises(UserError, match="DeepAVFusion has no localizer"):
-        names_of(model)
-    names = flat_variables(model).keys()
-    assert {name for name in names if not name.startswith("encoder.")} == {
-        "image_projection.kernel",
-        "image_projection.bias",
-        "audio_projection.kernel",
-        "audio_projection.bias",
-    }

@@ -33,7 +33,7 @@ MESHES = [(2, 1), (2, 2), (2, 4)]
 
 def noises_of(config, number, rows):
     """Mask noise of image and sound of step `number`."""
-    drawn = step.draw_rows(objective.Pretraining(config.model), config.seed, number, config.batch_size, rows)
+    drawn = step.prepare_rows(objective.Pretraining(config.model), config, number, {}, rows)
     return drawn["image_noise"], drawn["audio_noise"]
 
 
