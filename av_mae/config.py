@@ -104,15 +104,9 @@ class DataConfig:
         require(
             0 <= self.max_failure_share <= 1, f"data.max_failure_share={self.max_failure_share} must be between 0 and 1"
         )
-        self._check_weights()
-
-    def _check_weights(self) -> None:
-        if self.weights is None or not self.path:
-            return
-        sets = len(self.paths)
         require(
-            len(self.weights) == sets and min(self.weights) > 0,
-            f"data.weights={self.weights} must hold one positive weight for each of the {sets} sets in "
+            self.weights is None or not self.path or len(self.weights) == len(self.paths) and min(self.weights) > 0,
+            f"data.weights={self.weights} must hold one positive weight for each of the {len(self.paths)} sets in "
             f"data.path={self.path!r}",
         )
 

@@ -69,36 +69,26 @@ def reconstructions(
     """
     images = image_panels(image, out.image_prediction, out.image_mask, config.image)
     sounds = audio_panels(audio, out.audio_prediction, out.audio_mask, config.audio)
-    clips, (rows, columns) = len(images.original), config.audio.size
-    inches = ROW_INCHES * clips + HEADER_INCHES
-    figure = Figure(figsize=(10.5, inches), dpi=100, facecolor="white")
-    grid = figure.add_gridspec(
-        clips,
-        6,
-        width_ratios=[1] * 3 + [max(columns / rows, 0.5)] * 3,
-        left=0.01,
-        right=0.99,
-        bottom=0.02,
-        top=1 - HEADER_INCHES / inches,
-        wspace=0.04,
-        hspace=0.14,
-    )
-    for row in range(clips):
-        axes = [figure.add_subplot(grid[row, column]) for column in range(6)]
-        _draw_frames(axes[:3], [panel[row] for panel in images])
-        _draw_spectrograms(axes[3:], [panel[row] for panel in sounds])
-        if titles:
-            axes[0].text(0, 1.03, titles[row], transform=axes[0].transAxes, fontsize=8)
-    for column, name in enumerate(COLUMNS):
-        box = grid[0, column].get_position(figure)
-        figure.text((box.x0 + box.x1) / 2, 1 - 0.5 * HEADER_INCHES / inches, name, ha="center", fontsize=10)
-    return _render(figure)
+    rows = [list(clip) for clip in zip(*images, *sounds, strict=True)]
+    mels, frames = config.audio.size
+    widths = [1.0] * 3 + [max(frames / mels, 0.5)] * 3
+    return gallery(rows, COLUMNS, titles or [""] * len(rows), widths)
 
 
-def gallery(rows: list[list[np.ndarray]], columns: tuple[str, ...], titles: list[str]) -> np.ndarray:
-    """A plot with one row per clip, of frames uint8 [H, W, 3] or spectrograms [mels, frames] under `columns`.
+def gallery(
+    rows: list[list[np.ndarray]], columns: tuple[str, ...], titles: list[str], widths: Sequence[float] | None = None
+) -> np.ndarray:
+    """A plot with one row per clip.
 
-    Spectrograms of a row share the colour scale of its first one. Returns uint8 [height, width, 3].
+    Args:
+      rows: of each clip, frames [H, W, 3] (uint8, or floats in 0…1 with NaN where they are hidden) and spectrograms
+        [mels, frames], which share the colour scale of the row's first one.
+      columns: the names of a row's panels.
+      titles: a line of text above each row.
+      widths: of the panels, relative to one another; by default all are alike.
+
+    Returns:
+      uint8 [height, width, 3].
     """
     inches = ROW_INCHES * len(rows) + HEADER_INCHES
     figure = Figure(figsize=(1.75 * len(columns), inches), dpi=100, facecolor="white")
@@ -106,6 +96,7 @@ def gallery(rows: list[list[np.ndarray]], columns: tuple[str, ...], titles: list
         len(rows),
         len(columns),
         squeeze=False,
+        width_ratios=widths,
         gridspec_kw={
             "left": 0.01,
             "right": 0.99,
@@ -126,7 +117,7 @@ def gallery(rows: list[list[np.ndarray]], columns: tuple[str, ...], titles: list
         row[0].text(0, 1.03, title, transform=row[0].transAxes, fontsize=8)
     for top, name in zip(axes[0], columns, strict=True):
         box = top.get_position()
-        figure.text((box.x0 + box.x1) / 2, 1 - 0.4 * HEADER_INCHES / inches, name, ha="center", fontsize=10)
+        figure.text((box.x0 + box.x1) / 2, 1 - 0.5 * HEADER_INCHES / inches, name, ha="center", fontsize=10)
     return _render(figure)
 
 

@@ -9,6 +9,7 @@ open to follow the clip. No hops are, in the list after a dash and with the reas
 
 - "nested": functions inside a function, which are read with the one around them,
 - "expression": properties and functions of one expression, whose names say what they return,
+- "once": those whose result is kept for the life of the process (`functools.cache`),
 - "check": those that only compare settings with their rules (`check…`, `require`, all of models/config.py),
 - "layer": further methods of a layer (nnx.Module), whose class is one hop,
 - "devices": those that say where parameters and activations lie on a mesh (train/sharding.py and what calls it in
@@ -88,6 +89,8 @@ def why_no_hop(file: str, code: types.CodeType) -> str:
         return "devices"
     tree = ast.parse(pathlib.Path(ROOT, file).read_text())
     own = next(x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and spans(x, code))
+    if any("cache" in ast.unparse(decorator) for decorator in own.decorator_list):
+        return "once"
     body = own.body[1:] if ast.get_docstring(own) else own.body
     in_class = any(own in x.body for x in ast.walk(tree) if isinstance(x, ast.ClassDef))
     short = len(body) <= 1 and (not body or isinstance(body[0], ast.Return))

@@ -195,8 +195,8 @@ def resample(waveform: np.ndarray, own_rate: int, rate: int, first: int, count: 
 
 def _resampling_margin(own_rate: int, rate: int) -> int:
     """Samples around a window that the resampling filter sees: about 0.02 s, after which samples of both rates meet."""
-    step = own_rate // math.gcd(own_rate, rate)
-    return 0 if own_rate == rate else step * math.ceil(_RESAMPLING_MARGIN * own_rate / step)
+    common = math.gcd(own_rate, rate)
+    return 0 if own_rate == rate else own_rate // common * math.ceil(_RESAMPLING_MARGIN * common)
 
 
 def stft(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:

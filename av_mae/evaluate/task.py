@@ -25,7 +25,7 @@ from av_mae.models import kinds
 from av_mae.models.config import require
 from av_mae.models.kinds import Params
 from av_mae.train.optimizer import Length, Multipliers, encoder_multipliers
-from av_mae.train.sharding import gather_failures, gather_texts
+from av_mae.train.sharding import gather_failures, gather_values
 from av_mae.train.step import Batch, Objective, Rows
 
 # The one table of tasks: module in this package → class. The class names its configuration (`config_class`), its model
@@ -293,7 +293,7 @@ class Measured:
     def add(self, task: Task, arrays: Clip, host: dict[str, np.ndarray], drawn: Sequence[int]) -> None:
         """Scores a batch's rows; those in `drawn` are kept for plots. Every process must call this."""
         self.failures += gather_failures(batch_failures(host))
-        ids = gather_texts(list(host["id"]))
+        ids = gather_values(list(host["id"]))
         for row in np.flatnonzero(arrays["valid"]):
             clip = {name: x[row] for name, x in arrays.items()}
             group = int(self.plan.group[clip["index"]])

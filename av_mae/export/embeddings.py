@@ -31,7 +31,7 @@ from av_mae.export.inputs import Input, Shape, open_input
 from av_mae.loading import LoadedModel, forward
 from av_mae.models.kinds import flat_values
 from av_mae.train.loop import Prefetch
-from av_mae.train.sharding import batch_sharding, gather_texts, make_mesh, replicated, row_shards
+from av_mae.train.sharding import batch_sharding, gather_values, make_mesh, replicated, row_shards
 
 Batch = dict[str, np.ndarray]
 
@@ -344,7 +344,7 @@ class Background:
 def finish(output: pathlib.Path, own: list[pathlib.Path], total: int, rates: dict[str, float]) -> dict[str, Any]:
     """Puts the processes' failures together, writes their table and the result; see export_embeddings."""
     read = [tables.read_failures(path) for path in own]
-    parts = [json.loads(text) for text in gather_texts([json.dumps([read, rates])])]
+    parts = gather_values([[read, rates]])
     found = [shard for shards, _ in parts for shard in shards]
     failures = sorted(tables.Failed(*failure) for _, failed in found for failure in failed)
     result = {

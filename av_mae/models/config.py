@@ -122,7 +122,7 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.loss_weight < math.inf, f"loss_weight={self.loss_weight} must be positive and finite")
-        require_bounds(self)
+        require_bounds(self, least={"depth": 1})
         require(
             len(self.size) == 2 and len(self.patch_size) == 2,
             f"size={self.size} must be (rows, columns), and patch={self.patch} an int or (rows, columns)",
@@ -137,7 +137,6 @@ class StreamConfig:
             rows % patch_rows == 0 and columns % patch_columns == 0, f"patch={self.patch} must divide size={self.size}"
         )
         require_widths(self.width, self.heads, self.mlp_ratio)
-        require(self.depth > 0, f"depth={self.depth} must be at least 1")
         require(self.tokens <= MOST_TOKENS, f"size={self.size} in patches of {self.patch} is more than {MOST_TOKENS:,}")
         parameters = int((4 + 2 * self.mlp_ratio) * self.width**2) * self.depth + self.patch_values * self.width
         require(
@@ -198,7 +197,7 @@ class FusionConfig:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        require_bounds(self)
+        require_bounds(self, "fusion ", {"heads": 1})
         require(self.kind in FUSION_KINDS, f"fusion kind={self.kind!r} must be one of {', '.join(FUSION_KINDS)}")
         require(
             self.pair_attention in PAIR_ATTENTIONS,
@@ -228,7 +227,6 @@ class FusionConfig:
             self.attention_ratio > 0 and self.mlp_ratio > 0,
             f"attention_ratio={self.attention_ratio} and mlp_ratio={self.mlp_ratio} must be positive",
         )
-        require(self.heads > 0, f"fusion heads={self.heads} must be at least 1")
         require(self.width is None or self.width > 0, f"fusion width={self.width} must be positive, or None")
 
     def inner_width(self, width: int) -> int:
@@ -248,10 +246,9 @@ class DecoderConfig:
     window: tuple[int, int] = (4, 4)
 
     def __post_init__(self) -> None:
-        require_bounds(self)
+        require_bounds(self, "decoder ", {"depth": 1})
         require(self.kind in DECODER_KINDS, f"decoder kind={self.kind!r} must be one of {', '.join(DECODER_KINDS)}")
         require_widths(self.width, self.heads, self.mlp_ratio, "decoder ")
-        require(self.depth > 0, f"decoder depth={self.depth} must be at least 1")
         require(
             len(self.window) == 2 and min(self.window) > 0,
             f"decoder window={self.window} must be (rows, columns), both positive",

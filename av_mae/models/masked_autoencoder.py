@@ -145,13 +145,6 @@ class SwinBlock(nnx.Module):
         return jnp.pad(bias, [(0, 0), (0, 0), (fusions, 0), (fusions, 0)])
 
 
-def complement(keep: Int[Array, "B K"], tokens: int) -> Int[Array, "B M"]:
-    """Indices in 0 … tokens - 1, ascending, that are not in `keep`."""
-    rows = jnp.arange(keep.shape[0])[:, None]
-    removed = jnp.ones((keep.shape[0], tokens), jnp.int32).at[rows, keep].set(0)
-    return jnp.argsort(-removed, axis=1, stable=True)[:, : tokens - keep.shape[1]].astype(jnp.int32)
-
-
 class Decoder(nnx.Module):
     """Predicts the patches of one stream from its visible tokens and the fusion tokens.
 
@@ -206,7 +199,10 @@ class Decoder(nnx.Module):
         fusion = (self.fusion_embed or self.embed)(fusion) if fusion.shape[1] else visible[:, :0]
         if keep is None:
             keep = jnp.broadcast_to(jnp.arange(self.tokens, dtype=jnp.int32), visible.shape[:2])
-        masked = complement(keep, self.tokens) if removed is None else removed
+        masked = removed
+        if masked is None:  # all indices that are not in `keep`, ascending
+            hides = jnp.ones((len(keep), self.tokens), jnp.int32).at[jnp.arange(len(keep))[:, None], keep].set(0)
+            masked = jnp.argsort(-hides, axis=1, stable=True)[:, : self.tokens - keep.shape[1]].astype(jnp.int32)
         positions = self.positions[...][0]
         visible = visible + positions[keep]
         hidden = self.mask_token[...] + positions[masked]

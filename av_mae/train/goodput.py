@@ -22,7 +22,7 @@ from av_mae.checkpoint import TrainState
 from av_mae.console import format_duration
 from av_mae.errors import RESTART
 from av_mae.train.loop import Hook, Moment, Prefetch
-from av_mae.train.sharding import gather_texts
+from av_mae.train.sharding import gather_values
 from av_mae.train.step import Batch, Metrics
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -45,7 +45,7 @@ def open_record(workdir: pathlib.Path) -> dict[str, Any]:
         except (OSError, ValueError):
             record = {"id": secrets.token_hex(8), "attempts": 0, "seconds": dict.fromkeys(KINDS, 0.0)}
             write_record(workdir, record)
-    first: dict[str, Any] = json.loads(gather_texts([json.dumps(record)])[0])
+    first: dict[str, Any] = gather_values([record])[0]
     return first
 
 
@@ -189,7 +189,7 @@ class Stragglers(Hook):
         now, (then, waited) = time.monotonic(), self._last
         self._last = now, self.prefetch.wait_seconds
         ours = [socket.gethostname(), self.prefetch.wait_seconds - waited, now - then]
-        message = slowest([json.loads(text) for text in gather_texts([json.dumps(ours)])])
+        message = slowest(gather_values([ours]))
         if message:
             self.say(f"warning: step {moment.step}: {message}")
 

@@ -248,10 +248,8 @@ class CheckpointHook(Hook):
         self.local = local
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
-        return finished or stopped or step % self.config.checkpoint_every == 0 or self._local_due(step)
-
-    def _local_due(self, step: int) -> bool:
-        return self.local is not None and step % self.config.checkpoint_local_every == 0
+        local = self.local is not None and step % self.config.checkpoint_local_every == 0
+        return finished or stopped or step % self.config.checkpoint_every == 0 or local
 
     def after_step(self, moment: Moment) -> None:
         step, position = moment.step, self.begin + (moment.step - self.first) * self.config.batch_size

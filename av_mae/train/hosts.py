@@ -28,7 +28,7 @@ from av_mae import recipes
 from av_mae.checkpoint import first_difference
 from av_mae.console import note
 from av_mae.errors import RESTART, UserError, WorkerKilled
-from av_mae.train.sharding import gather_texts
+from av_mae.train.sharding import gather_values
 from av_mae.workdir import held
 
 USER_ERROR = 2
@@ -318,7 +318,7 @@ def held_by_run(folder: str | os.PathLike[str]) -> Iterator[None]:
                 stack.enter_context(held(folder))
             except UserError as error:
                 refused = str(error)
-        if message := gather_texts([refused])[0]:
+        if message := gather_values([refused])[0]:
             raise UserError(message)
         yield
 
@@ -369,16 +369,13 @@ def check_processes(config: Any, workdir: pathlib.Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    ours = json.dumps(identity(config, workdir))
+    ours = identity(config, workdir)
+    digest = hashlib.sha256(json.dumps(ours).encode()).hexdigest()
     multihost_utils.sync_global_devices("clocks")
     clock = time.time()
-    seen = [
-        json.loads(text)
-        for text in gather_texts([json.dumps([socket.gethostname(), clock, hashlib.sha256(ours.encode()).hexdigest()])])
-    ]
-    hosts, clocks, hashes = zip(*seen)
-    if len(set(hashes)) > 1:
-        check_alike(hosts, [json.loads(text) for text in gather_texts([ours])])
+    hosts, clocks, digests = zip(*gather_values([(socket.gethostname(), clock, digest)]))
+    if len(set(digests)) > 1:
+        check_alike(hosts, gather_values([ours]))
     warning = clock_warning(hosts, clocks)
     if warning:
         note(warning)

@@ -22,7 +22,7 @@ from av_mae import recipes
 from av_mae.checkpoint import Restored, TrainState, check_same_run, flat_optimizer, unflat_state
 from av_mae.config import TrainConfig
 from av_mae.console import first_line, note
-from av_mae.train.sharding import gather_texts
+from av_mae.train.sharding import gather_values
 
 KEPT = 2
 
@@ -107,19 +107,15 @@ class LocalCheckpoints:
           UserError: it is of another model or seed.
         """
         steps = {step for step in self.steps() if step > after}
-        for step in sorted(steps.intersection(*self._told(sorted(steps))), reverse=True):
+        for step in sorted(steps.intersection(*gather_values([sorted(steps)])), reverse=True):
             found = self._read(step, abstract)
-            if all(self._told(found is not None)) and found is not None:
+            if all(gather_values([found is not None])) and found is not None:
                 check_same_run(found.meta["config"], config)
                 self._drop(step)
                 return found
             self.say(f"warning: local checkpoint {step} is damaged, or of another mesh; going back to the one before")
         self._drop(after)
         return None
-
-    def _told(self, ours: Any) -> list[Any]:
-        """What each process says."""
-        return [json.loads(text) for text in gather_texts([json.dumps(ours)])]
 
     def _drop(self, newest: int) -> None:
         for step in self.steps():

@@ -35,11 +35,6 @@ def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> 
     }
 
 
-def host_fields(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What of a host batch stays on the host."""
-    return {name: x for name, x in batch.items() if x.dtype == object}
-
-
 class Prefetch:
     """Iterates over (host fields, device batch), `prefetch` batches ahead of the caller.
 
@@ -99,7 +94,8 @@ class Prefetch:
             for batch in self._batches:
                 if self._stopped.is_set():
                     return
-                self._ready.put((host_fields(batch), to_global(batch, self._sharding)))
+                host = {name: x for name, x in batch.items() if x.dtype == object}
+                self._ready.put((host, to_global(batch, self._sharding)))
                 if self._stopped.is_set():
                     return
             self._ready.put(_END)

@@ -166,21 +166,21 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def gather_texts(texts: Sequence[str]) -> list[str]:
-    """The texts of all processes, those of the first process first; every process must call this."""
+def gather_values(values: Sequence[Any]) -> list[Any]:
+    """Values that JSON can hold, of all processes, the first process first; every process must call this."""
     if jax.process_count() == 1:
-        return list(texts)
-    own = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
+        return list(values)
+    own = np.frombuffer(json.dumps(list(values)).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(own)))
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: len(own)] = own
     parts = multihost_utils.process_allgather(padded)
-    return [text for part, size in zip(parts, sizes, strict=True) for text in json.loads(part[: int(size)].tobytes())]
+    return [value for part, size in zip(parts, sizes, strict=True) for value in json.loads(part[: int(size)].tobytes())]
 
 
 def gather_failures(failures: Sequence[ClipFailure]) -> list[ClipFailure]:
     """The failed clips of all processes, those of the first process first; every process must call this."""
-    return [ClipFailure(**json.loads(text)) for text in gather_texts([json.dumps(x.to_json()) for x in failures])]
+    return [ClipFailure(**fields) for fields in gather_values([failure.to_json() for failure in failures])]
 
 
 # What the names of dimensions (models/layers.py) mean on a mesh: the one place that says it. Names that are not here

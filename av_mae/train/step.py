@@ -176,8 +176,6 @@ def split_rows(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
 
 def accumulate(gradient: Callable[[Params, Batch], Any], params: Params, rows: Batch, parts: int, mesh: Mesh) -> Any:
     """Sums of `gradient(params, rows)` over `parts` parts of the rows, one after the other."""
-    if parts == 1:
-        return gradient(params, rows)
     shapes = jax.eval_shape(gradient, params, rows)
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -322,9 +320,9 @@ class TrainStep:
         loss: Callable[..., Any] = functools.partial(self.weighted_loss, state.statistics, frozen)
         if self.keep:
             loss = jax.checkpoint(loss, policy=self.keep)
-        (loss, (metrics, statistics)), gradients = accumulate(
-            jax.value_and_grad(loss, has_aux=True), trained, rows, parts, self.mesh
-        )
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        sums = gradient(trained, rows) if parts == 1 else accumulate(gradient, trained, rows, parts, self.mesh)
+        (loss, (metrics, statistics)), gradients = sums
         metrics = {
             "loss": loss,
             **metrics,
