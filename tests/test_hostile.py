@@ -10,7 +10,7 @@ import pytest
 from test_search import made_index
 from tiny_export import write_checkpoint
 
-from av_mae import loading, registry, search
+from av_mae import loading, search
 from av_mae.errors import UserError
 
 
@@ -69,9 +69,9 @@ def test_nothing_that_an_index_names_is_run(kind, canary, tmp_path):
 @pytest.mark.parametrize("kind", hostile_runs.REGISTRIES)
 def test_nothing_that_a_registry_names_is_run(kind, canary, tmp_path, monkeypatch, capsys):
     (tmp_path / "models.toml").write_text(hostile_runs.REGISTRIES[kind])
-    monkeypatch.setenv(registry.VARIABLE, os.fspath(tmp_path / "models.toml"))
+    monkeypatch.setenv(loading.VARIABLE, os.fspath(tmp_path / "models.toml"))
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(SystemExit):
-        search.run_command(lambda argv: registry.resolve("x"))
+        search.run_command(lambda argv: loading.resolve("x"))
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.removesuffix("\n").isprintable()
