@@ -259,8 +259,10 @@ class Media:
                         own = following
                     elif own < shown - (GAP if kind == "sound" else SHORTFALL):  # B frames of AVI fall a little
                         raise ValueError(f"the times fall from {shown:.2f} to {own:.2f} s")
-                    elif own < following - SHORT and kind == "sound":
+                    elif kind == "sound" and own < following - SHORT:
                         self.damages[kind] = f"at {own:.2f} s a block begins {following - own:.2f} s too early"
+                    elif self._format != "avi" and own < shown - GAP:
+                        self.damages[kind] = f"the times fall from {shown:.2f} to {own:.2f} s"
                     shown = max(shown, own)
                     yield shown, frame
                     if isinstance(frame, av.AudioFrame):
