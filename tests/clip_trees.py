@@ -18,7 +18,7 @@ FPS, RATE = 5, 16000
 
 def clip(number: int, seconds: float = 2.0, **options) -> bytes:
     """An mp4 whose frames show number, number + 1, … and whose sound is that of `made_media.hum` from `number` s on."""
-    frames = [made_media.numbered_frame(number + place) for place in range(round(seconds * FPS))]
+    frames = [made_media.numbered_frame(number + position) for position in range(round(seconds * FPS))]
     sound = made_media.hum(number + np.arange(round(seconds * RATE)) / RATE)
     return made_media.encoded(frames, sound, fps=FPS, rate=RATE, **options)
 

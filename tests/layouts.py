@@ -19,15 +19,15 @@ def picture(pixels: np.ndarray, format: str) -> bytes:
     return file.getvalue()
 
 
-def real(shared: pathlib.Path, place: int) -> tuple[bytes, str]:
+def real(shared: pathlib.Path, position: int) -> tuple[bytes, str]:
     """A robust clip and its ending."""
-    name = CLIPS[place]
+    name = CLIPS[position]
     return (shared / "media" / "robust" / name).read_bytes(), name.rpartition(".")[2]
 
 
 def _clips(shared: pathlib.Path, folder: pathlib.Path, names: list[str]) -> pathlib.Path:
-    for place, name in enumerate(names):
-        content, ending = real(shared, place)
+    for position, name in enumerate(names):
+        content, ending = real(shared, position)
         clip_trees.put(folder, {f"{name}.{ending}": content})
     return folder
 
@@ -103,10 +103,10 @@ def music(shared, folder):
     )
 
 
-def mask_colours(place: int) -> np.ndarray:
+def mask_colours(position: int) -> np.ndarray:
     """A mask of 20 × 30 pixels: the class `place` in a rectangle, black elsewhere."""
     colours = np.zeros((20, 30, 3), np.uint8)
-    colours[5:10, 10:20] = palette()[place]
+    colours[5:10, 10:20] = palette()[position]
     return colours
 
 
@@ -180,8 +180,8 @@ def flickr_soundnet(shared, folder):
 
 
 def grid(shared, folder):
-    for place, path in enumerate(sorted((shared / "media" / "grid_samples").glob("*.mpg"))[:3]):
-        clip_trees.put(folder, {f"s{1 + 2 * place}/video/{path.name}": path.read_bytes()})
+    for position, path in enumerate(sorted((shared / "media" / "grid_samples").glob("*.mpg"))[:3]):
+        clip_trees.put(folder, {f"s{1 + 2 * position}/video/{path.name}": path.read_bytes()})
     return clip_trees.put(folder, {"s1/video/hello.mpg": b"x", "s1/align/brbk7n.align": "0 1 sil\n"})
 
 

@@ -36,8 +36,8 @@ def bilinear_double(x):
     for axis in (1, 2):
         size, parts = x.shape[axis], []
         for p in range(2 * size):
-            place = min(max((p + 0.5) / 2 - 0.5, 0), size - 1)
-            low, share = math.floor(place), place - math.floor(place)
+            position = min(max((p + 0.5) / 2 - 0.5, 0), size - 1)
+            low, share = math.floor(position), position - math.floor(position)
             high = min(low + 1, size - 1)
             parts.append((1 - share) * x.take(low, axis) + share * x.take(high, axis))
         x = np.stack(parts, axis)

@@ -150,15 +150,15 @@ class NumPyModel:
         places differ by less than the window see one another.
         """
         heads = self.config.decoder.heads
-        places = list(np.ndindex(*grid))
-        cell = [tuple((p - s) % g // w for p, s, g, w in zip(place, shift, grid, window)) for place in places]
+        positions = list(np.ndindex(*grid))
+        cell = [tuple((p - s) % g // w for p, s, g, w in zip(position, shift, grid, window)) for position in positions]
         out, fusions = np.zeros_like(x), []
         for one in sorted(set(cell)):
-            members = [n for n in range(len(places)) if cell[n] == one]
+            members = [n for n in range(len(positions)) if cell[n] == one]
             bias = np.zeros((heads, len(fusion) + len(members), len(fusion) + len(members)))
             for i, n in enumerate(members):
                 for j, m in enumerate(members):
-                    dy, dx = places[n][0] - places[m][0], places[n][1] - places[m][1]
+                    dy, dx = positions[n][0] - positions[m][0], positions[n][1] - positions[m][1]
                     near = abs(dy) < window[0] and abs(dx) < window[1]
                     index = (dy + window[0] - 1) * (2 * window[1] - 1) + dx + window[1] - 1
                     bias[:, len(fusion) + i, len(fusion) + j] = (

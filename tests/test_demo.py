@@ -63,8 +63,8 @@ def test_results(demo):
 
 def test_pictures(demo):
     for name in ("reconstruction_toy_band", "reconstruction_spoken_digits", "curves"):
-        picture = np.asarray(Image.open(demo / "evaluation" / "images" / f"{name}.png"))
-        assert picture.ndim == 3 and picture.std() > 10
+        plot = np.asarray(Image.open(demo / "evaluation" / "images" / f"{name}.png"))
+        assert plot.ndim == 3 and plot.std() > 10
     assert (demo / "images" / "step_00000002.png").is_file()
 
 

@@ -7,8 +7,7 @@ import sys
 import hostile_runs
 import numpy as np
 import pytest
-from test_search import made_index
-from tiny_export import write_checkpoint
+from tiny_export import made_index, write_checkpoint
 
 from av_mae import loading, search
 from av_mae.errors import UserError

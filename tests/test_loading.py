@@ -32,10 +32,10 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("place,step", [("", 5), ("checkpoints", 5), ("checkpoints/2", 2)])
-def test_load_from_every_place(run, place, step, caplog):
+def test_load_from_every_place(run, folder, step, caplog):
     workdir, params = run
     caplog.set_level(logging.WARNING, "absl")
-    model = av_mae.load(workdir / place if place else str(workdir))
+    model = av_mae.load(workdir / folder if folder else str(workdir))
     assert not caplog.records  # of Orbax
     assert isinstance(model, models.AVMAE) and model.config == MODEL and model.sound.mels == 32
     found = flat_values(model)

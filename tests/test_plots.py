@@ -1,4 +1,4 @@
-"""Pictures: the right values in the right patches, colours and places, as a person would read them."""
+"""Plots: the right values in the right patches, colours and positions, as a person would read them."""
 
 import types
 
@@ -77,7 +77,7 @@ def test_normalized_targets_are_undone():
 
 
 @pytest.fixture(scope="module")
-def picture():
+def plot():
     """One red clip whose hidden half is rebuilt in blue; its sound is loud in the lowest half of the mels."""
     image = np.zeros((1, 8, 16, 3), np.uint8)
     image[..., 0] = 255
@@ -93,14 +93,14 @@ def picture():
     return plots.reconstructions(image, sound, out, _config(), titles=["clip 7"])
 
 
-def _share(picture, colour):
-    return np.all(picture == colour, axis=-1)
+def _share(plot, colour):
+    return np.all(plot == colour, axis=-1)
 
 
-def test_columns_of_frames(picture):
-    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
-    red, blue, grey = (_share(picture, colour) for colour in ((255, 0, 0), (0, 0, 255), (128, 128, 128)))
-    grey |= _share(picture, (127, 127, 127))
+def test_columns_of_frames(plot):
+    assert plot.dtype == np.uint8 and plot.ndim == 3 and plot.shape[2] == 3
+    red, blue, grey = (_share(plot, colour) for colour in ((255, 0, 0), (0, 0, 255), (128, 128, 128)))
+    grey |= _share(plot, (127, 127, 127))
     red, blue, grey = (np.where(colour.sum(0, keepdims=True) > 20, colour, False) for colour in (red, blue, grey))
     columns = [np.nonzero(colour)[1] for colour in (red, grey, blue)]
     assert red.sum() > 1.8 * blue.sum() > 0 and grey.sum() > 0
@@ -108,8 +108,8 @@ def test_columns_of_frames(picture):
     assert np.nonzero(blue)[0].mean() < np.nonzero(red)[0].mean()  # the upper patches were hidden
 
 
-def test_low_frequencies_are_at_the_bottom(picture):
-    right = picture[:, picture.shape[1] * 3 // 5 :].astype(int).sum(-1)
+def test_low_frequencies_are_at_the_bottom(plot):
+    right = plot[:, plot.shape[1] * 3 // 5 :].astype(int).sum(-1)
     dark, bright = (right == np.array(colour).sum() for colour in ((0, 0, 3), (251, 252, 191)))
     assert dark.any() and bright.any()
     assert np.nonzero(bright)[0].mean() > np.nonzero(dark)[0].mean()
@@ -120,17 +120,17 @@ def test_curves_and_a_half_written_line(tmp_path):
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0, "learning_rate": 0.1}\n{"step": 3, "lo')
     metrics = plots.read_metrics(path)
     assert metrics == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "learning_rate": 0.1}]
-    picture = plots.curves(metrics)
-    line = _share(picture, (31, 119, 180))
+    plot = plots.curves(metrics)
+    line = _share(plot, (31, 119, 180))
     height, width = line.shape
     assert line[: height // 2, : width // 3].sum() > 20
     assert not line[: height // 2, width // 3 :].any()
 
 
 def test_png_round_trip(tmp_path):
-    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    plots.save_png(tmp_path / "images" / "step_00000001.png", picture)
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / "step_00000001.png")), picture)
+    plot = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    plots.save_png(tmp_path / "images" / "step_00000001.png", plot)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / "step_00000001.png")), plot)
 
 
 def test_principal_components_are_those_of_scikit_learn():
@@ -144,11 +144,11 @@ def test_principal_components_are_those_of_scikit_learn():
 def test_embedding_map_has_a_colour_for_each_class():
     random = np.random.default_rng(1)
     labels = np.array([0, 2, 2, 5, 0, 5])
-    picture = plots.embedding_map(
+    plot = plots.embedding_map(
         {"image": random.normal(size=(6, 8)), "audio": random.normal(size=(6, 3))}, labels, list("abcdef")
     )
-    assert picture.dtype == np.uint8 and picture.shape == (400, 920, 3)
-    colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
+    assert plot.dtype == np.uint8 and plot.shape == (400, 920, 3)
+    colours = {tuple(colour) for colour in plot.reshape(-1, 3)}
     expected = [tuple(np.round(np.multiply(plots.MAP_COLOURS(number)[:3], 255)).astype(int)) for number in range(6)]
     assert [colour in colours for colour in expected] == [True, False, True, False, False, True]
 

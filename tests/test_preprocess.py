@@ -126,12 +126,12 @@ def test_random_damage_costs_a_message_at_most(shared, tmp_path, name, capfd):
     path, near = tmp_path / name, min(3000, len(whole) // 2)
     for kind in range(12):
         damaged = bytearray(whole[: generator.integers(len(whole))] if kind % 4 == 0 else whole)
-        places = {1: generator.integers(len(whole), size=20), 2: generator.integers(-near, near, 30)}.get(kind % 4, [])
-        for place in places:
-            damaged[place] = generator.integers(256)
+        indices = {1: generator.integers(len(whole), size=20), 2: generator.integers(-near, near, 30)}.get(kind % 4, [])
+        for index in indices:
+            damaged[index] = generator.integers(256)
         if kind % 4 == 3:
-            place = generator.integers(len(whole))
-            damaged[place : place + 3000] = generator.bytes(len(damaged[place : place + 3000]))
+            start = generator.integers(len(whole))
+            damaged[start : start + 3000] = generator.bytes(len(damaged[start : start + 3000]))
         path.write_bytes(damaged)
         try:
             check(preprocess.load(path, missing="zeros", time_limit=10))

@@ -112,9 +112,9 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     )
     typed_commands.run("python -m av_mae.prepare --dataset=toy_band --output=runs/demo/data/toy_band")
     for number, clip in enumerate(sorted(pathlib.Path("runs/demo/data/toy_band/clips/test").glob("*.mp4")), 1):
-        place = pathlib.Path("videos", "train" if number < 6 else "test", ("cat", "dog")[number % 2], f"{number}.mp4")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(clip, place)
+        target = pathlib.Path("videos", "train" if number < 6 else "test", ("cat", "dog")[number % 2], f"{number}.mp4")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, target)
     rows = recipes.load_recipe("configs/compare.py:demo", [], evaluate.kind_of).rows
     trained = {row.command for row in rows if row.command.startswith("python")}
     for command in ["python -m av_mae.train --config=configs/demo.py --workdir=runs/demo", *sorted(trained)]:

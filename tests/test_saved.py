@@ -97,9 +97,9 @@ def test_an_evaluation_goes_on_from_its_checkpoint(tmp_path):
     recipe.write_text(saved.RECIPE.format(path=str(folder / "classification" / "config.json")))
     saved.run(folder, "evaluate", f"--config={recipe}", "--workdir=classification")
     found = json.loads(results.read_text())
-    figures = {name: figure for name, figure in wanted.items() if isinstance(figure, dict) and "value" in figure}
-    assert len(figures) > 10
-    for name, figure in figures.items():
+    metrics = {name: metric for name, metric in wanted.items() if isinstance(metric, dict) and "value" in metric}
+    assert len(metrics) > 10
+    for name, metric in metrics.items():
         for key in ("value", "low", "high"):
-            assert found[name][key] == pytest.approx(figure[key], abs=1e-6), name
+            assert found[name][key] == pytest.approx(metric[key], abs=1e-6), name
     assert [line["step"] for line in saved.read_metrics(folder / "classification")] == [1, 2, 3, 4]

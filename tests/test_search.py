@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
-from tiny_export import export, write_checkpoint, write_media, write_set
+from tiny_export import export, made_index, write_checkpoint, write_media, write_set
 
 from av_mae import search
 from av_mae.errors import UserError
@@ -32,22 +32,6 @@ def exported(tmp_path_factory):
     checkpoint, media = write_checkpoint(folder / "run"), write_media(folder / "media", NAMES)
     export(checkpoint, media, folder / "index", shard_clips=3)
     return folder / "index", checkpoint, media
-
-
-def made_index(folder, vectors: np.ndarray, shard_clips: int, dtype: str = "float32") -> search.Index:
-    """An index of given vectors."""
-    settings = {"clips": len(vectors), "shard_clips": shard_clips, "classes": [], "model": "m"}
-    layout = tables.Layout(settings, None, False, {"audio": (vectors.shape[1],)}, dtype)
-    tables.begin_output(folder, settings, {"checkpoint": "", "data": ""})
-    shards = -(-len(vectors) // shard_clips)
-    for shard in range(shards):
-        writer = tables.ShardWriter(tables.shard_path(folder, shard, shards), layout)
-        places = range(shard * shard_clips, min(len(vectors), (shard + 1) * shard_clips))
-        rows = np.empty(len(places), object)
-        rows[:] = [tables.Row(place, f"clip{place}", "", 0.0, None) for place in places]
-        writer.add(rows, {"audio": vectors[list(places)]})
-        writer.close()
-    return search.Index(folder)
 
 
 @pytest.mark.parametrize("shard_clips,block,dtype", [(11, 4, "float32"), (100, 1000, "float32"), (7, 3, "float16")])
@@ -100,7 +84,7 @@ def test_vectors_for_faiss(tmp_path):
     raw = np.fromfile(tmp_path / "v.fvecs", np.int32).reshape(-1, 5)
     assert (raw[:, 0] == 4).all()
     np.testing.assert_allclose(raw[:, 1:].view(np.float32), wanted, rtol=1e-6)
-    assert (tmp_path / "v.npy.ids.txt").read_text().split() == [f"clip{place}" for place in range(9)]
+    assert (tmp_path / "v.npy.ids.txt").read_text().split() == [f"clip{position}" for position in range(9)]
     with pytest.raises(UserError, match="--faiss=.*v.bin must end in .npy or .fvecs"):
         found.write_vectors(tmp_path / "v.bin", "audio")
 
@@ -120,8 +104,8 @@ def test_a_clip_finds_itself_first(exported, modality, tmp_path, capsys):
         )
         said = capsys.readouterr().out.splitlines()
         assert len(said) == 4 and said[0].split()[:3] == ["1", "1.0000", name]
-    picture = np.asarray(Image.open(tmp_path / "hits.png"))
-    assert picture.shape[0] > picture.shape[1] and picture.std() > 10
+    plot = np.asarray(Image.open(tmp_path / "hits.png"))
+    assert plot.shape[0] > plot.shape[1] and plot.std() > 10
 
 
 def test_hits_of_a_prepared_set_have_class_names(exported, tmp_path, capsys):

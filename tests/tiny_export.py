@@ -8,7 +8,7 @@ import made_media
 import numpy as np
 from tiny_training import MODEL, first_state, make_step, recipe
 
-from av_mae import loading
+from av_mae import loading, search
 from av_mae.checkpoint import Checkpoints
 from av_mae.config import DataConfig, SoundConfig
 from av_mae.data.pipeline import open_evaluation_data
@@ -92,3 +92,19 @@ def _value(x):
     if isinstance(x, np.ndarray):
         return np.stack(x) if x.dtype == object else x
     return None if x != x else x
+
+
+def made_index(folder, vectors: np.ndarray, shard_clips: int, dtype: str = "float32") -> search.Index:
+    """An index of given vectors."""
+    settings = {"clips": len(vectors), "shard_clips": shard_clips, "classes": [], "model": "m"}
+    layout = tables.Layout(settings, None, False, {"audio": (vectors.shape[1],)}, dtype)
+    tables.begin_output(folder, settings, {"checkpoint": "", "data": ""})
+    shards = -(-len(vectors) // shard_clips)
+    for shard in range(shards):
+        writer = tables.ShardWriter(tables.shard_path(folder, shard, shards), layout)
+        positions = range(shard * shard_clips, min(len(vectors), (shard + 1) * shard_clips))
+        rows = np.empty(len(positions), object)
+        rows[:] = [tables.Row(position, f"clip{position}", "", 0.0, None) for position in positions]
+        writer.add(rows, {"audio": vectors[list(positions)]})
+        writer.close()
+    return search.Index(folder)

@@ -62,9 +62,9 @@ def write_sharded(folder, **change):
     arrays = {name: np.full(3, number, np.float32) for number, name in enumerate(("a", "b", "c"))}
     save_file({"model.a": arrays["a"], "model.b": arrays["b"]}, folder / "1.safetensors")
     save_file({"model.c": arrays["c"]}, folder / "2.safetensors")
-    places = {"model.a": "1.safetensors", "model.b": "1.safetensors", "model.c": "2.safetensors"} | change
+    files = {"model.a": "1.safetensors", "model.b": "1.safetensors", "model.c": "2.safetensors"} | change
     path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps({"metadata": {}, "weight_map": {name: x for name, x in places.items() if x}}))
+    path.write_text(json.dumps({"metadata": {}, "weight_map": {name: x for name, x in files.items() if x}}))
     return path
 
 

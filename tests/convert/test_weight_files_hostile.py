@@ -84,8 +84,8 @@ def test_the_good_files_behind_them_are_read(tmp_path):
         ("cut_7_good.safetensors", "the tensors take 16 bytes", "the file has 4"),
     ],
 )
-def test_refusals_name_place_and_cause(hostile, name, place, cause):
-    assert place in hostile[name]["error"] and cause in hostile[name]["error"]
+def test_refusals_name_place_and_cause(hostile, name, where, cause):
+    assert where in hostile[name]["error"] and cause in hostile[name]["error"]
 
 
 def test_verdicts_of_pytorch_are_about_these_very_files():

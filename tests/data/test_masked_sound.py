@@ -47,10 +47,10 @@ def test_inverse_is_the_least_squares_waveform():
     samples, sound = 96, SoundConfig(rate=8000, n_fft=32, hop=12, mels=3)
     frames = generator.normal(size=(32, 9))
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(32) / 32)
-    place = np.zeros((9, 32, samples + 32))  # windowed frame number t of a padded waveform, as a matrix
+    matrix = np.zeros((9, 32, samples + 32))  # windowed frame number t of a padded waveform, as a matrix
     for number in range(9):
-        place[number, np.arange(32), 12 * number + np.arange(32)] = window
-    best = np.linalg.lstsq(place.reshape(288, -1), frames.T.reshape(-1), rcond=None)[0]
+        matrix[number, np.arange(32), 12 * number + np.arange(32)] = window
+    best = np.linalg.lstsq(matrix.reshape(288, -1), frames.T.reshape(-1), rcond=None)[0]
     waveform = audio.inverse_stft(np.fft.rfft(frames, axis=0), sound, samples)
     np.testing.assert_allclose(waveform, best[16 : 16 + samples], atol=1e-5)
 

@@ -73,8 +73,8 @@ def test_short_sound_is_extended_by_its_reversal():
 def test_window_is_placed_and_its_middle_known():
     waveform = np.linspace(-0.5, 0.5, 1000, dtype=np.float32)
     encoded = fake_clips.flac(waveform, 1000)
-    for place, first in ((0.0, 0), (0.5, 350), (1.0, 700)):
-        window, start, middle = audio.read_window(encoded, 1000, 300, place)
+    for position, first in ((0.0, 0), (0.5, 350), (1.0, 700)):
+        window, start, middle = audio.read_window(encoded, 1000, 300, position)
         np.testing.assert_allclose(window, waveform[first : first + 300], atol=2e-5)
         assert (start, middle) == (first / 1000, first / 1000 + 0.15)
     window, start, middle = audio.read_window(encoded, 1000, 2500, 0.7)
@@ -84,15 +84,15 @@ def test_window_is_placed_and_its_middle_known():
 
 @pytest.mark.parametrize("own_rate", [44100, 8000])
 @pytest.mark.parametrize("place", [0.0, 0.37, 1.0])
-def test_resampled_stereo_window_is_the_same_sine(own_rate, place):
+def test_resampled_stereo_window_is_the_same_sine(own_rate, position):
     time = np.arange(2 * own_rate) / own_rate
     left, right = 0.4 * np.sin(2 * np.pi * 440 * time), 0.2 * np.sin(2 * np.pi * 440 * time)
     file = io.BytesIO()
     soundfile.write(file, np.stack([left, right], axis=1), own_rate, format="FLAC")
-    window, start, _ = audio.read_window(file.getvalue(), 16000, 16000, place)
+    window, start, _ = audio.read_window(file.getvalue(), 16000, 16000, position)
     expected = 0.3 * np.sin(2 * np.pi * 440 * (start + np.arange(16000) / 16000))
     assert window.shape == (16000,) and window.dtype == np.float32
-    inner = slice(400 if place == 0 else 0, -400 if place == 1 else None)  # the sound's own ends ring
+    inner = slice(400 if position == 0 else 0, -400 if position == 1 else None)  # the sound's own ends ring
     np.testing.assert_allclose(window[inner], expected[inner], atol=2e-3)
 
 

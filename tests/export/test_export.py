@@ -65,7 +65,7 @@ def test_embeddings_are_those_of_encode(checkpoint, clips, exported):
         assert found[stream].dtype == np.float32 and found[stream].shape == (CLIPS - 1, 32)
         np.testing.assert_allclose(found[stream], wanted[stream], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(found["id"], wanted["id"])
-    np.testing.assert_array_equal(found["place"], [place for place in range(CLIPS) if place != 7])
+    np.testing.assert_array_equal(found["place"], [position for position in range(CLIPS) if position != 7])
     np.testing.assert_allclose(found["start"], wanted["start"], rtol=1e-6)
     assert [-1 if label is None else label for label in found["label"]] == wanted["label"].tolist()
     assert set(found["path"]) == {str(clips)}
@@ -92,7 +92,7 @@ def test_duckdb_reads_it_as_it_is(exported):
     ).fetchall()
     found = read(output)
     assert [row[0] for row in rows] == found["place"].tolist()
-    assert [row[1] for row in rows] == [None if place % 3 == 0 else place % 3 - 1 for place in found["place"]]
+    assert [row[1] for row in rows] == [None if position % 3 == 0 else position % 3 - 1 for position in found["place"]]
     np.testing.assert_allclose([row[2] for row in rows], np.square(found["image"]).sum(1), rtol=1e-5)
     assert duckdb.sql(f"select place, id, error from '{output}/failures.parquet'").fetchall() == [
         (7, "c-7", "sound: Format not recognised.")
@@ -135,11 +135,11 @@ def test_layers_tokens_and_float16(checkpoint, clips, tmp_path):
         export(checkpoint, f"{clips}:test", tmp_path / "wrong", layers=(1,))
 
 
-def stored_clip(clips, model, place):
+def stored_clip(clips, model, position):
     """One stored clip as evaluation reads it."""
     data = DataConfig(path=str(clips), split="test", sound=model.sound)
     with open_evaluation_data(data, model.config.image.size, model.config.audio.size, 1, np.arange(1)) as opened:
-        return list(opened)[place]
+        return list(opened)[position]
 
 
 def test_windows_of_stored_clips(checkpoint, clips, tmp_path):
@@ -295,8 +295,8 @@ def test_rates_and_messages_of_the_command(checkpoint, clips, tmp_path, capsys):
             f"--json={tmp_path / 'figures.json'}",
         ]
     )
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["clips_per_second"] > 0 and figures["encoder_clips_per_second"] > 0
+    metrics = json.loads((tmp_path / "figures.json").read_text())
+    assert metrics["clips_per_second"] > 0 and metrics["encoder_clips_per_second"] > 0
     text = capsys.readouterr()
     assert f"{CLIPS - 1} windows of {CLIPS - 1} clips clips_per_second=" in text.out
     assert f"1 of {CLIPS} clips failed, see {tmp_path / 'out'}/failures.parquet:\n  1 × sound: Format" in text.out

@@ -152,11 +152,11 @@ def test_a_second_call_does_nothing_and_other_settings_are_refused(toy, capsys):
 def test_leftovers_of_an_interrupted_run_are_replaced(tmp_path, monkeypatch):
     compose, calls = toy_band.compose, []
 
-    def interrupted(*place):
-        calls.append(place)
+    def interrupted(*arguments):
+        calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return compose(*place)
+        return compose(*arguments)
 
     options = ("--dataset=toy_band", "--workers=1", "--clips=4", "--test_clips=1")
     with monkeypatch.context() as patch:

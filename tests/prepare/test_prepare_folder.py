@@ -186,7 +186,7 @@ def test_bad_rows_are_named_and_the_rest_is_kept(tmp_path):
 
 def test_folders_are_labels_and_splits(tmp_path):
     names = ["train/dog/a.mp4", "train/cat/a.mp4", "test/dog/loud/a.mp4", "val/cat/b.mp4", "val/.hidden/c.mp4"]
-    source = clip_trees.put(tmp_path / "in", {name: clip_trees.clip(place) for place, name in enumerate(names)})
+    source = clip_trees.put(tmp_path / "in", {name: clip_trees.clip(position) for position, name in enumerate(names)})
     clip_trees.put(source, {"train/dog/notes.txt": "x"})
     report = clip_trees.prepare("folder", source, tmp_path / "set")
     assert records.class_names(tmp_path / "set") == ["cat", "dog", "dog/loud"]
@@ -287,15 +287,15 @@ def test_a_prepared_set_is_read_as_the_file_is(tmp_path):
     data = DataConfig(path=str(tmp_path / "set"), split="train", workers=0)
     with pipeline.open_evaluation_data(data, made_media.SIZE, (128, 192), 2, np.arange(2)) as evaluation:
         (batch,) = evaluation
-    place = list(batch["id"]).index("a")
+    position = list(batch["id"]).index("a")
     assert list(batch["valid"]) == [name == "a" for name in batch["id"]]
     assert batch_failures(batch) == [ClipFailure("mute", "sound", "the clip has no sound")]
-    assert batch["start"][place] == pytest.approx(1.5) and batch["label"][place] == -1
-    shown = made_media.number_of(batch["image"][place])
+    assert batch["start"][position] == pytest.approx(1.5) and batch["label"][position] == -1
+    shown = made_media.number_of(batch["image"][position])
     assert abs((shown - 7) / clip_trees.FPS - 3.0) <= 0.6  # frames are stored once a second
     expected = preprocess.load(tmp_path / "in" / "a.mp4")["audio"][0]
     heard = expected > -4  # below it there is the noise of 16-bit samples
-    assert heard.mean() > 0.3 and np.abs(batch["audio"][place] - expected)[heard].max() < 0.02
+    assert heard.mean() > 0.3 and np.abs(batch["audio"][position] - expected)[heard].max() < 0.02
 
 
 def test_the_command_tells_what_it_made(tmp_path, root):

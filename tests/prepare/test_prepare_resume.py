@@ -169,16 +169,16 @@ def test_shards_depend_on_seed_and_ids_alone():
     assert [len(shard.clips) for shard in plan] == [20, 20, 10]
     assert [shard.file for shard in plan][1] == "name-train.array_record-00001-of-00003"
     assert plan == shards.plan("name", clips[::-1], 3, 20) != shards.plan("name", clips, 4, 20)
-    places = [int(clip.id[1:]) for shard in plan for clip in shard.clips]
-    assert sorted(places) == list(range(50)) and abs(np.corrcoef(places, range(50))[0, 1]) < 0.5
+    positions = [int(clip.id[1:]) for shard in plan for clip in shard.clips]
+    assert sorted(positions) == list(range(50)) and abs(np.corrcoef(positions, range(50))[0, 1]) < 0.5
 
 
 def _corrupted(content: bytes, rng: np.random.Generator) -> bytes:
     """A file with bytes flipped, cut off, or with a part overwritten."""
     damaged, kind = bytearray(content), rng.integers(3)
     if kind == 0:
-        for place in rng.integers(len(damaged), size=int(rng.integers(1, 200))):
-            damaged[place] ^= int(rng.integers(1, 256))
+        for position in rng.integers(len(damaged), size=int(rng.integers(1, 200))):
+            damaged[position] ^= int(rng.integers(1, 256))
     elif kind == 1:
         del damaged[int(rng.integers(len(damaged))) :]
     else:

@@ -63,8 +63,8 @@ def test_truth_is_exact(variant, digits, voices):
         assert len(clip.boxes) == digits and clip.sources.shape == (voices, 16000)
         assert len(set(clip.object_labels)) == digits and clip.object_labels[clip.sounding] == clip.label
         rows, columns = np.nonzero(clip.mask)
-        truth = np.array([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1]) / 96
-        np.testing.assert_allclose(clip.boxes[clip.sounding], truth, atol=1e-6)
+        expected = np.array([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1]) / 96
+        np.testing.assert_allclose(clip.boxes[clip.sounding], expected, atol=1e-6)
         for source in clip.sources:  # whatever of the clip a model sees, speech is in it
             heard = np.flatnonzero(source) / 8000
             assert heard[0] >= 0.25 and heard[-1] <= 1.75

@@ -80,8 +80,8 @@ def test_truth_is_exact(variant, split):
     for index in range(12):
         clip = toy_band.compose(5, split, index, variant)
         rows, columns = np.nonzero(clip.mask)
-        truth = np.array([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1]) / 96
-        np.testing.assert_allclose(clip.boxes[clip.sounding], truth, atol=1e-6)
+        expected = np.array([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1]) / 96
+        np.testing.assert_allclose(clip.boxes[clip.sounding], expected, atol=1e-6)
         assert clip.object_labels[clip.sounding] == clip.label
         assert len(set(clip.object_labels)) == len(clip.object_labels) == len(clip.boxes)
         assert len(clip.boxes) in ((1,) if variant == "single" else (2, 3))

@@ -158,15 +158,15 @@ def test_processes_unlike_are_named(tmp_path, change, message):
 
 
 def test_code_hash_follows_the_code(monkeypatch, tmp_path):
-    place = tmp_path / "package" / "training" / "agreement.py"
-    place.parent.mkdir(parents=True)
-    place.write_text("x = 1\n")
-    monkeypatch.setattr(agreement, "__file__", str(place))
+    path = tmp_path / "package" / "training" / "agreement.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("x = 1\n")
+    monkeypatch.setattr(agreement, "__file__", str(path))
     compute = agreement.code_hash.__wrapped__
     first = compute()
-    place.write_text("x = 2\n")
+    path.write_text("x = 2\n")
     second = compute()
-    place.write_text("x = 1\n")
+    path.write_text("x = 1\n")
     assert compute() == first != second
 
 

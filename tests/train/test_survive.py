@@ -76,7 +76,7 @@ def whole(training):
     statuses, messages = ended(training.start_all("whole", 2))
     assert statuses == [0, 0], messages
     clips = training.clips("whole")
-    assert sorted(place for place, _ in clips) == list(range(STEPS * BATCH)) and set(clips.values()) == {1}
+    assert sorted(position for position, _ in clips) == list(range(STEPS * BATCH)) and set(clips.values()) == {1}
     return training.metrics("whole"), training.arrays("whole"), set(clips)
 
 
@@ -172,7 +172,7 @@ def test_saved_on_four_goes_on_on_two_and_on_one(training):
         statuses, messages = ended(training.start_all(name, count, devices=devices))
         assert statuses == [0] * count and f"resuming after step {stopped}" in messages[0], messages
         clips = training.clips(name)
-        assert sorted(place for place, _ in clips) == list(range(stopped * BATCH, STEPS * BATCH)), name
+        assert sorted(position for position, _ in clips) == list(range(stopped * BATCH, STEPS * BATCH)), name
         assert set(clips.values()) == {1}, name
         ends[name] = set(clips), training.metrics(name), training.arrays(name)
     for name, (clips, metrics, arrays) in ends.items():
