@@ -16,7 +16,6 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from av_mae import config as sizes
 from av_mae import models
 from av_mae.models import flops
-from av_mae.models.layers import softmax
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "diagrams"
 IMAGE, FUSION, AUDIO, GREY = "#3b7dd8", "#8a4fbe", "#d9822b", "#9aa3af"
@@ -88,8 +87,8 @@ def pairs() -> Figure:
     """The softmax over all pairs is the outer product of two softmaxes."""
     generator = np.random.default_rng(3)
     s, t = generator.normal(0, 0.6, 7), generator.normal(0, 0.6, 10)
-    together = np.asarray(softmax((s[:, None] + t).reshape(-1))).reshape(7, 10)
-    p, r = np.asarray(softmax(s)), np.asarray(softmax(t))
+    together = np.asarray(jax.nn.softmax((s[:, None] + t).reshape(-1))).reshape(7, 10)
+    p, r = np.asarray(jax.nn.softmax(s)), np.asarray(jax.nn.softmax(t))
     figure = Figure(figsize=(7.6, 2.9), layout="constrained")
     shown = ((together, "softmax over all pairs of s_i + t_j"), (np.outer(p, r), "softmax(s)_i · softmax(t)_j"))
     for index, (weights, title) in enumerate(shown):
