@@ -38,6 +38,9 @@ SET_OPTIONS: dict[str, Any] = {
     "max_failures": None,
     "beam_runner": None,
 }
+# What no machine can do, or no set can hold, is refused before anything is made.
+MOST = {"clips": 10**9, "test_clips": 10**9, "workers": 4096, "seed": 2**63 - 1, "size": 65535, "shard_clips": 10**9}
+MOST |= {"frames": 10**6, "frame_rate": 1000, "shortest": 10**6, "time_limit": 10**6, "memory_limit": 10**6}
 NAMES = (*MODULES, *READERS)
 
 
@@ -174,8 +177,8 @@ def _check(chosen: dict[str, Any], dataset: str) -> None:
     for name in ("size", "shard_clips", "frame_rate", "time_limit", "memory_limit"):
         if not chosen[name] > 0:
             raise UserError(f"--{name}={chosen[name]} must be above 0")
-    for name in ("frames", "shortest"):
-        if not chosen[name] >= 0:
+    for name in ("frames", "shortest", "max_failures"):
+        if not (chosen[name] is None or chosen[name] >= 0):
             raise UserError(f"--{name}={chosen[name]} must be 0 or more")
     if not 1 <= chosen["quality"] <= 100:
         raise UserError(f"--quality={chosen['quality']} must be 1 to 100")
@@ -207,6 +210,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--workers={options.workers} must be at least 1")
     if options.seed < 0:
         raise UserError(f"--seed={options.seed} must be 0 or more")
+    for name, most in MOST.items():  # nan is refused by the rules for the least
+        value = getattr(options, name)
+        if value is not None and value > most:
+            raise UserError(f"--{name}={value} must be at most {most:_}")
     started = time.monotonic()
     with _write_errors(options.output), held(options.output, beside=options.dataset in MODULES):
         told = _prepare_demo(options) if options.dataset in MODULES else _prepare_set(options, further)
