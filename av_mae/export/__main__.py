@@ -27,35 +27,8 @@ def layer_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m av_mae.export",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Embeddings of clips as Parquet tables (a stopped export goes on with the same command), or the "
-        "encoder as a program that needs JAX and NumPy alone.",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run's work directory, a checkpoint, a file of DeepAVFusion, or a registered name",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="DATA",
-        help="a prepared set (DIR[:split]), a folder of media, or a csv, tsv or parquet list of files "
-        "with the columns path and, if wanted, start, end, label, id",
-    )
-    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="new folder")
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="parquet",
-        help="parquet: embeddings of the data; stablehlo: the encoder with its weights, for cpu, cuda "
-        "and tpu; onnx: the same for ONNX Runtime; safetensors: the model under DeepAVFusion's names "
-        "(%(default)s)",
-    )
+def _add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the encoder as a program."""
     encoder = parser.add_argument_group("stablehlo and onnx")
     encoder.add_argument(
         "--inputs",
@@ -70,6 +43,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default="pooled",
         help="means over the tokens of each stream, or all tokens (%(default)s)",
     )
+
+
+def _add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of embeddings as Parquet."""
     what = parser.add_argument_group("parquet: what is stored")
     what.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="(%(default)s)")
     what.add_argument(
@@ -107,6 +84,39 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="processes that read clips; 0: a thread of this one (%(default)s)",
     )
     how.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write counts and rates there, too")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m av_mae.export",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Embeddings of clips as Parquet tables (a stopped export goes on with the same command), or the "
+        "encoder as a program that needs JAX and NumPy alone.",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run's work directory, a checkpoint, a file of DeepAVFusion, or a registered name",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="a prepared set (DIR[:split]), a folder of media, or a csv, tsv or parquet list of files "
+        "with the columns path and, if wanted, start, end, label, id",
+    )
+    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="new folder")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="parquet",
+        help="parquet: embeddings of the data; stablehlo: the encoder with its weights, for cpu, cuda "
+        "and tpu; onnx: the same for ONNX Runtime; safetensors: the model under DeepAVFusion's names "
+        "(%(default)s)",
+    )
+    _add_encoder_arguments(parser)
+    _add_embedding_arguments(parser)
     add_process_arguments(parser)
     return parser.parse_args(argv)
 
