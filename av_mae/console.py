@@ -6,8 +6,6 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-import jax
-
 LINE_SECONDS = 10.0
 
 
@@ -109,7 +107,8 @@ class Progress:
 
 def note(message: str) -> None:
     """Tells the user something on stderr; only the first process speaks."""
-    if jax.process_index() == 0:
+    jax = sys.modules.get("jax")  # prepare does without it: the import takes seconds, in each decoding process too
+    if jax is None or jax.process_index() == 0:
         print(message, file=sys.stderr, flush=True)
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -49,3 +51,11 @@ def test_no_test_imports_another():
     for path in (ROOT / "tests").rglob("*.py"):
         lines = [line.split() for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
         assert not {words[1] for words in lines} & named, path
+
+
+def test_preparing_does_without_jax():
+    """JAX takes seconds to import, in each decoding process too."""
+    modules = "av_mae.prepare.run, av_mae.prepare.demo, av_mae.media.decode"
+    script = f"import {modules}, sys; print(sorted({{'jax', 'flax', 'orbax', 'matplotlib'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

@@ -3,7 +3,7 @@
 import functools
 import io
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import scipy.fft
@@ -11,15 +11,17 @@ import scipy.sparse
 import soundfile
 import soxr
 
-from av_mae.config import SoundConfig
 from av_mae.errors import UserError
+
+if TYPE_CHECKING:  # brings in JAX, which decoding processes do without
+    from av_mae.config import SoundConfig
 
 _RESAMPLING_MARGIN = 0.02  # seconds
 _SILENT_WINDOW = 1e-11  # where no window reaches, the waveform is unknown
 BLOCK = 32  # frames transformed at once: what lies between waveform and spectrogram stays in the core's cache
 
 
-def check_sound(sound: SoundConfig) -> None:
+def check_sound(sound: "SoundConfig") -> None:
     """Raises UserError where the features of `sound` cannot be computed."""
     if sound.n_fft % 2 or sound.hop > sound.n_fft:
         raise UserError(f"data.sound: n_fft must be even and at least hop, got n_fft={sound.n_fft}, hop={sound.hop}")
@@ -31,7 +33,7 @@ def check_sound(sound: SoundConfig) -> None:
         )
 
 
-def mel_filter_bank(sound: SoundConfig) -> np.ndarray:
+def mel_filter_bank(sound: "SoundConfig") -> np.ndarray:
     """Triangular filters of peak 1 on the HTK mel scale from 0 Hz to rate / 2: float32 [n_fft // 2 + 1, mels]."""
     frequencies = np.linspace(0, sound.rate / 2, sound.n_fft // 2 + 1)
     highest = 2595 * math.log10(1 + sound.rate / 2 / 700)
@@ -52,7 +54,7 @@ class _Transform(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _transform(sound: SoundConfig) -> _Transform:
+def _transform(sound: "SoundConfig") -> _Transform:
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(sound.n_fft) / sound.n_fft)
     filters = mel_filter_bank(sound)
     # A frequency lies in two filters at most: the sparse product costs 1/8 of the dense one, and unlike a threaded
@@ -60,7 +62,7 @@ def _transform(sound: SoundConfig) -> _Transform:
     return _Transform(window.astype(np.float32), filters, scipy.sparse.csr_array(filters.T))
 
 
-def log_mel(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
+def log_mel(waveform: np.ndarray, sound: "SoundConfig") -> np.ndarray:
     """Log-mel spectrogram: (log10(mel power + log_floor) - mean) / std.
 
     Frames are centred on multiples of hop, with reflect padding; the last frame is dropped.
@@ -86,7 +88,7 @@ def log_mel(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
     return logarithm
 
 
-def features(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
+def features(waveform: np.ndarray, sound: "SoundConfig") -> np.ndarray:
     """The log-mel spectrogram that the model takes. Raises ValueError where it is not finite."""
     spectrogram = log_mel(waveform, sound)
     if not np.isfinite(spectrogram).all():
@@ -199,7 +201,7 @@ def _resampling_margin(own_rate: int, rate: int) -> int:
     return 0 if own_rate == rate else own_rate // common * math.ceil(_RESAMPLING_MARGIN * common)
 
 
-def stft(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
+def stft(waveform: np.ndarray, sound: "SoundConfig") -> np.ndarray:
     """The complex spectra of all frames, centred on multiples of hop, with reflect padding.
 
     waveform: float32 [samples], more than one. Returns complex64 [n_fft // 2 + 1, samples // hop + 1].
@@ -210,7 +212,7 @@ def stft(waveform: np.ndarray, sound: SoundConfig) -> np.ndarray:
     return np.asarray(scipy.fft.rfft(frames * window, axis=1).T)
 
 
-def inverse_stft(spectrum: np.ndarray, sound: SoundConfig, samples: int) -> np.ndarray:
+def inverse_stft(spectrum: np.ndarray, sound: "SoundConfig", samples: int) -> np.ndarray:
     """The waveform whose spectra come closest (least squares: overlapping windowed frames, over the windows' squares).
 
     spectrum: complex [n_fft // 2 + 1, frames]. Returns float32 [samples]; what no window reaches is 0.
@@ -224,7 +226,7 @@ def inverse_stft(spectrum: np.ndarray, sound: SoundConfig, samples: int) -> np.n
     return np.asarray(np.divide(waveform, weight, out=np.zeros(samples), where=weight > _SILENT_WINDOW), np.float32)
 
 
-def apply_mask(mixture: np.ndarray, mask: np.ndarray, sound: SoundConfig) -> np.ndarray:
+def apply_mask(mixture: np.ndarray, mask: np.ndarray, sound: "SoundConfig") -> np.ndarray:
     """The part of a mixture that a mask on its mel spectrogram keeps.
 
     One frame of zeros is appended (features drop the last frame), the mask is spread to linear frequency by the filter
@@ -237,7 +239,7 @@ def apply_mask(mixture: np.ndarray, mask: np.ndarray, sound: SoundConfig) -> np.
     return inverse_stft(spread * stft(mixture, sound), sound, len(mixture))
 
 
-def ideal_masks(sources: np.ndarray, sound: SoundConfig) -> np.ndarray:
+def ideal_masks(sources: np.ndarray, sound: "SoundConfig") -> np.ndarray:
     """The masks that a separator would predict if it knew the sources: what its estimates are compared with.
 
     A mask is the source's share of the sources' mel power. (The targets of training compare a source with the mixture

@@ -75,6 +75,7 @@ def run(config: Measurable, workdir: pathlib.Path) -> Report:
       UserError: `init` is no checkpoint, the data does not fit, or the process was asked to stop while training.
     """
     require(bool(config.init), "no checkpoint: set --config.init=DIR to a run's workdir or one of its checkpoints")
+    sets = config.held_out.sets
     checkpoint = open_checkpoint(config.init)
     task = task_class(config.task)(config, checkpoint)
     step, state = trained(task, config.run_config(checkpoint.config, task.annotations, task.classes), workdir)
@@ -86,7 +87,7 @@ def run(config: Measurable, workdir: pathlib.Path) -> Report:
             condition.name: measure(task, step, states[condition.untrained], condition, name)
             for condition in task.conditions
         }
-        for name in config.held_out.sets
+        for name in sets
     }
     return make_report(task, measured, workdir)
 
