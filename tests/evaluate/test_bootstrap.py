@@ -72,7 +72,7 @@ def test_statistics_of_several_metrics_undefined_in_some_draws():
 def test_blocks_of_draws_change_nothing(monkeypatch):
     values = np.random.default_rng(3).normal(size=50)
     whole = Bootstrap(50, SEED, DRAWS).mean(values)
-    monkeypatch.setattr("av_mae.evaluate._BLOCK", 50 * 7)
+    monkeypatch.setattr("av_mae.evaluate.bootstrap._BLOCK", 50 * 7)
     parts = Bootstrap(50, SEED, DRAWS).mean(values)
     np.testing.assert_allclose([parts.low, parts.high], [whole.low, whole.high], rtol=1e-12)
 
