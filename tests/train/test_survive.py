@@ -327,8 +327,8 @@ def test_ssh_launcher_restarts_all(training, whole, launch, tmp_path):
     assert "resuming after step" in (tmp_path / "logs" / "attempt-1" / "0.log").read_text()
     assert training.metrics("ssh") == whole[0]
     assert_same_arrays(training.arrays("ssh"), whole[1])
-    assert (tmp_path / "localhost" / "av_mae" / "av_mae" / "train.py").read_text() == (
-        ROOT / "av_mae" / "train.py"
+    assert (tmp_path / "localhost" / "av_mae" / "av_mae" / "train" / "__main__.py").read_text() == (
+        ROOT / "av_mae" / "train" / "__main__.py"
     ).read_text()
 
 
