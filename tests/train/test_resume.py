@@ -104,11 +104,13 @@ def children(parent: int) -> list[int]:
 def test_a_second_run_in_the_same_workdir_leaves(training, whole):
     first = training.start("held")
     training.wait_for_step("held", 1, first)
+    first.send_signal(signal.SIGSTOP)  # or it could be finished before the second has looked
     for _ in range(2):
         status, message = training.run("held")
         assert status == 2 and "Traceback" not in message, message
         (error,) = [line for line in message.splitlines() if line.startswith("error:")]
         assert f"is held by process {first.pid} on " in error
+    first.send_signal(signal.SIGCONT)
     message = first.communicate(timeout=120)[1]
     assert first.returncode == 0, message
     assert training.metrics("held") == whole[0]
