@@ -1,15 +1,23 @@
 """Options and fixtures of all tests. Eight CPU devices stand in for a pod (child processes see one).
 
-XLA compiles without its expensive passes, here and in child processes: the tests run four times sooner.
+XLA compiles without its expensive passes, here and in child processes: the tests run four times sooner. What one test
+compiled is read back by the next that needs the same program, within one run of pytest.
 """
 
 import os
 import pathlib
 import random
 import secrets
+import shutil
+import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads only wait for one another where tests share cores
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's workers get the first process's
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED = tempfile.mkdtemp(prefix="av_mae-compiled-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+else:
+    COMPILED = None
 
 import jax
 import jaxtyping
@@ -40,6 +48,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes rather than seconds; runs with --slow")
+
+
+def pytest_unconfigure(config):
+    if COMPILED is not None:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     return workdir, {2: first.params, 5: later.params}
 
 
-@pytest.mark.parametrize("place,step", [("", 5), ("checkpoints", 5), ("checkpoints/2", 2)])
+@pytest.mark.parametrize("folder,step", [("", 5), ("checkpoints", 5), ("checkpoints/2", 2)])
 def test_load_from_every_place(run, folder, step, caplog):
     workdir, params = run
     caplog.set_level(logging.WARNING, "absl")

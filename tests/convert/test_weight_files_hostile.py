@@ -50,7 +50,7 @@ def test_the_good_files_behind_them_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, place, cause",
+    "name, where, cause",
     [
         ("payload_os_system.pt", "data.pkl, byte 202 (GLOBAL, after 'payload')", "os.system"),
         ("payload_builtins_eval_legacy.pt", "pickle, byte 250 (GLOBAL, after 'payload')", "builtins.eval"),

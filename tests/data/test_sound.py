@@ -83,7 +83,7 @@ def test_window_is_placed_and_its_middle_known():
 
 
 @pytest.mark.parametrize("own_rate", [44100, 8000])
-@pytest.mark.parametrize("place", [0.0, 0.37, 1.0])
+@pytest.mark.parametrize("position", [0.0, 0.37, 1.0])
 def test_resampled_stereo_window_is_the_same_sine(own_rate, position):
     time = np.arange(2 * own_rate) / own_rate
     left, right = 0.4 * np.sin(2 * np.pi * 440 * time), 0.2 * np.sin(2 * np.pi * 440 * time)

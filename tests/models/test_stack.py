@@ -83,7 +83,7 @@ def loops(function, *args) -> int:
     [
         ("factorized", "full", 1),
         pytest.param("factorized", "none", 3, marks=pytest.mark.slow),
-        *(pytest.param(kind, remat, 2, marks=pytest.mark.slow) for kind in KINDS for remat in REMATS),
+        *(pytest.param(kind, "full", 2, marks=pytest.mark.slow) for kind in KINDS),
     ],
 )
 def test_as_layers_in_turn(kind, remat, count):

@@ -34,10 +34,10 @@ class Elements(html.parser.HTMLParser):
 
 
 def shown_page(folder) -> Elements:
-    """The page that the command writes into a folder, within seconds."""
-    started = time.monotonic()
+    """The page that the command writes into a folder, within a minute of one processor whatever is in the folder."""
+    started = time.process_time()
     view.main([f"--workdir={folder}"])
-    assert time.monotonic() - started < 8
+    assert time.process_time() - started < 60
     return Elements((folder / "view.html").read_text())
 
 
