@@ -24,6 +24,7 @@ from av_mae.errors import RESTART, UserError
 LOCK = ".lock.json"
 HEARTBEAT = 10.0  # seconds between signs of life
 STALE = 90.0  # seconds without one after which a process of another machine counts as dead
+HOLDER = {"host": str, "pid": int, "system": str, "started": str, "since": float}
 
 
 def make_workdir(path: str) -> pathlib.Path:
@@ -96,9 +97,13 @@ def _describe() -> dict[str, Any]:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in the kernel's own count; numbers of processes come again. '' where that is not known."""
+    """When a process began, in the kernel's own count; numbers of processes come again. '' where that is not known.
+
+    'ended' for one that its parent has not yet asked for its status.
+    """
     try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "ended" if stat[0] in "ZX" else stat[19]
     except (OSError, IndexError):
         return ""
 
@@ -107,7 +112,8 @@ def _started(pid: int) -> str:
 def _locked(path: pathlib.Path) -> Iterator[TextIO]:
     """The file at `path`, made where it is missing, that nobody else reads or writes meanwhile."""
     while True:
-        with path.open("a+") as file:
+        # a link's target is never written: it may be any file of the user's
+        with open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)) as file:
             with contextlib.suppress(OSError):  # some network file systems have no flock
                 fcntl.flock(file, fcntl.LOCK_EX)
             try:
@@ -120,13 +126,15 @@ def _locked(path: pathlib.Path) -> Iterator[TextIO]:
 
 
 def _read(file: TextIO) -> dict[str, Any]:
-    """The holder that the file names; empty where it names none."""
+    """The holder that the file names; empty where it names none, as in a damaged file."""
     file.seek(0)
     try:
-        found = json.load(file)
-        return found if isinstance(found, dict) else {}
-    except ValueError:
+        found = json.loads(file.read(10_000))
+        known = {name: kind(found[name]) for name, kind in HOLDER.items()}
+        datetime.datetime.fromtimestamp(known["since"])
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError, OSError):
         return {}
+    return known if 0 < known["pid"] < 2**31 else {}
 
 
 def _take(path: pathlib.Path, own: dict[str, Any], folder: pathlib.Path) -> None:
@@ -135,9 +143,9 @@ def _take(path: pathlib.Path, own: dict[str, Any], folder: pathlib.Path) -> None
         with tempfile.TemporaryFile(dir=path.parent) as now:  # the time of the file's machine, whatever ours says
             silent = os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
         if holder and _lives(holder, own, silent):
-            since = datetime.datetime.fromtimestamp(float(holder.get("since", 0))).isoformat(" ", "seconds")
+            since = datetime.datetime.fromtimestamp(holder["since"]).isoformat(" ", "seconds")
             raise UserError(
-                f"{folder} is held by process {holder.get('pid')} on {holder.get('host')} since {since}: wait "
+                f"{folder} is held by process {holder['pid']} on {holder['host']} since {since}: wait "
                 "for its end, stop it, or name another folder"
             )
         file.truncate(0)
@@ -151,22 +159,22 @@ def _take(path: pathlib.Path, own: dict[str, Any], folder: pathlib.Path) -> None
 
 def _lives(holder: dict[str, Any], own: dict[str, Any], silent: float) -> bool:
     """Whether the holder still works, `silent` seconds after its last sign of life."""
-    if holder.get("system") != own["system"]:
-        return silent < STALE
+    if holder["system"] != own["system"]:
+        return abs(silent) < STALE  # a time to come is no sign of life either
     try:
-        os.kill(int(holder["pid"]), 0)
+        os.kill(holder["pid"], 0)
     except PermissionError:
         pass  # another user's
-    except (OSError, KeyError, ValueError, TypeError):
+    except OSError:
         return False
-    return _started(int(holder["pid"])) == holder.get("started")
+    return _started(holder["pid"]) == holder["started"]
 
 
 def _show_life(path: pathlib.Path, own: dict[str, Any], ended: threading.Event) -> None:
     """Gives signs of life; ends the process where another has taken the folder over, e.g. after a long suspension."""
     while not ended.wait(HEARTBEAT):
         try:
-            with path.open() as file:
+            with path.open(errors="replace") as file:
                 holder = _read(file)
             if holder == own:
                 os.utime(path)
@@ -174,6 +182,6 @@ def _show_life(path: pathlib.Path, own: dict[str, Any], ended: threading.Event) 
         except OSError:  # a file system that is away for a moment
             continue
         if holder and not ended.is_set():
-            print(f"error: process {holder.get('pid')} on {holder.get('host')} has taken {path.parent} over; "
+            print(f"error: process {holder['pid']} on {holder['host']} has taken {path.parent} over; "
                   "this one ends", file=sys.stderr, flush=True)  # fmt: skip
             os._exit(RESTART)

@@ -69,6 +69,7 @@ def test_of_many_at_once_one_holds_it(tmp_path):
     [
         ({"system": "another boot", "host": "other"}, 10, False),
         ({"system": "another boot", "host": "other"}, workdir.STALE + 5, True),
+        ({"system": "another boot", "host": "other"}, -1e5, True),  # a time to come
         ({"started": "1"}, 0, True),  # the number of the process came again
         ({"pid": "?"}, 0, True),
     ],
@@ -85,12 +86,48 @@ def test_other_machines_and_old_numbers(tmp_path, change, silent, taken):
             pass
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "[" * 100_000, b"\xff\xfe{", '{"pid": ' + "9" * 5000 + "}"], ids=lambda content: repr(content[:9])
+)
 def test_a_damaged_lock_holds_nobody(tmp_path, content):
-    (tmp_path / LOCK).write_text(content)
+    (tmp_path / LOCK).write_bytes(content if isinstance(content, bytes) else content.encode())
     with held(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("since", value) for value in ("x", 1e300, float("nan"), [1], None)]
+    + [("pid", value) for value in (10**30, -1, 0, "1; x", float("inf"))],
+)
+def test_what_no_run_writes_holds_nobody(tmp_path, field, value):
+    (tmp_path / LOCK).write_text(json.dumps(workdir._describe() | {"system": "elsewhere", field: value}))
+    with held(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_in_place_of_the_lock_is_not_written_to(tmp_path, capsys):
+    """A folder from elsewhere may hold one that leads to any file."""
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(precious)
+    with held(tmp_path / "run"):
+        pass
+    assert precious.read_text() == "kept" and "nothing keeps others out of this folder" in capsys.readouterr().err
+
+
+def test_a_process_that_nobody_waited_for_has_ended(tmp_path):
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    lock = workdir._describe() | {"pid": process.pid, "started": workdir._started(os.getpid())}
+    (tmp_path / LOCK).write_text(json.dumps(lock))
+    assert workdir._started(process.pid) == "ended"
+    with held(tmp_path):
+        pass
+    process.wait()
 
 
 def test_signs_of_life_and_their_end(tmp_path, monkeypatch):
