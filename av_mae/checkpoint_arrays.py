@@ -1,7 +1,9 @@
 """The arrays of a checkpoint: how they are written, read back, and told from damaged or swapped ones."""
 
+import functools
 import logging
 import pathlib
+import sys
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -107,6 +109,7 @@ def read_arrays(folder: pathlib.Path, item: str, abstract: Abstract, meta: Mappi
         for name, x in read_layout(folder, item).items()
         if name not in abstract
     }
+    _silence_late_reads()
     with ocp.StandardCheckpointer() as reader:
         arrays = reader.restore(folder / item, {**abstract, **others})
     found, saved = int(jax.device_get(checksum(arrays))), meta["checksums"][item]
@@ -115,6 +118,21 @@ def read_arrays(folder: pathlib.Path, item: str, abstract: Abstract, meta: Mappi
     if "digests" in meta and digest(arrays) != meta["digests"][item]:  # earlier versions have none
         raise ValueError(f"checksum of {item} fits, but not the order of its values: they were swapped after saving")
     return {name: arrays[name] for name in abstract}
+
+
+@functools.cache
+def _silence_late_reads() -> None:
+    """Where one array cannot be read, TensorStore reports the others' ends to an event loop that Orbax has closed.
+
+    Python would print eight lines for each of them, after the one that names the damage.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def check_shapes(folder: pathlib.Path, wanted: Abstract, partly: bool = False) -> None:

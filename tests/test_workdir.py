@@ -87,7 +87,9 @@ def test_other_machines_and_old_numbers(tmp_path, change, silent, taken):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", "[" * 100_000, b"\xff\xfe{", '{"pid": ' + "9" * 5000 + "}"], ids=lambda content: repr(content[:9])
+    "content",
+    ["", "{", "[]", "null", "[" * 100_000, b"\xff\xfe{", '{"pid": ' + "9" * 5000 + "}"],
+    ids=lambda content: repr(content[:9]),
 )
 def test_a_damaged_lock_holds_nobody(tmp_path, content):
     (tmp_path / LOCK).write_bytes(content if isinstance(content, bytes) else content.encode())

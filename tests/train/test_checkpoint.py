@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import pathlib
+import random
 import resource
 import signal
 import subprocess
@@ -342,3 +343,18 @@ def test_full_disk(small_disk, said):
     save(checkpoints, 3)
     assert_same(checkpoints.restore(abstract(), CONFIG), 3)
     checkpoints.close()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # of reads that end after the failure
+def test_any_flipped_bit_is_noticed_or_means_nothing(open_run, folder, said):
+    """A bit of each file of a checkpoint in turn, three times; what is read is what was saved, or the one before."""
+    save(open_run(), 1, 2)
+    for path in 3 * files(folder, "2"):
+        whole = path.read_bytes()
+        if whole:
+            flipped = bytearray(whole)
+            flipped[random.randrange(len(whole))] ^= 1 << random.randrange(8)
+            path.write_bytes(flipped)
+            del said[:]
+            assert_same(open_run().restore(abstract(), CONFIG), 1 if said else 2)
+            path.write_bytes(whole)
