@@ -92,13 +92,14 @@ def _run(run: Run, curves: int) -> list[Element]:
     """What the page shows of one run; `curves` at most are drawn."""
     # Reconstructions in the order of their steps, then the images of an evaluation.
     steps = [path for path in run.images if pathlib.PurePosixPath(path).name.startswith("step_")]
+    others = [path for path in run.images if not pathlib.PurePosixPath(path).name.startswith("step_")]
     return [
         *(element("p", _short(problem), class_="problem") for problem in run.problems),
         *_state(run),
         *_results(run.results),
         *_curves(run, curves),
         *_gallery("Reconstructions over time", steps),
-        *_gallery("Images", [path for path in run.images if path not in set(steps)]),
+        *_gallery("Images", others),
         *_sounds(run),
         *_skipped(run),
         *_configuration(run.config),
@@ -193,8 +194,11 @@ def spread(items: list[Any], most: int) -> list[Any]:
 def _folded(items: list[Any], show: Callable[[list[Any]], list[Element]]) -> list[Element]:
     """What `show` makes of a dozen items, evenly spread, and of the others, which are folded away."""
     shown = spread(items, SHOWN_IMAGES)
-    others = [item for item in items if item not in set(shown)][:MOST_IMAGES]
-    summary = f"{len(shown)} of {len(items)}, evenly spread; the others"
+    first = set(shown)
+    rest = [item for item in items if item not in first]
+    others = spread(rest, MOST_IMAGES)
+    which = f"{len(others)} of the others" if len(others) < len(rest) else "the others"
+    summary = f"{len(shown)} of {len(items)}, evenly spread; {which}"
     return [*show(shown), *([element("details", element("summary", summary), *show(others))] if others else [])]
 
 

@@ -186,6 +186,15 @@ def test_four_hundred_metrics(tmp_path):
     assert (tmp_path / "view.html").stat().st_size < 5e6
 
 
+def test_twenty_thousand_images(tmp_path):
+    write_run(tmp_path)
+    for step in range(20_000):
+        (tmp_path / "images" / f"step_{step:08d}.png").touch()
+    shown = shown_page(tmp_path)
+    assert sum("step_000" in path for path in shown.sources("img")) == 12 + 1000
+    assert any(text.startswith("12 of 20000, evenly spread; 1000 of the others") for text in shown.texts)
+
+
 def test_images_linked_to_the_root_of_the_disk(tmp_path):
     write_run(tmp_path / "other")
     run = tmp_path / "run"
