@@ -46,6 +46,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     In a locale such as C the command starts anew in Python's UTF-8 mode: libraries take no other names of files.
     """
     if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that the command starts
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     try:
         main(sys.argv[1:])

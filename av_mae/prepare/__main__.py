@@ -162,6 +162,10 @@ def _prepare_set(options: argparse.Namespace, beam_options: list[str]) -> str:
     runner = chosen["beam_runner"]
     write_shards = engines.beam_writer(runner, beam_options) if runner else engines.write_locally
     report = run.prepare(job, write_shards)
+    if not any(split["stored"] for split in report["splits"].values()):
+        clips = sum(split["clips"] for split in report["splits"].values())
+        causes = ", ".join(f"{CAUSES[cause]} ({count} ×)" for cause, count in report["causes"].items() if count)
+        raise UserError(f"none of the {clips} clips could be stored: {causes}; {options.output}/report.html names each")
     return _summary(options.output, report, record.skip)
 
 
