@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+MOST = 10**9  # of any number of an option
 RESTART = 75  # exit status: try again later (EX_TEMPFAIL of sysexits.h)
 
 
@@ -33,6 +34,24 @@ def check_name(option: str, name: str, known: tuple[str, ...]) -> None:
     nearest = difflib.get_close_matches(name, known, 1, 0.4)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise UserError(f"unknown {option} {name!r}, known are {', '.join(known)}{hint}")
+
+
+def check_numbers(options: Any, least: Mapping[str, float], most: Mapping[str, float] = {}) -> None:
+    """Compares a command's numbers with bounds, before anything is made that they could be too large for.
+
+    Args:
+      options: has the options as attributes; those that are None pass.
+      least: the smallest value of each option that is looked at.
+      most: the largest values where they are not MOST.
+
+    Raises:
+      UserError: a number is not finite, too small or too large.
+    """
+    for name, smallest in least.items():
+        value, largest = getattr(options, name), most.get(name, MOST)
+        if value is not None and not smallest <= value <= largest:  # nan is neither
+            bound = f"at most {largest:_}" if value > largest else f"at least {smallest:_}"
+            raise UserError(f"--{name}={value} must be {bound}")
 
 
 def one_line(text: str) -> str:

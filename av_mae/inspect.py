@@ -15,7 +15,7 @@ from av_mae.config import SoundConfig
 from av_mae.console import Progress
 from av_mae.data import audio, frames, records
 from av_mae.data.loading import ClipSource
-from av_mae.errors import SKIPPED, ClipFailure, UserError, one_line, read_skipped, run_command, stage
+from av_mae.errors import SKIPPED, ClipFailure, UserError, check_numbers, one_line, read_skipped, run_command, stage
 
 SHEET, REPORT = "contact_sheet.png", "report.json"
 EXAMPLE = "example: python -m av_mae.inspect runs/toy_band --clips=8 --sheet=toy_band.png"
@@ -275,11 +275,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the clips drawn (%(default)s)")
     parser.add_argument("--sheet", type=pathlib.Path, help=f"the contact sheet (default: {SHEET} in DIR)")
     options = parser.parse_args(argv)
-    for option in ("clips", "sample"):
-        if getattr(options, option) < 1:
-            raise UserError(f"--{option}={getattr(options, option)} must be at least 1")
-    if options.seed < 0:
-        raise UserError(f"--seed={options.seed} must be 0 or more")
+    check_numbers(options, {"clips": 1, "sample": 1, "seed": 0}, {"clips": 10_000, "seed": 2**63 - 1})
     folder = pathlib.Path(options.data)
     is_set = any((folder / name).is_file() for name in ("dataset_info.json", "prepare.json"))
     if not is_set and any(found for name in OUTPUTS for found in folder.glob(name)):

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from av_mae import preprocess
 from av_mae.console import first_line, note, quiet_libraries
-from av_mae.errors import ClipFailure, UserError, one_line, run_command
+from av_mae.errors import ClipFailure, UserError, check_numbers, one_line, run_command
 from av_mae.evaluate.cosine import Hits, closest, unit
 from av_mae.export import tables
 from av_mae.export.embeddings import Embedder, model_identity
@@ -300,8 +300,7 @@ def main(argv: list[str]) -> None:
     arguments = parse(argv)
     if arguments.query is None and arguments.faiss is None:
         raise UserError("nothing to do: give --query=FILE, or --faiss=FILE for the vectors")
-    if arguments.top < 1:
-        raise UserError(f"--top={arguments.top} must be at least 1")
+    check_numbers(arguments, {"top": 1, "start": 0})
     quiet_libraries()
     index = Index(arguments.index)
     try:

@@ -130,6 +130,7 @@ def test_queries_that_lack_something(exported, shared, tmp_path, capsys):
         ([f"--query={exported[2] / 'a.mp4'}", "--modality=taste"], "--modality=taste must be one of"),
         ([], "nothing to do"),
         (["--query=x", "--top=0"], "--top=0 must be at least 1"),
+        (["--query=x", "--start=nan"], "--start=nan must be at least 0"),
     ):
         with pytest.raises(UserError, match=message):
             search.main([*arguments, *more])

@@ -16,7 +16,7 @@ from av_mae.benchmark import input as reading
 from av_mae.benchmark import parts, pod, roofline, step
 from av_mae.config import SIZES, TrainConfig
 from av_mae.console import quiet_libraries
-from av_mae.errors import UserError, run_command
+from av_mae.errors import UserError, check_numbers, run_command
 
 EXAMPLE = """example:
   python -m av_mae.benchmark step --config=configs/pretrain.py:base --config.batch_size=8 \\
@@ -186,10 +186,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     command = COMMANDS[arguments.command]
     if overrides and not command.config:
         raise UserError(f"benchmark {arguments.command} takes no {overrides[0]}: it reads no recipe")
-    for option, (_, least, _) in command.options.items():
-        value = getattr(arguments, option)
-        if isinstance(value, int | float) and value < least:
-            raise UserError(f"--{option}={value} must be {least} or more")
+    least = {
+        name: smallest for name, (default, smallest, _) in command.options.items() if type(default) in (int, float)
+    }
+    check_numbers(arguments, least, {"workers": 4096, "batch": 2**20})
     return arguments, overrides
 
 

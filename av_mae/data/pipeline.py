@@ -113,7 +113,7 @@ class BatchIterator:
                 raise
             raise WorkerKilled(
                 "a process that reads clips was killed from outside, most likely because memory ran out (fewer "
-                "data.workers need less); the same command goes on from the last checkpoint"
+                "workers need less); the same command goes on from what was saved"
             ) from error
         for array in batch.values():
             # The memory lives as long as the array; without its name nothing is left behind however the process ends.

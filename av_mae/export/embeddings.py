@@ -8,7 +8,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from av_mae.checkpoint import FREE_FIELDS
 from av_mae.config import MeshConfig
 from av_mae.console import Progress, note
 from av_mae.data.pipeline import read_ahead
-from av_mae.errors import UserError
+from av_mae.errors import UserError, check_numbers
 from av_mae.evaluate.run import Rates
 from av_mae.export import tables
 from av_mae.export.inputs import Input, Shape, open_input
@@ -221,13 +220,8 @@ class Options:
     workers: int = 0
 
     def __post_init__(self):
-        if self.stride is not None and not 0 < self.stride < math.inf:
-            raise UserError(f"--stride={self.stride} must be a number of seconds above 0")
-        for name in ("shard_clips", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}={getattr(self, name)} must be at least 1")
-        if self.workers < 0:
-            raise UserError(f"--workers={self.workers} must be 0 (in this process) or more")
+        least = {"stride": 1e-3, "shard_clips": 1, "batch_size": 1, "workers": 0}
+        check_numbers(self, least, {"batch_size": 2**20, "workers": 4096})
 
 
 def export_embeddings(

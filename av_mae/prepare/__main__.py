@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from av_mae.errors import UserError, check_name, run_command
+from av_mae.errors import UserError, check_name, check_numbers, run_command
 from av_mae.prepare.demo import MODULES
 from av_mae.prepare.readers import READERS
 from av_mae.prepare.readers.catalogue import CAUSES, SKIPPABLE
@@ -39,7 +39,18 @@ SET_OPTIONS: dict[str, Any] = {
     "beam_runner": None,
 }
 # What no machine can do, or no set can hold, is refused before anything is made.
-MOST = {"clips": 10**9, "test_clips": 10**9, "workers": 4096, "seed": 2**63 - 1, "size": 65535, "shard_clips": 10**9}
+LEAST: dict[str, float] = {
+    "clips": 1,
+    "test_clips": 1,
+    "workers": 1,
+    "seed": 0,
+    "size": 1,
+    "shard_clips": 1,
+    "quality": 1,
+    "frames": 0,
+}
+LEAST |= {"frame_rate": 1e-6, "time_limit": 1e-3, "memory_limit": 1e-3, "shortest": 0, "max_failures": 0}
+MOST: dict[str, float] = {"workers": 4096, "seed": 2**63 - 1, "size": 65535, "quality": 100}
 MOST |= {"frames": 10**6, "frame_rate": 1000, "shortest": 10**6, "time_limit": 10**6, "memory_limit": 10**6}
 NAMES = (*MODULES, *READERS)
 
@@ -178,14 +189,6 @@ def _check(chosen: dict[str, Any], dataset: str) -> None:
         raise UserError(f"--dataset={dataset} needs --source=DIR, the folder of the data set")
     if chosen["table"] and dataset != "folder":
         raise UserError(f"--table is an option of --dataset=folder; {dataset} has its own annotations")
-    for name in ("size", "shard_clips", "frame_rate", "time_limit", "memory_limit"):
-        if not chosen[name] > 0:
-            raise UserError(f"--{name}={chosen[name]} must be above 0")
-    for name in ("frames", "shortest", "max_failures"):
-        if not (chosen[name] is None or chosen[name] >= 0):
-            raise UserError(f"--{name}={chosen[name]} must be 0 or more")
-    if not 1 <= chosen["quality"] <= 100:
-        raise UserError(f"--quality={chosen['quality']} must be 1 to 100")
     check_name("value of --on_error", chosen["on_error"], ("skip", "fail"))
     for name in _names(chosen["skip"]):
         check_name("cause in --skip", name, SKIPPABLE)
@@ -210,14 +213,7 @@ def main(argv: list[str]) -> None:
     if further and not options.beam_runner:
         parser().error(f"unrecognized arguments: {' '.join(further)}")
     check_name("dataset", options.dataset, NAMES)
-    if options.workers < 1:
-        raise UserError(f"--workers={options.workers} must be at least 1")
-    if options.seed < 0:
-        raise UserError(f"--seed={options.seed} must be 0 or more")
-    for name, most in MOST.items():  # nan is refused by the rules for the least
-        value = getattr(options, name)
-        if value is not None and value > most:
-            raise UserError(f"--{name}={value} must be at most {most:_}")
+    check_numbers(options, LEAST, MOST)
     started = time.monotonic()
     with _write_errors(options.output), held(options.output, beside=options.dataset in MODULES):
         told = _prepare_demo(options) if options.dataset in MODULES else _prepare_set(options, further)

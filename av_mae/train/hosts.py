@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from av_mae import recipes
 from av_mae.checkpoint import first_difference
 from av_mae.console import note
-from av_mae.errors import RESTART, UserError, WorkerKilled
+from av_mae.errors import RESTART, UserError, WorkerKilled, check_numbers
 from av_mae.train.sharding import gather_values
 from av_mae.workdir import held
 
@@ -97,11 +97,11 @@ def find_processes(arguments: argparse.Namespace, environment: Mapping[str, str]
     """How this process joins others: by the options, else by the environment; None where it is alone.
 
     Raises:
-      UserError: a coordinator without the two numbers, numbers without a coordinator, or a timeout below 1.
+      UserError: a coordinator without the two numbers, numbers without a coordinator, or a number out of bounds.
     """
     rest = arguments.start_timeout, arguments.host_timeout, arguments.stopped_status
-    if min(rest[:2]) < 1:
-        raise UserError(f"start_timeout={rest[0]} and host_timeout={rest[1]} must be at least 1 second")
+    least = {"start_timeout": 1, "host_timeout": 1, "stopped_status": 0}
+    check_numbers(arguments, least, {"start_timeout": 10**6, "host_timeout": 10**6, "stopped_status": 255})
     address, number, count = arguments.coordinator, arguments.process_id, arguments.process_count
     if (address, number, count) == (None, None, None):
         address, number, count = _from_environment(environment)
@@ -119,23 +119,30 @@ def find_processes(arguments: argparse.Namespace, environment: Mapping[str, str]
             f"coordinator={address} needs 0 <= process_id < process_count, got process_id={number}, "
             f"process_count={count}: give both on every process"
         )
-    if not address.rpartition(":")[2].isdecimal():
+    port = address.rpartition(":")[2]
+    if not (port.isdecimal() and port.isascii() and 0 < int(port[:6]) < 2**16):
         raise UserError(f"coordinator={address} must read HOST:PORT, e.g. 10.0.0.1:8476")
     return Join(address, number, count, *rest)
 
 
 def _from_environment(environment: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
     """Coordinator, process and number of processes as the environment tells them."""
+
+    def whole(name: str, default: str = "") -> int:
+        text = environment.get(name, default)
+        if not (text.isdecimal() and text.isascii() and len(text) < 10):
+            raise UserError(f"the environment's {name}={text} must be a whole number; unset it, or set it as it is due")
+        return int(text)
+
     if environment.get("JAX_COORDINATOR_ADDRESS") and environment.get("JAX_NUM_PROCESSES"):
         number = environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX", ""))
         return (
             environment["JAX_COORDINATOR_ADDRESS"],
             int(number) if number.isdecimal() else None,
-            int(environment["JAX_NUM_PROCESSES"]),
+            whole("JAX_NUM_PROCESSES"),
         )
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")  # of an srun step, not of the batch script around it
-    slices, workers = environment.get("MEGASCALE_NUM_SLICES", "1"), environment.get("TPU_WORKER_HOSTNAMES", "")
-    several = int(tasks) > 1 or int(slices) > 1 or "," in workers
+    tasks = whole("SLURM_STEP_NUM_TASKS", "1")  # of an srun step, not of the batch script around it
+    several = tasks > 1 or whole("MEGASCALE_NUM_SLICES", "1") > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
     return ("auto" if several else None), None, None
 
 

@@ -76,9 +76,9 @@ def test_waiting_grows_with_the_device(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--clips=0"], "--clips=0 must be 1 or more"),
-        (["--device_rate=-1"], "--device_rate=-1.0 must be 0 or more"),
-        (["--workers=-1"], "--workers=-1 must be 0 or more"),
+        (["--clips=0"], "--clips=0 must be at least 1"),
+        (["--device_rate=-1"], "--device_rate=-1.0 must be at least 0"),
+        (["--workers=-1"], "--workers=-1 must be at least 0"),
         (["--data=no/such"], "no/such does not exist"),
         (["--data=one,other"], "--data=one,other must name one prepared set"),
         (["--rounds=0"], "--rounds=0"),

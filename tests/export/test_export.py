@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import math
 import os
 
 import duckdb
@@ -337,9 +338,12 @@ def test_inputs_that_are_not_there(checkpoint, tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint"):
         command.main([f"--checkpoint={tmp_path}", f"--data={tmp_path}", f"--output={tmp_path / 'out'}"])
     for options, message in (
-        ({"stride": 0.0}, "--stride=0.0 must"),
-        ({"batch_size": 0}, "--batch_size=0 must"),
+        ({"stride": 0.0}, "--stride=0.0 must be at least 0.001"),
+        ({"stride": math.nan}, "--stride=nan must"),
+        ({"batch_size": 0}, "--batch_size=0 must be at least 1"),
+        ({"batch_size": 10**12}, "--batch_size=1000000000000 must be at most 1_048_576"),
         ({"workers": -1}, "--workers=-1 must"),
+        ({"workers": 10**5}, "--workers=100000 must be at most 4_096"),
     ):
         with pytest.raises(UserError, match=message):
             embeddings.Options(**options)

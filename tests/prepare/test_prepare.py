@@ -191,7 +191,7 @@ def test_many_clips_are_spread_over_shards(tmp_path, monkeypatch):
         ),
         (["--dataset=toy_band", "--clips=0"], "--clips=0 must be at least 1"),
         (["--dataset=toy_band", "--test_clips=-1"], "--test_clips=-1 must be at least 1"),
-        (["--dataset=toy_band", "--seed=-1"], "--seed=-1 must be 0 or more"),
+        (["--dataset=toy_band", "--seed=-1"], "--seed=-1 must be at least 0"),
         (["--dataset=toy_band", "--workers=0"], "--workers=0 must be at least 1"),
         (["--dataset=toy_band", "--workers=1000000"], "--workers=1000000 must be at most 4_096"),
         (["--dataset=toy_band", "--clips=1000000000000"], "--clips=1000000000000 must be at most 1_000_000_000"),
@@ -199,8 +199,8 @@ def test_many_clips_are_spread_over_shards(tmp_path, monkeypatch):
         (["--dataset=folder", "--source=.", "--frames=1000000000"], "--frames=1000000000 must be at most 1_000_000"),
         (["--dataset=folder", "--source=.", "--frame_rate=1e12"], "--frame_rate=1000000000000.0 must be at most 1_000"),
         (["--dataset=folder", "--source=.", "--memory_limit=inf"], "--memory_limit=inf must be at most 1_000_000"),
-        (["--dataset=folder", "--source=.", "--time_limit=nan"], "--time_limit=nan must be above 0"),
-        (["--dataset=folder", "--source=.", "--max_failures=-1"], "--max_failures=-1 must be 0 or more"),
+        (["--dataset=folder", "--source=.", "--time_limit=nan"], "--time_limit=nan must be at least 0.001"),
+        (["--dataset=folder", "--source=.", "--max_failures=-1"], "--max_failures=-1 must be at least 0"),
     ],
 )
 def test_bad_options_are_named(options, message, tmp_path):

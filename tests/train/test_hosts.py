@@ -53,12 +53,24 @@ def test_how_a_process_joins(options, environment, expected):
         (["--coordinator=localhost:1", "--process_count=2"], "needs 0 <= process_id < process_count"),
         (["--coordinator=localhost:1", "--process_id=2", "--process_count=2"], "process_id=2, process_count=2"),
         (["--coordinator=localhost", "--process_id=0", "--process_count=2"], "must read HOST:PORT"),
-        (["--host_timeout=0"], "host_timeout=0 must be at least 1 second"),
+        (["--host_timeout=0"], "--host_timeout=0 must be at least 1"),
+        (["--stopped_status=256"], "--stopped_status=256 must be at most 255"),
+        (["--coordinator=localhost:99999999999", "--process_id=0", "--process_count=2"], "must read HOST:PORT"),
     ],
 )
 def test_refused(options, message):
     with pytest.raises(UserError, match=message):
         hosts.find_processes(parse(*options), {})
+
+
+@pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "MEGASCALE_NUM_SLICES"])
+@pytest.mark.parametrize("value", ["two", "-1", "9" * 5000, ""])
+def test_environments_that_no_launcher_makes(name, value):
+    environment = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"} if name.startswith("JAX") else {}
+    if name.startswith("JAX") and not value:
+        return  # as if it were not set
+    with pytest.raises(UserError, match=f"^the environment's {name}="):
+        hosts.find_processes(parse(), environment | {name: value})
 
 
 def test_port_that_another_run_uses():
