@@ -111,8 +111,11 @@ class Folder:
 
 
 def _walk(root: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
-    """Folders and their files; links are followed, but no folder is entered twice."""
-    entered: set[str] = set()
+    """Folders and their files; links are followed, but no folder is entered twice, and none of the kernel's own.
+
+    From /proc a link leads to the root of the disk.
+    """
+    entered = {"/proc", "/sys", "/dev"}
     for folder, names, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in entered:

@@ -203,6 +203,8 @@ def test_names_that_are_not_utf8_and_links_in_circles(tmp_path):
     source = clip_trees.put(tmp_path / "in", {"a/good.mp4": clip_trees.clip(1)})
     (source / "a" / os.fsdecode(b"caf\xe9.mp4")).write_bytes(clip_trees.clip(2))
     (source / "a" / "round").symlink_to(source)
+    for name in ("proc", "sys", "dev"):
+        (source / "a" / name).symlink_to(f"/{name}")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "linked.mp4").write_bytes(clip_trees.clip(3))
     (source / "b").symlink_to(tmp_path / "elsewhere")
