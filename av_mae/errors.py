@@ -7,12 +7,10 @@ A failed clip is data until it is printed: clip, stage and cause travel as field
 import collections
 import contextlib
 import difflib
-import json
 import os
-import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 MOST = 10**9  # of any number of an option
@@ -80,9 +78,6 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
-SKIPPED = "skipped.jsonl"  # clips that a command skipped, in its output folder
-
-
 class ClipFailure(Exception):
     """A clip that cannot be used.
 
@@ -130,66 +125,6 @@ def batch_failures(batch: Mapping[str, Any]) -> list[ClipFailure]:
     """The failed clips of a host batch: `id`, `stage` and `cause` are str [b], `stage` is '' where nothing failed."""
     rows = zip(batch["id"], batch["stage"], batch["cause"], strict=True)
     return [ClipFailure(str(clip), str(where), str(cause)) for clip, where, cause in rows if where]
-
-
-def read_skipped(folder: str | os.PathLike[str]) -> list[ClipFailure]:
-    """What `skipped.jsonl` in a folder holds; lines that were cut off are left out. Empty where there is no file."""
-    try:
-        lines = (pathlib.Path(folder) / SKIPPED).read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    failures = []
-    for line in lines:
-        try:
-            found = json.loads(line)
-            failures.append(ClipFailure(*(str(found[name]) for name in ("clip", "stage", "cause"))))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return failures
-
-
-def _warn(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-class SkippedFile:
-    """`skipped.jsonl` in a local folder: a line per failed clip, stage and cause. Each comes once.
-
-    Where the file cannot be written, e.g. on a full disk, `say` gets one warning and the work goes on.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], say: Callable[[str], None] = _warn):
-        self._path, self._say, self._warned = pathlib.Path(folder) / SKIPPED, say, False
-        self._known = set(read_skipped(folder))
-
-    def add(self, failures: Iterable[ClipFailure]) -> None:
-        """Appends what the file does not hold yet."""
-        new = [failure for failure in dict.fromkeys(failures) if failure not in self._known]
-        if not new:
-            return
-        self._known.update(new)
-        try:
-            with self._path.open("ab+") as file:
-                whole = file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
-                lines = "".join(json.dumps(failure.to_json()) + "\n" for failure in new)
-                file.write((lines if whole else "\n" + lines).encode())
-        except OSError as error:
-            if not self._warned:
-                self._say(f"warning: {self._path} cannot be written ({error.strerror or error}); the work goes on")
-            self._warned = True
-
-
-def write_skipped(
-    folder: str | os.PathLike[str], failures: Iterable[ClipFailure], say: Callable[[str], None] = _warn
-) -> None:
-    """Writes `skipped.jsonl` anew, empty where nothing failed. A full disk is warned of."""
-    path = pathlib.Path(folder) / SKIPPED
-    try:
-        path.write_text("")
-    except OSError as error:
-        say(f"warning: {path} cannot be written ({error.strerror or error}); the work goes on")
-        return
-    SkippedFile(folder, say).add(failures)
 
 
 class FailureCount:

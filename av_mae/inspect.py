@@ -15,7 +15,8 @@ from av_mae.config import SoundConfig
 from av_mae.console import Progress
 from av_mae.data import audio, frames, records
 from av_mae.data.loading import ClipSource
-from av_mae.errors import SKIPPED, ClipFailure, UserError, check_numbers, one_line, read_skipped, run_command, stage
+from av_mae.errors import ClipFailure, UserError, check_numbers, one_line, run_command, stage
+from av_mae.workdir import SKIPPED, read_skipped
 
 SHEET, REPORT = "contact_sheet.png", "report.json"
 EXAMPLE = "example: python -m av_mae.inspect runs/toy_band --clips=8 --sheet=toy_band.png"

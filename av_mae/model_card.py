@@ -16,6 +16,7 @@ from av_mae.config import TrainConfig
 from av_mae.console import note
 from av_mae.evaluate.bootstrap import Report
 from av_mae.plots import read_metrics
+from av_mae.workdir import replace_file
 
 CARD, README = "card.json", "README.md"
 MARK = "<!-- Written by av_mae from card.json; remove this line to keep your own text. -->"
@@ -58,7 +59,7 @@ def add_evaluation(checkpoint: str, workdir: pathlib.Path, task: str, data: str,
     card = read_card(run)
     if card is not None:
         metrics = {name: metric.to_json() for name, metric in report.metrics.items()}
-        card["evaluations"][os.fspath(workdir)] = {
+        card.setdefault("evaluations", {})[os.fspath(workdir)] = {
             "task": task,
             "data": data,
             "checkpoint": folder.name,
@@ -72,21 +73,24 @@ def add_evaluation(checkpoint: str, workdir: pathlib.Path, task: str, data: str,
 def read_card(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The card of a run; `None` where it has none."""
     try:
-        card: dict[str, Any] = json.loads((workdir / CARD).read_text())
-        return card
-    except (OSError, ValueError):
+        card = json.loads((workdir / CARD).read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return card if isinstance(card, dict) and isinstance(card.get("evaluations", {}), dict) else None
 
 
 def _save(workdir: pathlib.Path, card: Mapping[str, Any]) -> None:
     """Writes both files; a text that is not of this module is left."""
     readme = workdir / README
     try:
-        (workdir / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        if not readme.exists() or MARK in readme.read_text():
-            readme.write_text(render(card))
+        text = render(card)
+        replace_file(workdir / CARD, json.dumps(card, indent=2) + "\n")
+        if not readme.exists() or (readme.is_file() and MARK in readme.read_text(errors="replace")):
+            replace_file(readme, text)
     except OSError as error:
         note(f"warning: the model card in {workdir} cannot be written ({error.strerror or error})")
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        note(f"warning: {workdir / CARD} is no card that av_mae wrote; it stays as it is")
 
 
 def render(card: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ import ml_collections
 
 from av_mae.config import TrainConfig
 from av_mae.errors import UserError
+from av_mae.workdir import replace_file
 
 PREFIX = "--config."
 RENAMED = {"data.truth": "data.annotations"}  # keys of older runs and commands → what they are called now
@@ -86,7 +87,7 @@ def from_dict(values: typing.Mapping, kind: type = TrainConfig, prefix: str = ""
 
 def save(config, path: str | os.PathLike) -> None:
     """Writes a config as JSON."""
-    pathlib.Path(path).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    replace_file(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load(path: str | os.PathLike, kind: type = TrainConfig):

@@ -1,4 +1,4 @@
-"""The folder that a command writes into: made, and held by one run at a time.
+"""The folder that a command writes into: made, held by one run at a time, its files written, its skipped clips listed.
 
 The holder's name lies in `.lock.json` in the folder. A process that ends takes the file away; one that is killed leaves
 it, and the next run sees that nobody holds it any more: on the same machine because the process is gone, on others
@@ -16,12 +16,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
-from av_mae.errors import RESTART, UserError
+from av_mae.errors import RESTART, ClipFailure, UserError
 
 LOCK = ".lock.json"
+SKIPPED = "skipped.jsonl"  # clips that a command skipped, in its output folder
 HEARTBEAT = 10.0  # seconds between signs of life
 STALE = 90.0  # seconds without one after which a process of another machine counts as dead
 HOLDER = {"host": str, "pid": int, "system": str, "started": str, "since": float}
@@ -38,6 +39,93 @@ def make_workdir(path: str) -> pathlib.Path:
         raise UserError(
             f"cannot write to --workdir={path}: {error.strerror}; name a folder that you may write to"
         ) from error
+
+
+def no_links(name: str, flags: int) -> int:
+    """An opener for files that are appended to: where a link lies in the file's place, it fails.
+
+    A folder from elsewhere may hold links to any file of the user's.
+    """
+    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+
+def replace_file(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file whole or not at all, in place of what is there; a link is replaced and not followed.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def read_skipped(folder: str | os.PathLike[str]) -> list[ClipFailure]:
+    """What `skipped.jsonl` in a folder holds; lines that were cut off are left out. Empty where there is no file."""
+    try:
+        lines = (pathlib.Path(folder) / SKIPPED).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    failures = []
+    for line in lines:
+        try:
+            found = json.loads(line)
+            failures.append(ClipFailure(*(str(found[name]) for name in ("clip", "stage", "cause"))))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return failures
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class SkippedFile:
+    """`skipped.jsonl` in a local folder: a line per failed clip, stage and cause. Each comes once.
+
+    Where the file cannot be written, e.g. on a full disk, `say` gets one warning and the work goes on.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], say: Callable[[str], None] = _warn):
+        self._path, self._say, self._warned = pathlib.Path(folder) / SKIPPED, say, False
+        self._known = set(read_skipped(folder))
+
+    def add(self, failures: Iterable[ClipFailure]) -> None:
+        """Appends what the file does not hold yet."""
+        new = [failure for failure in dict.fromkeys(failures) if failure not in self._known]
+        if not new:
+            return
+        self._known.update(new)
+        try:
+            with open(self._path, "ab+", opener=no_links) as file:
+                whole = file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
+                lines = "".join(json.dumps(failure.to_json()) + "\n" for failure in new)
+                file.write((lines if whole else "\n" + lines).encode())
+        except OSError as error:
+            if not self._warned:
+                self._say(f"warning: {self._path} cannot be written ({error.strerror or error}); the work goes on")
+            self._warned = True
+
+
+def write_skipped(
+    folder: str | os.PathLike[str], failures: Iterable[ClipFailure], say: Callable[[str], None] = _warn
+) -> None:
+    """Writes `skipped.jsonl` anew, empty where nothing failed. A full disk is warned of."""
+    path = pathlib.Path(folder) / SKIPPED
+    try:
+        replace_file(path, "")
+    except OSError as error:
+        say(f"warning: {path} cannot be written ({error.strerror or error}); the work goes on")
+        return
+    SkippedFile(folder, say).add(failures)
 
 
 @contextlib.contextmanager
@@ -112,8 +200,7 @@ def _started(pid: int) -> str:
 def _locked(path: pathlib.Path) -> Iterator[TextIO]:
     """The file at `path`, made where it is missing, that nobody else reads or writes meanwhile."""
     while True:
-        # a link's target is never written: it may be any file of the user's
-        with open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)) as file:
+        with open(path, "a+", opener=no_links) as file:
             with contextlib.suppress(OSError):  # some network file systems have no flock
                 fcntl.flock(file, fcntl.LOCK_EX)
             try:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from av_mae.errors import read_skipped
 from av_mae.evaluate import __main__ as evaluate
 from av_mae.evaluate.reconstruction import ROWS, STREAMS
 from av_mae.prepare import __main__ as prepare
 from av_mae.train import __main__ as train
+from av_mae.workdir import read_skipped
 
 SMALL = [
     "batch_size=8",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from av_mae import errors
-from av_mae.errors import ClipFailure, SkippedFile, read_skipped, stage, write_skipped
+from av_mae.errors import ClipFailure, stage
+from av_mae.workdir import SkippedFile, read_skipped, write_skipped
 
 TORN = ClipFailure("a: b", "frame", "torn: at 3 s")
 MUTE = ClipFailure("c", "sound", "none")

@@ -8,9 +8,11 @@ import hostile_runs
 import numpy as np
 import pytest
 from tiny_export import made_index, write_checkpoint
+from tiny_training import recipe
 
-from av_mae import loading, search
+from av_mae import loading, model_card, search
 from av_mae.errors import UserError
+from av_mae.evaluate.bootstrap import Report
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +76,36 @@ def test_nothing_that_a_registry_names_is_run(kind, canary, tmp_path, monkeypatc
         search.run_command(lambda argv: loading.resolve("x"))
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.removesuffix("\n").isprintable()
+
+
+CARDS = {
+    "a list": "[]",
+    "no figures": '{"evaluations": {"a": {}}}',
+    "evaluations are a list": '{"evaluations": [1]}',
+    "depth without end": "[" * 100_000,
+    "no text": b"\xff\xfe\x00",
+    "numbers are texts": '{"av_mae": 1, "parameters": "many", "evaluations": {}}',
+}
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_card_that_av_mae_did_not_write_costs_no_evaluation(kind, shared_run, tmp_path, capsys):
+    """Cards are read at the end of an evaluation: its results must not be lost by one; the card stays."""
+    shutil.copytree(shared_run, tmp_path / "x")
+    content = CARDS[kind] if isinstance(CARDS[kind], bytes) else CARDS[kind].encode()
+    (tmp_path / "x" / "card.json").write_bytes(content)
+    model_card.add_evaluation(str(tmp_path / "x"), tmp_path / "y", "classification", "set", Report({}, 1, 0, ""))
+    assert (tmp_path / "x" / "card.json").read_bytes() == content and not (tmp_path / "x" / "README.md").exists()
+
+
+@pytest.mark.parametrize("name", ["card.json", "README.md"])
+def test_a_card_is_not_written_through_a_link(name, shared_run, tmp_path):
+    shutil.copytree(shared_run, tmp_path / "x")
+    model_card.write_card(tmp_path / "x", recipe(), 5)
+    precious = tmp_path / "precious"
+    shutil.move(tmp_path / "x" / name, precious)
+    (tmp_path / "x" / name).symlink_to(precious)
+    before = precious.read_bytes()
+    model_card.add_evaluation(str(tmp_path / "x"), tmp_path / "y", "classification", "set", Report({}, 1, 0, ""))
+    assert precious.read_bytes() == before and not (tmp_path / "x" / name).is_symlink()
+    assert "1 clips (0 skipped)" in (tmp_path / "x" / "README.md").read_text()

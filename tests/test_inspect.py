@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from av_mae import errors, inspect
+from av_mae import errors, inspect, workdir
 from av_mae.data import records
 from av_mae.data.records import Labels
 from av_mae.errors import UserError
@@ -155,7 +155,7 @@ def test_what_was_skipped_is_shown_of_every_output(kind, folder, tmp_path, capsy
     output = folder if kind == "set" else tmp_path
     if kind != "set":
         (output / kind).write_text("{}")
-    errors.write_skipped(output, [errors.ClipFailure(*fields) for fields in SKIPPED])
+    workdir.write_skipped(output, [errors.ClipFailure(*fields) for fields in SKIPPED])
     inspect.main([str(output), f"--sheet={tmp_path / 'sheet.png'}"])
     (output / "skipped.jsonl").unlink()
     text = capsys.readouterr().out

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 
 from av_mae import recipes
-from av_mae.errors import SkippedFile, run_command
+from av_mae.errors import run_command
 from av_mae.evaluate import compare, run
 from av_mae.evaluate.task import TASKS, task_class
 from av_mae.model_card import add_evaluation
 from av_mae.train.hosts import check_processes, held_by_run, joined
 from av_mae.train.run import read_command
-from av_mae.workdir import make_workdir
+from av_mae.workdir import SkippedFile, make_workdir
 
 
 def kind_of(values: Mapping[str, Any]) -> type:

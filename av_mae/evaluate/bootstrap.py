@@ -10,12 +10,12 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from av_mae.errors import ClipFailure, UserError
+from av_mae.workdir import replace_file
 
 
 def require_finite(values: np.ndarray, what: str) -> None:
@@ -89,10 +89,7 @@ class Report:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes `results.json`, in one piece or not at all."""
-        path = pathlib.Path(path)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, path)
+        replace_file(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 class Bootstrap:

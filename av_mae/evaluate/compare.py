@@ -18,6 +18,7 @@ from av_mae.evaluate import run as task_run
 from av_mae.evaluate.bootstrap import Metric, Report
 from av_mae.evaluate.task import TaskConfig, task_class
 from av_mae.models.config import require, require_bounds
+from av_mae.workdir import replace_file
 
 RESULTS = "results.json"
 
@@ -150,7 +151,7 @@ def run(config: CompareConfig, workdir: pathlib.Path) -> Report:
         table = gather(config, results)
         report = make_report(config, table, results, failed)
         if jax.process_index() == 0:
-            (workdir / "comparison.md").write_text(report.table + "\n")
+            replace_file(workdir / "comparison.md", report.table + "\n")
             plots.save_png(workdir / "comparison.png", draw(config, table))
     return report
 

@@ -32,6 +32,7 @@ from av_mae.train.optimizer import run_length
 from av_mae.train.run import Run, first_state, open_run, train_from
 from av_mae.train.sharding import local_rows, make_mesh, row_shards
 from av_mae.train.step import TrainStep, fitted_mesh
+from av_mae.workdir import replace_file
 
 REPORT = "report.json"  # of a prepared set: what was found when it was prepared
 REPEATS = 3
@@ -205,9 +206,9 @@ def make_report(task: Task, measured: Mapping[str, Mapping[str, Measured]], work
     missing = [*missing_clips(paths, config.held_out.split), *task.missing]
     listed = json.dumps(ids[""] if list(ids) == [""] else ids, indent=0) + "\n"
     if jax.process_index() == 0:
-        (workdir / "ids.json").write_text(listed)
+        replace_file(workdir / "ids.json", listed)
         if missing:
-            (workdir / "missing.txt").write_text("".join(one_line(clip) + "\n" for clip in missing))
+            replace_file(workdir / "missing.txt", "".join(one_line(clip) + "\n" for clip in missing))
     details = {
         "items": items,
         "missing": len(missing),

@@ -17,8 +17,9 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from av_mae.checkpoint import first_difference
-from av_mae.errors import ClipFailure, UserError, write_skipped
+from av_mae.errors import ClipFailure, UserError
 from av_mae.export.inputs import Row
+from av_mae.workdir import replace_file, write_skipped
 
 FOLDER, FAILURES, RECORD = "embeddings", "failures.parquet", "export.json"
 GROUP_BYTES = 2**26  # of embeddings in a row group
@@ -209,6 +210,4 @@ def read_record(output: pathlib.Path) -> dict[str, Any] | None:
 
 def write_record(output: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Writes what the export is, at once; several processes may write the same."""
-    unfinished = output / f".{RECORD}.{os.getpid()}"
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(unfinished, output / RECORD)
+    replace_file(output / RECORD, json.dumps(record, indent=2) + "\n")

@@ -8,13 +8,14 @@ import sys
 from typing import Any
 
 from av_mae.data.records import VERSION
-from av_mae.errors import SKIPPED, UserError
+from av_mae.errors import UserError
 from av_mae.prepare import report, shards
 from av_mae.prepare.clips import Job
 from av_mae.prepare.engines import WriteShards, write_locally
 from av_mae.prepare.readers import READERS, Reader
 from av_mae.prepare.readers.catalogue import Catalogue, checked
 from av_mae.storage import Folder
+from av_mae.workdir import SKIPPED
 
 SETTINGS_FILE = "prepare.json"
 RECIPE = 2  # counts changes of what records are made of

@@ -24,6 +24,7 @@ from av_mae.errors import RESTART
 from av_mae.train.loop import Hook, Moment, Prefetch
 from av_mae.train.sharding import gather_values
 from av_mae.train.step import Batch, Metrics
+from av_mae.workdir import replace_file
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 FILE = "run.json"
@@ -51,12 +52,8 @@ def open_record(workdir: pathlib.Path) -> dict[str, Any]:
 
 def write_record(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Replaces the record; a disk that is full keeps the one of before (the hook that writes metrics tells of it)."""
-    temporary = workdir / (FILE + ".tmp")
-    try:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(temporary, workdir / FILE)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        replace_file(workdir / FILE, json.dumps(record, indent=2) + "\n")
 
 
 class Goodput(Hook):

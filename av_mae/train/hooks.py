@@ -19,11 +19,12 @@ from av_mae import models, plots
 from av_mae.checkpoint import Checkpoints
 from av_mae.config import TrainConfig
 from av_mae.console import Progress, first_line
-from av_mae.errors import ClipFailure, FailureCount, SkippedFile, UserError, batch_failures
+from av_mae.errors import ClipFailure, FailureCount, UserError, batch_failures
 from av_mae.train.local_checkpoint import LocalCheckpoints
 from av_mae.train.loop import Hook, Moment, NonFinite, Prefetch
 from av_mae.train.sharding import gather_failures
 from av_mae.train.step import Batch, TrainStep
+from av_mae.workdir import SkippedFile, no_links, replace_file
 
 
 class Events:
@@ -85,9 +86,7 @@ class MetricsFile:
         lines = path.read_text().splitlines() if path.is_file() else []
         kept = [line for line in lines if self._step(line) <= resumed]
         if kept != lines:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
+            replace_file(path, "".join(line + "\n" for line in kept))
 
     @staticmethod
     def _step(line: str) -> float:
@@ -104,13 +103,14 @@ class MetricsFile:
           OSError: it could not be written; it is tried again with the next one.
         """
         self._waiting += json.dumps(line) + "\n"
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a") as file:
+        with open(self.path, "a", opener=no_links) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
                 file.write(self._waiting)
-        except OSError:
-            os.truncate(self.path, size)
-            raise
+                file.flush()
+            except OSError:
+                os.ftruncate(file.fileno(), size)
+                raise
         self._waiting = ""
 
 

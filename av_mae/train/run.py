@@ -14,7 +14,7 @@ from av_mae.checkpoint import Checkpoints, Restored
 from av_mae.config import TrainConfig
 from av_mae.console import Progress, note, quiet_libraries
 from av_mae.data.pipeline import TrainingData, open_training_data
-from av_mae.errors import FailureCount, SkippedFile, UserError
+from av_mae.errors import FailureCount, UserError
 from av_mae.models.kinds import Params
 from av_mae.train import hooks
 from av_mae.train.goodput import Goodput, Stragglers, Watchdog, open_record
@@ -25,6 +25,7 @@ from av_mae.train.loop import Hook, Prefetch, stop_on_sigterm, train
 from av_mae.train.optimizer import run_length
 from av_mae.train.sharding import batch_sharding, check_batch, local_rows, make_mesh
 from av_mae.train.step import Objective, TrainStep, fitted_mesh
+from av_mae.workdir import SkippedFile
 
 
 def read_command(

@@ -14,7 +14,7 @@ from tiny_tasks import VARIANTS, arguments, prepared, pretrained
 
 from av_mae import recipes
 from av_mae.data import records
-from av_mae.errors import UserError, read_skipped
+from av_mae.errors import UserError
 from av_mae.evaluate import __main__ as evaluate
 from av_mae.evaluate import run as evaluation
 from av_mae.evaluate import separation
@@ -22,6 +22,7 @@ from av_mae.media import encode as clip_writer
 from av_mae.prepare.shards import write_set
 from av_mae.train import run
 from av_mae.train import sharding as mesh
+from av_mae.workdir import read_skipped
 
 PLOTS = {
     "classification": "confusion",

@@ -11,7 +11,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from av_mae import errors
+from av_mae import workdir
 from av_mae.data import records
 from av_mae.errors import UserError
 from av_mae.prepare import clips as clip_records
@@ -271,7 +271,7 @@ def test_what_is_not_stored_is_listed_with_its_cause(tmp_path):
     for output, workers in (("set", 1), ("again", 2)):
         clip_trees.prepare("folder", source, tmp_path / output, workers, table=str(table), skip=("no_sound",))
     clip_trees.assert_same_files(tmp_path / "set", tmp_path / "again")
-    skipped = errors.read_skipped(tmp_path / "set")
+    skipped = workdir.read_skipped(tmp_path / "set")
     assert {(failure.clip, failure.stage) for failure in skipped} == {
         ("one", "annotations"),
         ("two", "files"),

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 from types import SimpleNamespace
 
@@ -15,9 +16,10 @@ from tensorboardX.proto import event_pb2
 from tiny_training import recipe
 
 from av_mae.console import Progress
-from av_mae.errors import FailureCount, SkippedFile, UserError, read_skipped
+from av_mae.errors import FailureCount, UserError
 from av_mae.train import hooks, loop
 from av_mae.train.hooks import Events
+from av_mae.workdir import SkippedFile, read_skipped
 
 
 def test_metrics_come_once_in_order_and_before_the_state():
@@ -168,20 +170,29 @@ def test_tensorboard_events(tmp_path):
     assert (image.height, image.width) == (5, 7) and image.encoded_image_string.startswith(b"\x89PNG")
 
 
-def test_full_disk_keeps_lines_for_later(tmp_path, monkeypatch):
+def test_full_disk_keeps_lines_for_later(tmp_path):
+    """The file may not grow beyond a part of the second line; that part is taken back."""
     file = hooks.MetricsFile(tmp_path / "metrics.jsonl", 0)
     file.write({"step": 1})
-
-    class Full(io.StringIO):
-        def write(self, _):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(type(file.path), "open", lambda *_: Full())
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.path.stat().st_size + 5, before[1]))
+    try:
         with pytest.raises(OSError):
             file.write({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
     file.write({"step": 3})
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+def test_metrics_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "profile").write_text("kept")
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "profile")
+    hooks.MetricsFile(tmp_path / "metrics.jsonl", 0).write({"step": 1})
+    assert (tmp_path / "profile").read_text() == "kept"
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_full_disk_is_one_warning_and_the_run_goes_on(tmp_path, monkeypatch):
