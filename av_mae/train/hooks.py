@@ -103,11 +103,13 @@ class MetricsFile:
           OSError: it could not be written; it is tried again with the next one.
         """
         self._waiting += json.dumps(line) + "\n"
-        with open(self.path, "a", opener=no_links) as file:
+        left = self._waiting.encode()
+        # without a buffer: what could not be written would be tried once more at the file's end
+        with open(self.path, "ab", buffering=0, opener=no_links) as file:
             size = os.fstat(file.fileno()).st_size
             try:
-                file.write(self._waiting)
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
             except OSError:
                 os.ftruncate(file.fileno(), size)
                 raise
