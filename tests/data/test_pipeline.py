@@ -106,8 +106,7 @@ def test_hosts_and_workers_do_not_change_the_global_batches(reference, hosts, wo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hosts", [1, 2, 8])
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("hosts, workers", [(1, 4), (2, 2), (8, 1)])
 def test_every_host_with_workers(reference, hosts, workers):
     for number, rows in enumerate(np.arange(8).reshape(hosts, -1)):
         assert_rows(reference, rows, workers, resumed=number == hosts - 1)
