@@ -24,7 +24,7 @@ from av_mae import recipes
 from av_mae.checkpoint_arrays import Abstract, Arrays, arrays_handler, check_shapes, checksum, digest, read_arrays
 from av_mae.config import TrainConfig
 from av_mae.console import first_line, note
-from av_mae.errors import UserError
+from av_mae.errors import UserError, check_local
 from av_mae.models import AVMAEConfig, kinds
 from av_mae.models.kinds import ModelDefinition, Params, define_model
 
@@ -309,6 +309,7 @@ def find_checkpoint(path: str) -> pathlib.Path:
     Raises:
       UserError: there is none.
     """
+    check_local("checkpoint", path)
     folder = pathlib.Path(path).absolute()
     if (folder / "model").is_dir():
         return folder

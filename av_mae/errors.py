@@ -52,20 +52,39 @@ def check_numbers(options: Any, least: Mapping[str, float], most: Mapping[str, f
             raise UserError(f"--{name}={value} must be {bound}")
 
 
+def check_local(name: str, text: str) -> None:
+    """Raises UserError where `text`, the value of `name`, has the URL of a store in place of a path."""
+    found = re.search(r"(?:^|[,=])([A-Za-z][A-Za-z0-9+.-]*)://", text)
+    if found:
+        raise UserError(
+            f"{name}={text}: {found[1]}:// is not read or written here, only paths of this machine; give the folder "
+            "where the store is mounted (gcsfuse, mount-s3), or a copy"
+        )
+
+
 def one_line(text: str) -> str:
     """Text that stays in its line and moves no cursor: control characters and line ends are written as escapes."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
+def run_command(main: Callable[[list[str]], None], stores: bool = False) -> None:
     """Runs `main(argv)` of a command; what a user can mend becomes one line on stderr, with status 2 or RESTART.
 
     In a locale such as C the command starts anew in Python's UTF-8 mode: libraries take no other names of files.
+
+    Args:
+      main: the command.
+      stores: whether it takes URLs of stores. Another one refuses them before anything is made: `gs://bucket` is the
+        name of a local folder, too.
     """
     if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
         os.environ["PYTHONUTF8"] = "1"  # for the processes that the command starts
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     try:
+        for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False):
+            option, given, value = word.partition("=")
+            if not stores:
+                check_local(*((option, value) if given and word.startswith("-") else (before or "argument", word)))
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)

@@ -27,7 +27,7 @@ from flax import nnx
 from av_mae import models
 from av_mae.checkpoint import find_checkpoint, open_checkpoint
 from av_mae.config import SoundConfig
-from av_mae.errors import UserError
+from av_mae.errors import UserError, check_local
 from av_mae.models import kinds
 from av_mae.models.encoder import WithEncoder
 
@@ -87,6 +87,7 @@ def resolve(path: str | os.PathLike) -> str:
     Raises:
       UserError: neither exists, or the model's checksum is not the registered one.
     """
+    check_local("path", os.fspath(path))
     if os.path.exists(path):
         return os.fspath(path)
     known = entries()

@@ -15,7 +15,7 @@ import numpy as np
 from av_mae.config import SoundConfig
 from av_mae.data import audio as waves
 from av_mae.data import frames
-from av_mae.errors import ClipFailure, UserError, stage
+from av_mae.errors import ClipFailure, UserError, check_local, stage
 from av_mae.media import bounded
 from av_mae.media import decode as media
 
@@ -180,6 +180,7 @@ def _file_name(path: Any) -> str:
         name = os.fsdecode(path)
     except TypeError:
         raise UserError(f"path={path!r} must be the path of a file") from None
+    check_local("path", name)
     if not os.path.isfile(name):
         what = "is a folder, not a media file" if os.path.isdir(name) else "there is no such file"
         raise UserError(f"{name or repr(name)}: open: {what}")

@@ -1,5 +1,6 @@
 """Folders on this machine or on any store that fsspec knows (gs://, s3://, memory://, …), by one small interface."""
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -10,7 +11,12 @@ from typing import Any
 from av_mae.errors import UserError
 
 TEMPORARY = ".part"  # the ending of a file that is being written
+STORES = ("gs", "gcs", "s3", "hdfs", "az", "abfs", "memory")  # of those that fsspec knows; servers of files are none
 _EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
+
+
+class StoreError(OSError):
+    """A store that does not answer, or refuses. The message says which, why, and what to do."""
 
 
 class Folder:
@@ -21,6 +27,9 @@ class Folder:
         if self.url.startswith("file://"):
             self.url = urllib.parse.unquote(self.url.removeprefix("file://"))
         self.is_local = "://" not in self.url
+        scheme = self.url.partition("://")[0]
+        if not self.is_local and scheme not in STORES:
+            raise UserError(f"{self.url}: {scheme}:// is no store that is known; known are {', '.join(STORES)}")
         self.url = self.url.rstrip("/") or "/"
 
     def __str__(self) -> str:
@@ -39,28 +48,32 @@ class Folder:
                 for name in files
             ]
         else:
-            self._system.invalidate_cache()  # others write here too
-            start = self._stripped(self.path(below) if below else self.url)
-            root = self._stripped(self.url)
-            found = [name.removeprefix(root).lstrip("/") for name in self._system.find(start)]
+            with self._reached():
+                self._system.invalidate_cache()  # others write here too
+                start = self._stripped(self.path(below) if below else self.url)
+                root = self._stripped(self.url)
+                found = [name.removeprefix(root).lstrip("/") for name in self._system.find(start)]
         return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
 
     def exists(self, name: str) -> bool:
         if self.is_local:
             return os.path.exists(self.path(name))
-        self._system.invalidate_cache()
-        return self._system.exists(self._stripped(self.path(name)))
+        with self._reached():
+            self._system.invalidate_cache()
+            return bool(self._system.exists(self._stripped(self.path(name))))
 
     def read(self, name: str) -> bytes:
         """Raises OSError."""
         if self.is_local:
             return pathlib.Path(self.path(name)).read_bytes()
-        return self._system.cat_file(self._stripped(self.path(name)))
+        with self._reached():
+            return bytes(self._system.cat_file(self._stripped(self.path(name))))
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file whole or not at all, in place of one that is there."""
         if not self.is_local:  # a store shows an object when it is complete
-            self._system.pipe_file(self._stripped(self.path(name)), content)
+            with self._reached():
+                self._system.pipe_file(self._stripped(self.path(name)), content)
             return
         temporary = pathlib.Path(self.path(name + TEMPORARY))
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -77,14 +90,16 @@ class Folder:
                 os.fsync(opened.fileno())
             os.replace(file, self.path(name))
         else:
-            self._system.put_file(os.fspath(file), self._stripped(self.path(name)))
+            with self._reached():
+                self._system.put_file(os.fspath(file), self._stripped(self.path(name)))
             os.unlink(file)
 
     def remove(self, name: str) -> None:
         if self.is_local:
             pathlib.Path(self.path(name)).unlink(missing_ok=True)
         elif self.exists(name):
-            self._system.rm_file(self._stripped(self.path(name)))
+            with self._reached():
+                self._system.rm_file(self._stripped(self.path(name)))
 
     def remove_empty(self, name: str) -> None:
         """Removes a subfolder that holds nothing; stores have none."""
@@ -94,6 +109,19 @@ class Folder:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_system"}
 
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        """What drivers of stores raise becomes a StoreError, but for a file that is not there."""
+        try:
+            yield
+        except (FileNotFoundError, UserError):
+            raise
+        except Exception as error:
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise StoreError(
+                f"{self.url} cannot be reached or used: {cause}; check the address, its credentials and the network"
+            ) from error
+
     @functools.cached_property
     def _system(self) -> Any:
         import fsspec
@@ -101,10 +129,10 @@ class Folder:
         protocol = self.url.split("://")[0]
         try:
             return fsspec.core.url_to_fs(self.url)[0]
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, OSError) as error:  # a driver that is missing, or cannot be loaded
             package = _EXTRAS.get(protocol)
-            needed = f"pip install {package}" if package else "use a path or a URL that fsspec knows"
-            raise UserError(f"{self.url}: {error}; {needed}") from error
+            needed = f"pip install {package}" if package else f"install what fsspec needs for {protocol}://"
+            raise UserError(f"{self.url}: {str(error).splitlines()[0]}; {needed}") from error
 
     def _stripped(self, url: str) -> str:
         return self._system._strip_protocol(url)

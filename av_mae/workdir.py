@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
-from av_mae.errors import RESTART, ClipFailure, UserError
+from av_mae.errors import RESTART, ClipFailure, UserError, check_local
 
 LOCK = ".lock.json"
 SKIPPED = "skipped.jsonl"  # clips that a command skipped, in its output folder
@@ -30,6 +30,7 @@ HOLDER = {"host": str, "pid": int, "system": str, "started": str, "since": float
 
 def make_workdir(path: str) -> pathlib.Path:
     """Makes the work directory. Raises UserError where nothing can be written in it."""
+    check_local("--workdir", path)
     workdir = pathlib.Path(path).absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)

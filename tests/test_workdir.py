@@ -12,7 +12,9 @@ import time
 
 import pytest
 
-from av_mae import workdir
+import av_mae
+from av_mae import checkpoint, errors, workdir
+from av_mae.data import records
 from av_mae.errors import RESTART, UserError
 from av_mae.workdir import LOCK, held
 
@@ -182,3 +184,52 @@ def test_an_empty_folder_does_not_stay(tmp_path):
 def test_a_store_is_not_held():
     with held("memory://bucket/run"), held("memory://bucket/run"):
         pass
+
+
+OPTIONS = {
+    "train": ["--workdir", "--config.data.path", "--config.init"],
+    "evaluate": ["--workdir", "--config.data.path", "--config.init"],
+    "export": ["--checkpoint", "--data", "--output", "--json"],
+    "convert": ["--source", "--output"],
+    "search": ["--index", "--query", "--sheet", "--faiss", "--checkpoint"],
+    "view": ["--workdir"],
+    "inspect": ["--sheet", ""],
+    "benchmark": ["--json", "--data"],
+    "prepare": ["--output", "--source"],
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_urls_are_refused_before_anything_is_made(tmp_path, command, monkeypatch, capsys):
+    """As two words or one; nothing of that name is made here, as `gs:/bucket` would be."""
+    name = command if command in ("search", "inspect") else f"{command}.__main__"
+    main = importlib.import_module(f"av_mae.{name}").main
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for option in OPTIONS[command]:
+        for scheme in ["ftp", "http", "nonsense"] + ["gs", "s3", "hdfs"] * (command != "prepare"):
+            url = f"{scheme}://bucket/run"
+            for words in ([f"{option}={url}"], [option, url]) if option else ([url],):
+                if command == "prepare":
+                    words = ["--dataset=folder", "--source=in", "--output=out", *words]
+                monkeypatch.setattr(sys, "argv", [command, *words])
+                with pytest.raises(SystemExit) as ended:
+                    errors.run_command(main, stores=command == "prepare")
+                said = capsys.readouterr().err
+                assert ended.value.code == 2 and said.count("error:") == 1 and url in said, said
+                assert option in said or command == "prepare"
+                assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_urls_from_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (
+        lambda: av_mae.load("gs://bucket/run"),
+        lambda: av_mae.preprocess.load("s3://bucket/a.mp4"),
+        lambda: workdir.make_workdir("gs://bucket/run"),
+        lambda: records.describe("gs://bucket/set"),
+        lambda: checkpoint.find_checkpoint("hdfs://a/b"),
+    ):
+        with pytest.raises(UserError, match="is not read or written here"):
+            use()
+    assert not list(tmp_path.iterdir())

@@ -23,7 +23,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from av_mae import console
 from av_mae.console import Progress
 from av_mae.data import Record, Records
-from av_mae.errors import UserError
+from av_mae.errors import UserError, check_local
 
 VERSION = "2.0.0"  # raised with every change of the fields: other versions are refused
 BYTES = np.object_  # what TFDS calls a string of bytes
@@ -228,6 +228,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
 
     The set's files are compared with what this program writes; nothing that they name is imported.
     """
+    check_local("data.path", os.fspath(path))
     path = pathlib.Path(path)
     if not path.is_dir():
         raise UserError(

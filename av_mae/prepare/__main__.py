@@ -14,6 +14,7 @@ from av_mae.errors import UserError, check_name, check_numbers, run_command
 from av_mae.prepare.demo import MODULES
 from av_mae.prepare.readers import READERS
 from av_mae.prepare.readers.catalogue import CAUSES, SKIPPABLE
+from av_mae.storage import Folder, StoreError
 from av_mae.workdir import held
 
 EXAMPLE = """example: python -m av_mae.prepare --dataset=toy_band --output=data/toy_band --clips=2000 --seed=0
@@ -132,6 +133,8 @@ def _write_errors(output: str) -> Iterator[None]:
     """Turns what the file system refuses into a UserError."""
     try:
         yield
+    except StoreError as error:
+        raise UserError(str(error)) from error
     except PermissionError as error:
         raise UserError(f"no permission for {error.filename or output}; choose another --output") from error
     except concurrent.futures.process.BrokenProcessPool as error:
@@ -153,7 +156,6 @@ def _prepare_demo(options: argparse.Namespace) -> str:
 def _prepare_set(options: argparse.Namespace, beam_options: list[str]) -> str:
     from av_mae.prepare import engines, run
     from av_mae.prepare.clips import Job, Limits, RecordOptions
-    from av_mae.storage import Folder
 
     chosen = _chosen(options, SET_OPTIONS, DEMO_OPTIONS)
     _check(chosen, options.dataset)
@@ -221,4 +223,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, stores=True)

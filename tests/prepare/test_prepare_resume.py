@@ -17,6 +17,7 @@ import pytest
 
 from av_mae.data import records
 from av_mae.errors import UserError
+from av_mae.prepare import __main__ as prepare
 from av_mae.prepare import shards
 from av_mae.prepare.clips import Limits
 from av_mae.prepare.readers.catalogue import SourceClip
@@ -227,7 +228,12 @@ def test_a_folder_of_a_store_is_the_same_as_one_of_this_machine(tmp_path):
             ImportError("Please install gcsfs"),
             "gs://bucket/x: Please install gcsfs; pip install gcsfs",
         ),
-        ("none://x", None, "none://x: Protocol not known: none; use a path or a URL that fsspec knows"),
+        (
+            "none://x",
+            None,
+            "none://x: none:// is no store that is known; known are gs, gcs, s3, hdfs, az, abfs, memory",
+        ),
+        ("hdfs://x", OSError("no libjvm\nat all"), "hdfs://x: no libjvm; install what fsspec needs for hdfs://"),
     ],
 )
 def test_a_store_that_cannot_be_reached_says_what_it_needs(url, error, message, monkeypatch):
@@ -235,3 +241,19 @@ def test_a_store_that_cannot_be_reached_says_what_it_needs(url, error, message, 
         monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(UserError, match=f"^{message}$"):
         Folder(url).files()
+
+
+def test_a_store_that_does_not_answer_is_named_with_its_cause(tmp_path, monkeypatch):
+    """Whatever its driver raises, and not as a fault of --output."""
+
+    class Unreachable:
+        def __getattr__(self, name):
+            return lambda *_, **__: name if name == "_strip_protocol" else fail()
+
+    def fail():
+        raise RuntimeError("connection refused\nby nobody")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *_: (Unreachable(), ""))
+    for source, output in (("s3://bucket/in", tmp_path / "out"), (_source(tmp_path / "in", 1), "s3://bucket/in")):
+        with pytest.raises(UserError, match="^s3://bucket/in cannot be reached or used: connection refused; check the"):
+            prepare.main(["--dataset=folder", f"--source={source}", f"--output={output}"])
