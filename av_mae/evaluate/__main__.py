@@ -12,7 +12,8 @@ from av_mae.errors import run_command
 from av_mae.evaluate import compare, run
 from av_mae.evaluate.task import TASKS, task_class
 from av_mae.model_card import add_evaluation
-from av_mae.train.hosts import check_processes, held_by_run, joined
+from av_mae.train.agreement import check_processes, held_by_run
+from av_mae.train.hosts import joined
 from av_mae.train.run import read_command
 from av_mae.workdir import SkippedFile, make_workdir
 

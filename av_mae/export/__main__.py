@@ -12,7 +12,8 @@ from av_mae.errors import UserError, one_line, run_command
 from av_mae.export.embeddings import Options, export_embeddings
 from av_mae.export.encoders import INPUTS, OUTPUTS, export_onnx, export_safetensors, export_stablehlo
 from av_mae.loading import load, resolve
-from av_mae.train.hosts import add_process_arguments, held_by_run, joined
+from av_mae.train.agreement import held_by_run
+from av_mae.train.hosts import add_process_arguments, joined
 
 EXAMPLE = """examples:
   python -m av_mae.export --checkpoint=runs/demo --data=runs/demo/data/toy_band:test --output=embeddings

@@ -19,8 +19,9 @@ from av_mae.convert.store import stream_arrays
 from av_mae.errors import UserError, run_command
 from av_mae.model_card import write_card
 from av_mae.models.kinds import Params
+from av_mae.train.agreement import check_processes, held_by_run
 from av_mae.train.hooks import Events, MetricsHook, ReconstructionHook
-from av_mae.train.hosts import Stopped, check_processes, held_by_run, joined
+from av_mae.train.hosts import Stopped, joined
 from av_mae.train.loop import Hook
 from av_mae.train.run import Run, first_state, open_local, open_run, read_command, train_from
 from av_mae.train.step import TrainStep

@@ -1,35 +1,22 @@
-"""The processes of a run: how they join, what stops them, and what they must have alike."""
+"""The processes of a run: how they join, and what stops them."""
 
 import argparse
 import contextlib
 import ctypes
 import dataclasses
-import functools
-import hashlib
-import importlib.metadata
-import json
 import mmap
 import os
-import pathlib
-import platform
 import resource
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import jax
-from jax.experimental import multihost_utils
 
-from av_mae import recipes
-from av_mae.checkpoint import first_difference
-from av_mae.console import note
 from av_mae.errors import RESTART, UserError, WorkerKilled, check_numbers
-from av_mae.train.sharding import gather_values
-from av_mae.workdir import held
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -296,93 +283,3 @@ def answers(address: str) -> bool:
             return True
     except OSError:
         return False
-
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-MOST_SKEW = 2.0  # seconds between two clocks from which on the user is told
-
-
-@functools.cache
-def code_hash() -> str:
-    """Hash of the package's source files and of their names."""
-    root, digest = pathlib.Path(__file__).resolve().parent.parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def held_by_run(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds a folder for all processes of this run: the first one does it, see `workdir.held`.
-
-    Raises:
-      UserError: another run holds the folder; the same on every process.
-    """
-    with contextlib.ExitStack() as stack:
-        refused = ""
-        if jax.process_index() == 0:
-            try:
-                stack.enter_context(held(folder))
-            except UserError as error:
-                refused = str(error)
-        if message := gather_values([refused])[0]:
-            raise UserError(message)
-        yield
-
-
-def identity(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
-    """What must be alike, as JSON has it."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "code": code_hash(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "workdir": str(workdir),
-        "config": recipes.to_dict(config),
-    }
-
-
-def check_alike(hosts: Sequence[str], identities: Sequence[Mapping[str, Any]]) -> None:
-    """Raises UserError that names the first process that is unlike process 0, and in what."""
-    for number, theirs in enumerate(identities):
-        difference = first_difference(identities[0], theirs)
-        if difference is not None:
-            name, first, other = difference
-            raise UserError(
-                f"the processes of a run must be alike, but {name} is {first!r} on process 0 ({hosts[0]}) "
-                f"and {other!r} on process {number} ({hosts[number]}): start all with the same command, "
-                "code and versions"
-            )
-
-
-def clock_warning(hosts: Sequence[str], clocks: Sequence[float]) -> str:
-    """What to say of clocks (s) that were read at the same moment; '' where they agree."""
-    slow, fast = clocks.index(min(clocks)), clocks.index(max(clocks))
-    skew = clocks[fast] - clocks[slow]
-    if skew <= MOST_SKEW:
-        return ""
-    return (
-        f"warning: the clock of process {fast} ({hosts[fast]}) is {skew:.1f} s ahead of that of process {slow} "
-        f"({hosts[slow]}): times in logs and checkpoints will not fit together; remote stores refuse clocks that "
-        "are minutes off"
-    )
-
-
-def check_processes(config: Any, workdir: pathlib.Path) -> None:
-    """Compares all processes of the run; every process must call this before anything that they do together.
-
-    Raises:
-      UserError: see `check_alike`; the same on every process.
-    """
-    if jax.process_count() == 1:
-        return
-    ours = identity(config, workdir)
-    digest = hashlib.sha256(json.dumps(ours).encode()).hexdigest()
-    multihost_utils.sync_global_devices("clocks")
-    clock = time.time()
-    hosts, clocks, digests = zip(*gather_values([(socket.gethostname(), clock, digest)]))
-    if len(set(digests)) > 1:
-        check_alike(hosts, gather_values([ours]))
-    warning = clock_warning(hosts, clocks)
-    if warning:
-        note(warning)

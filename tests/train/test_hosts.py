@@ -13,8 +13,7 @@ import pytest
 from tiny_training import recipe
 
 from av_mae.errors import UserError
-from av_mae.train import hosts
-from av_mae.train import hosts as agreement
+from av_mae.train import agreement, hosts
 from av_mae.train.goodput import FIRST, Watchdog
 
 

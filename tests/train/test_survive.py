@@ -145,6 +145,31 @@ def test_unlike_processes_are_named(training):
         assert "config.log_every is 1 on process 0" in error and "7 on process 1" in error, message
 
 
+def test_a_folder_that_hosts_do_not_share_is_refused(training, tmp_path):
+    """One name, two folders: it goes by way of the process's own current folder."""
+    processes = []
+    join = [f"--coordinator=localhost:{free_port()}", "--process_count=2", "--workdir=/proc/self/cwd/run"]
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        command = [sys.executable, "-m", "av_mae.train", f"--config={training.config}", *QUICK, *join]
+        processes.append(
+            subprocess.Popen(
+                [*command, f"--process_id={number}"],
+                cwd=tmp_path / str(number),
+                env=training.environment(),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    statuses, messages = ended(processes, within=200)
+    assert statuses == [2, 2], messages
+    for message in messages:
+        (error,) = [line for line in message.splitlines() if line.startswith("error:")]
+        assert "/proc/self/cwd/run is not one folder for all processes: process 1 on " in error, message
+    for number in range(2):
+        assert not [path for path in (tmp_path / str(number)).rglob("*") if path.is_file()]
+
+
 def test_a_process_that_is_alone_says_so(training):
     began = time.monotonic()
     process = training.start(
