@@ -107,8 +107,8 @@ def test_slurm(dry, root):
     assert (status, message) == (0, "")
     _, sbatch, _, srun = words(out)
     assert sbatch[:4] == ["sbatch", "--job-name=av_mae", "--nodes=2", "--ntasks-per-node=8"]
-    assert {"--requeue", "--signal=B:TERM@120", "--gpus-per-node=8"} <= set(sbatch)
-    inside = shlex.split(sbatch[-1].removeprefix("--wrap="))
+    assert {"--requeue", "--signal=B:USR1@120", "--gpus-per-node=8"} <= set(sbatch)
+    inside = shlex.split(sbatch[-1].removeprefix("--wrap=exec "))  # so that signals reach the script
     assert inside[:2] == ["bash", str(root / "launch" / "slurm.sh")] and "--dry-run" not in inside
     assert inside[inside.index("--") + 1 :] == TRAIN
     assert srun[:3] == ["srun", "--nodes=2", "--ntasks-per-node=8"]

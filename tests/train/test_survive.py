@@ -272,39 +272,15 @@ SCP = """#!/bin/bash
 while [ "$1" = -o ] || [ "$1" = -q ]; do [ "$1" = -q ] && shift || shift 2; done
 mkdir -p "$HOSTS/${2%%:*}" && cp "$1" "$HOSTS/${2%%:*}/${2#*:}"
 """
-# srun that starts local processes and ends with the highest of their statuses; their numbers go to a file.
-SRUN = """#!/bin/bash
-while [[ $1 = --* ]]; do
-  case $1 in --nodes=*) nodes=${1#*=} ;; --ntasks-per-node=*) tasks=${1#*=} ;; esac
-  shift
-done
-export SLURM_NTASKS=$((nodes * tasks)) SLURM_STEP_NUM_TASKS=$((nodes * tasks)) SLURM_STEP_NODELIST=localhost
-pids=() worst=0
-trap 'kill -TERM "${pids[@]}"' TERM
-for ((i = 0; i < SLURM_NTASKS; i++)); do
-  SLURM_PROCID=$i SLURM_LOCALID=$((i % tasks)) "$@" &
-  pids+=($!)
-done
-echo "${pids[@]}" >> "$HOSTS/pids"
-for pid in "${pids[@]}"; do
-  wait "$pid"
-  status=$?
-  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; status=$?; done
-  [ $status -le $worst ] || worst=$status
-done
-exit $worst
-"""
 
 
 @pytest.fixture
 def launch(training, tmp_path):
-    """launch(script, *options, workdir=…): starts a launcher with stand-ins for Python, ssh, scp, srun and scontrol."""
+    """launch(script, *options, workdir=…): starts a launcher with stand-ins for Python, ssh and scp."""
     for name, text in {
         "python": PYTHON.format(python=sys.executable),
         "ssh": SSH,
         "scp": SCP,
-        "srun": SRUN,
-        "scontrol": '#!/bin/bash\necho "$@" >> "$HOSTS/asked"\n',
     }.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -365,23 +341,3 @@ def test_ssh_launcher_hands_sigterm_on(training, launch):
     assert status == RESTART and "asked to stop: every process saves its state" in message, message
     last = training.metrics("sshstop")[-1]["step"]
     assert last < STEPS and str(last) in {path.name for path in (training.folder / "sshstop/checkpoints").iterdir()}
-
-
-def test_slurm_launcher_restarts_and_requeues(training, whole, launch, tmp_path):
-    """A job of two tasks that find each other by Slurm's variables: one is killed, then the job is asked to stop."""
-    job = {"SLURM_JOB_ID": str(random.randrange(4096))}
-    process = launch("slurm.sh", "--nodes=2", workdir="slurm", **job)
-    training.wait_for_step("slurm", 21, process)
-    os.kill(int((tmp_path / "pids").read_text().split()[1]), signal.SIGKILL)
-    until = time.monotonic() + 200
-    while len((tmp_path / "pids").read_text().splitlines()) < 2 and time.monotonic() < until:
-        time.sleep(0.1)
-    training.wait_for_step("slurm", 27, process)
-    process.terminate()
-    (status,), (message,) = ended([process])
-    assert status == RESTART and "attempt 0 ended with statuses 137" in message, message
-    assert (tmp_path / "asked").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
-    (status,), (message,) = ended([launch("slurm.sh", "--nodes=2", workdir="slurm", **job)])  # queued again
-    assert status == 0, message
-    assert training.metrics("slurm") == whole[0]
-    assert_same_arrays(training.arrays("slurm"), whole[1])
