@@ -123,18 +123,9 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
         ClipFailure: where the clip cannot be decoded.
     """
     media = Media(files[clip.media])
-    longer = clip.part is not None and media.duration > LONGER * clip.part[1]
-    if clip.part is not None and longer:
-        clip = dataclasses.replace(clip, start=clip.part[0], end=sum(clip.part))
+    clip, longer = _within(clip, media)
     end = media.duration if clip.end is None else min(clip.end, media.duration)
     duration = end - clip.start
-    if clip.part is not None and longer and duration < clip.part[1] / LONGER:
-        raise ClipFailure(
-            "",
-            "open",
-            f"lasts {media.duration:.2f} s, neither {clip.part[1]:g} s nor long enough for those from "
-            f"{clip.part[0]:g} s on",
-        )
     if not 0 < duration <= LONGEST:
         raise ClipFailure(
             "",
@@ -145,7 +136,9 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
     audio = _audio(media, clip.start, duration, options.rate)
     sources: list[np.ndarray] = []
     if clip.mixed_with is not None:
-        audio, sources = _mixture(audio, clip.mixed_with, files, options)
+        second = Media(files[clip.mixed_with.media])
+        audio, sources = _mixture(audio, second, clip.mixed_with, options)
+        media.damages = {kind: f"{clip.mixed_with.id}: {text}" for kind, text in second.damages.items()} | media.damages
     if clip.images:
         frames = list(_images(clip, files, duration))
     else:
@@ -172,6 +165,21 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
     return Outcome(None if left_out else record, findings, _facts(record, small, audio))
 
 
+def _within(clip: SourceClip, media: Media) -> tuple[SourceClip, bool]:
+    """The clip with its place in the file, and whether the file is longer than the annotated part, so that this part
+    alone is taken. Raises ClipFailure where the file does not hold it."""
+    if clip.part is None or media.duration <= LONGER * clip.part[1]:
+        return clip, False
+    start, seconds = clip.part
+    if min(start + seconds, media.duration) - start < seconds / LONGER:
+        raise ClipFailure(
+            "",
+            "open",
+            f"lasts {media.duration:.2f} s, neither {seconds:g} s nor long enough for those from {start:g} s on",
+        )
+    return dataclasses.replace(clip, start=start, end=start + seconds), True
+
+
 def _audio(media: Media, start: float, seconds: float, rate: int) -> np.ndarray | None:
     """float32 [samples] at `rate` Hz from second `start` on, silent before the audio begins; `None` without any."""
     if media.audio is None:
@@ -192,11 +200,19 @@ def _audio(media: Media, start: float, seconds: float, rate: int) -> np.ndarray 
 
 
 def _mixture(
-    first: np.ndarray | None, other: SourceClip, files: Mapping[str, File], options: RecordOptions
+    first: np.ndarray | None, media: Media, other: SourceClip, options: RecordOptions
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The sum of two clips' audio, as long as the shorter one, and the two; all quieter where the sum is beyond 1."""
-    media = Media(files[other.media])
-    second = _audio(media, other.start, media.duration - other.start, options.rate)
+    """The sum of two clips' audio, as long as the shorter one, and the two; all quieter where the sum is beyond 1.
+
+    Args:
+        first: a clip's audio.
+        media: the file of the other clip.
+        other: the other clip.
+        options: what the record holds.
+    """
+    other, _ = _within(other, media)
+    end = media.duration if other.end is None else min(other.end, media.duration)
+    second = _audio(media, other.start, end - other.start, options.rate)
     if first is None or second is None:
         raise ClipFailure("", "sound", "a pair needs two clips with audio")
     length = min(len(first), len(second))

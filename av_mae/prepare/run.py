@@ -18,7 +18,7 @@ from av_mae.storage import Folder
 from av_mae.workdir import SKIPPED
 
 SETTINGS_FILE = "prepare.json"
-RECIPE = 2  # counts changes of what records are made of
+RECIPE = 3  # counts changes of what records are made of
 
 
 def prepare(job: Job, write_shards: WriteShards = write_locally) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Inputs after public bug reports (tests/data/cases, a README each) and their like: each gives the right value or is
 named; nothing is stored of another file, split or place."""
 
+import io
 import json
 import pathlib
 
@@ -9,6 +10,7 @@ import made_media
 import numpy as np
 import pytest
 import simplejpeg
+import soundfile
 from PIL import Image
 
 from av_mae import workdir
@@ -259,6 +261,19 @@ def test_only_the_annotated_part_of_a_file_is_taken(name, seconds, frame, length
     shown = made_media.number_of(simplejpeg.decode_jpeg(record["frames"][0]))
     assert abs(shown - frame - 0.5 * clip_trees.FPS) <= 1
     assert ("too_long" in clip_trees.causes(report)) == (seconds > 15)
+
+
+def test_both_clips_of_a_pair_are_the_annotated_parts_of_their_recordings(tmp_path):
+    rows = "abc,4,playing cello,test\nxyz,8,playing flute,test\n"
+    lists = {"vggsound.csv": rows, "vggmusic_eval_ss.csv": "abc_000004,xyz_000008\n"}
+    recordings = {"abc.mp4": clip_trees.clip(0, 24.0), "xyz.mp4": clip_trees.clip(40, 24.0)}
+    source = clip_trees.put(tmp_path / "in", lists | recordings)
+    clip_trees.prepare("vggsound_music", source, tmp_path / "set")
+    (pair,) = clip_trees.stored(tmp_path / "set", "test_pairs").values()
+    for sound, start in zip(pair["sources"], (4, 40 + 8), strict=True):
+        heard, rate = soundfile.read(io.BytesIO(sound))
+        right = made_media.hum(start + np.arange(len(heard)) / rate)
+        assert len(heard) == 10 * rate and np.corrcoef(heard, right)[0, 1] > 0.99
 
 
 def test_what_is_not_stored_is_listed_with_its_cause(tmp_path):
