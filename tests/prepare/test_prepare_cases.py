@@ -8,6 +8,8 @@ import pathlib
 import clip_trees
 import made_media
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 import simplejpeg
 import soundfile
@@ -54,12 +56,42 @@ def test_a_row_whose_file_is_missing_takes_no_other_file():
         ("a/clip_07.mp4", ["a/clip_7.mp4"], None),
         ("long.mp4", ["b/long.mp4"], None),
         ("a/x.1.mp4", ["a/x.mp4", "a/x.2.mp4"], None),
+        ("a/x.weird", ["a/x.mp4", "a/x.weird"], "a/x.weird"),  # an ending that is not known
+        ("a\\x.mp4", ["a/x.mp4"], "a/x.mp4"),  # as Windows writes it
+        ("a\\x.mp4", ["a/x.mp4", "a\\x.mp4"], None),
+        ("#1.mp4", ["#1.mp4"], "#1.mp4"),
+        ("# 1.mp4", ["1.mp4"], None),
     ],
 )
 def test_files_of_other_names_are_other_files(named, there, taken, tmp_path):
     source = clip_trees.put(tmp_path / "in", dict.fromkeys(there, b""))
     table = clip_trees.put(tmp_path, {"list.csv": f"path\n{named}\n"}) / "list.csv"
     assert [clip.media for clip in catalogue(source, table=str(table)).clips] == ([taken] if taken else [])
+
+
+@pytest.mark.parametrize(
+    "columns, clip",
+    [
+        ({"File": "a.mp4", " Split": "test", "START": 1.0, "Labels": "dog;cat;dog"}, ("test", 1.0, ["dog", "cat"])),
+        ({"path": "a.mp4", "label": ["Tools; power", None, "x|y"]}, ("train", 0.0, ["Tools; power", "x|y"])),
+        ({"path": b"a.mp4", "start": float("nan"), "label": float("nan")}, ("train", 0.0, [])),
+    ],
+)
+def test_columns_of_a_parquet_table(columns, clip, tmp_path):
+    clip_trees.put(tmp_path, {"a.mp4": b""})
+    parquet.write_table(pyarrow.table({name: [value] for name, value in columns.items()}), tmp_path / "list.parquet")
+    read = catalogue(tmp_path, table=str(tmp_path / "list.parquet"))
+    (one,) = read.clips
+    assert (one.split, one.start, [read.classes[label] for label in one.labels]) == clip
+
+
+def test_columns_that_two_can_be_meant_by_are_refused_and_others_named(tmp_path, capsys):
+    clip_trees.put(tmp_path, {"a.mp4": b"", "two.csv": "path,label,class\na.mp4,dog,cat\n"})
+    with pytest.raises(UserError, match=r"several columns for `label` \(label, class\): leave one"):
+        catalogue(tmp_path, table=str(tmp_path / "two.csv"))
+    clip_trees.put(tmp_path, {"other.csv": "path,start_time,subset\na.mp4,1,test\n"})
+    catalogue(tmp_path, table=str(tmp_path / "other.csv"))
+    assert capsys.readouterr().err.endswith("other.csv: not used are the columns start_time, subset\n")
 
 
 def test_an_exact_name_goes_before_one_without_leading_zeros(tmp_path):

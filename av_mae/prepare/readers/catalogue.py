@@ -218,7 +218,12 @@ def find_needed(folder: Folder, *names: str) -> str:
 
 
 def rows(
-    folder: Folder, name: str, width: int | range, catalogue: Catalogue, header: Sequence[str] = ()
+    folder: Folder,
+    name: str,
+    width: int | range,
+    catalogue: Catalogue,
+    header: Sequence[str] = (),
+    files: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[int, list[str]]]:
     """The rows of a csv file; `#` lines, empty lines and the header are left out.
 
@@ -228,6 +233,7 @@ def rows(
         width: how many fields a row may have.
         catalogue: takes a finding for each row that cannot be read.
         header: what the first field of a header may be called.
+        files: names of files; a `#` line that has one of them among its fields is a row.
 
     Yields:
         The number of a row in the file, from 1 on, and its fields, stripped.
@@ -241,7 +247,7 @@ def rows(
         raise UserError(f"{folder.path(name)} is encoded as {_WIDE_ENCODINGS[content[:2]]}; save it as UTF-8")
     good, found = 0, len(catalogue.findings)
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith(b"#"):
+        if not line.strip() or line.lstrip().startswith(b"#") and not _names_one(line, files):
             continue
         with catalogue.row(name, number):
             fields = _fields(line)
@@ -254,6 +260,12 @@ def rows(
     bad = len(catalogue.findings) - found
     if bad and not good:
         raise UserError(f"{folder.path(name)}: {catalogue.findings[-1].message}; none of its {bad} rows can be read")
+
+
+def _names_one(line: bytes, files: frozenset[str]) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(files) and not files.isdisjoint(_fields(line))
+    return False
 
 
 def read(folder: Folder, name: str) -> bytes:
@@ -281,7 +293,7 @@ def read_json(folder: Folder, name: str, kind: type[_Kind]) -> _Kind:
 def number(text: str, name: str) -> float:
     """Raises ValueError for what is not a finite number of at least 0."""
     try:
-        value = float(text)
+        value = float(text.replace("_", "x"))  # Python takes 1_0 for 10
     except ValueError:
         raise ValueError(f"{name} {text!r} is no number") from None
     if not 0 <= value < 1e9:

@@ -12,10 +12,11 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from av_mae.errors import UserError
+from av_mae.errors import UserError, one_line
 from av_mae.media import MEDIA, SOUNDS, MediaFiles, ending, stem
 from av_mae.prepare.readers import catalogue as tables
 from av_mae.prepare.readers.catalogue import SPLITS, Catalogue, SourceClip, check_id, split_name
@@ -128,14 +129,15 @@ def _ids(names: Sequence[str]) -> dict[str, str]:
 
 
 def _from_table(folder: Folder, table: str) -> Catalogue:
-    catalogue, files = Catalogue(), MediaFiles(folder.files())
-    read_rows = list(_parquet_rows(table) if table.endswith(".parquet") else _csv_rows(table, catalogue))
+    catalogue, there = Catalogue(), frozenset(folder.files())
+    files = MediaFiles(there)
+    read_rows = list(_parquet_rows(table) if table.endswith(".parquet") else _csv_rows(table, catalogue, there))
     numbers = catalogue.set_classes(label for _, row in read_rows for label in _labels(row))
     unnamed = set()
     for number, row in read_rows:
         with catalogue.row(table, number):
-            clip = _clip(row, numbers)
-            media = files.at(clip.media)
+            clip = _clip(row, numbers, there)
+            media = clip.media if clip.media in there else files.at(clip.media)
             if media is None:
                 catalogue.note("missing", clip.id, "files", f"{table}, row {number}: no file {clip.media}", clip.split)
                 continue
@@ -167,12 +169,14 @@ def _separate(clips: list[SourceClip], unnamed: set[int]) -> None:
         clips[index] = dataclasses.replace(clip, id=f"{name}_{number + 1}" if number else name)
 
 
-def _labels(row: Mapping[str, str]) -> list[str]:
-    return [label.strip() for label in re.split(f"[{SEPARATORS}]", row.get("label", "")) if label.strip()]
+def _labels(row: Mapping[str, Any]) -> list[str]:
+    labels = row.get("label", "")
+    names = re.split(f"[{SEPARATORS}]", labels) if isinstance(labels, str) else labels
+    return list(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
-def _clip(row: Mapping[str, str], numbers: Mapping[str, int]) -> SourceClip:
-    path = row["path"].replace("\\", "/").removeprefix("./")
+def _clip(row: Mapping[str, Any], numbers: Mapping[str, int], there: Collection[str]) -> SourceClip:
+    path = row["path"] if row["path"] in there else row["path"].replace("\\", "/").removeprefix("./")
     if not path or path.startswith("/") or ".." in path.split("/"):
         raise ValueError(f"path {row['path']!r} must be a file below the source folder")
     start = tables.number(row["start"], "start") if row.get("start") else 0.0
@@ -193,12 +197,12 @@ def _clip(row: Mapping[str, str], numbers: Mapping[str, int]) -> SourceClip:
     )
 
 
-def _csv_rows(table: str, catalogue: Catalogue) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv_rows(table: str, catalogue: Catalogue, there: frozenset[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     below, _, name = table.rpartition("/")
     columns: list[str] = []
-    for number, fields in tables.rows(Folder(below or "."), name, range(1, 100), catalogue):
+    for number, fields in tables.rows(Folder(below or "."), name, range(1, 100), catalogue, files=there):
         if not columns:
-            columns = _columns([field.lower() for field in fields], table)
+            columns = _columns(fields, table)
         else:
             with catalogue.row(table, number):
                 if len(fields) != len(columns):
@@ -206,7 +210,7 @@ def _csv_rows(table: str, catalogue: Catalogue) -> Iterator[tuple[int, dict[str,
                 yield number, dict(zip(columns, fields))
 
 
-def _parquet_rows(table: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _parquet_rows(table: str) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet
 
     below, _, name = table.rpartition("/")
@@ -219,20 +223,32 @@ def _parquet_rows(table: str) -> Iterator[tuple[int, dict[str, str]]]:
         yield number, dict(zip(columns, map(_text, row.values())))
 
 
-def _text(value: Any) -> str:
+def _text(value: Any) -> Any:
+    """A value of a Parquet file as a csv file has it; a list stays one, since its items may hold SEPARATORS."""
     if isinstance(value, list):
-        return SEPARATORS[0].join(map(str, value))
-    return "" if value is None else str(value)
+        return [_text(item) for item in value]
+    if isinstance(value, bytes):
+        return os.fsdecode(value)
+    return "" if value is None or value != value else str(value)  # nan is what pandas writes for nothing
 
 
 def _columns(names: list[str], table: str) -> list[str]:
+    """What each column is; those that no clip needs keep their names, and are named once."""
+    plain = [name.strip().lower() for name in names]
     renamed = [
-        "path" if name in ("file", "filename") else "label" if name in ("labels", "class") else name for name in names
+        "path" if name in ("file", "filename") else "label" if name in ("labels", "class") else name for name in plain
     ]
     if "path" not in renamed:
         raise UserError(
             f"{table} has the columns {', '.join(names)}; it needs `path`, and may have {', '.join(COLUMNS[1:])}"
         )
+    for column in COLUMNS:
+        alike = [name for name, kind in zip(names, renamed) if kind == column]
+        if len(alike) > 1:
+            raise UserError(f"{table} has several columns for `{column}` ({', '.join(alike)}): leave one")
+    unused = [name for name, kind in zip(names, renamed) if kind not in COLUMNS]
+    if unused:
+        print(one_line(f"{table}: not used are the columns {', '.join(unused)}"), file=sys.stderr)
     return renamed
 
 
