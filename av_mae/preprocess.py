@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from av_mae.config import SoundConfig
+from av_mae.config import LONGEST, SoundConfig
 from av_mae.data import audio as waves
 from av_mae.data import frames
-from av_mae.errors import ClipFailure, UserError, check_local, stage
+from av_mae.errors import MOST, ClipFailure, UserError, check_local, stage
 from av_mae.media import bounded
 from av_mae.media import decode as media
+from av_mae.models.config import LARGEST
 
 VERSION = 1  # counts changes of what is made of the same clip, here and in evaluation: stored with embeddings
 MOST_CHANNELS = 64
+MOST_SECONDS = {"duration": LONGEST, "time_limit": 10**6}
 SOUND = SoundConfig()
 _local = threading.local()
 
@@ -138,8 +140,11 @@ def _from_arrays(frame: Any, waveform: Any, rate: Any, start: float | None, seco
         if rate is not None:
             raise UserError(f"rate={rate!r} comes without a waveform")
         return media.Excerpt(frame, None, 0, 0, start or 0.0)
-    if not (_is_number(rate) and rate > 0 and int(rate) == rate):
-        raise UserError(f"rate={rate!r} must be the waveform's samples per second, a whole number above 0")
+    if not (_is_number(rate) and 0 < rate <= LARGEST["rate"] and int(rate) == rate):
+        raise UserError(
+            f"rate={rate!r} must be the waveform's samples per second, a whole number above 0, "
+            f"at most {LARGEST['rate']:.0f}"
+        )
     mono = _check_waveform(np.asarray(waveform))
     spare = max(0, len(mono) - math.ceil(seconds * rate))
     first = round(spare / 2 if start is None else start * rate)
@@ -151,23 +156,23 @@ def _from_arrays(frame: Any, waveform: Any, rate: Any, start: float | None, seco
 def _check_settings(
     start: Any, duration: Any, sound: SoundConfig, image_size: Any, missing: Any, time_limit: Any
 ) -> None:
-    if start is not None and not (_is_number(start) and start >= 0):
+    if start is not None and not (_is_number(start) and 0 <= start <= MOST):
         raise UserError(f"start={start!r} must be 0 or more seconds, or None for the middle of the clip")
     for name, value in (("duration", duration), ("time_limit", time_limit)):
-        if not (_is_number(value) and value > 0):
-            raise UserError(f"{name}={value!r} must be a number of seconds above 0")
+        if not (_is_number(value) and 0 < value <= MOST_SECONDS[name]):
+            raise UserError(f"{name}={value!r} must be a number of seconds above 0, at most {MOST_SECONDS[name]}")
     waves.check_sound(sound)
     if round(duration * sound.rate) < sound.hop:
         raise UserError(f"duration={duration} is shorter than one frame of sound, {sound.hop / sound.rate:g} s")
     whole = np.shape(image_size) == (2,) and all(isinstance(side, (int, np.integer)) for side in image_size)
-    if not whole or min(image_size) < 1:
-        raise UserError(f"image_size={image_size!r} must be (height, width) in pixels, 1 or more")
+    if not whole or not 1 <= min(image_size) <= max(image_size) <= LARGEST["size"]:
+        raise UserError(f"image_size={image_size!r} must be (height, width) in pixels, 1 to {LARGEST['size']:.0f}")
     if missing not in ("error", "zeros"):
         raise UserError(f"missing={missing!r} must be 'error' or 'zeros'")
 
 
 def _check_end(path: Any, start: Any, end: Any) -> None:
-    if end is not None and not (path is not None and start is not None and _is_number(end) and end > start):
+    if end is not None and not (path is not None and start is not None and _is_number(end) and MOST >= end > start):
         raise UserError(f"end={end!r} must be a number of seconds above {start=}, and is for files only")
 
 
