@@ -8,8 +8,6 @@ import pathlib
 import clip_trees
 import made_media
 import numpy as np
-import pyarrow
-import pyarrow.parquet as parquet
 import pytest
 import simplejpeg
 import soundfile
@@ -69,31 +67,6 @@ def test_files_of_other_names_are_other_files(named, there, taken, tmp_path):
     assert [clip.media for clip in catalogue(source, table=str(table)).clips] == ([taken] if taken else [])
 
 
-@pytest.mark.parametrize(
-    "columns, clip",
-    [
-        ({"File": "a.mp4", " Split": "test", "START": 1.0, "Labels": "dog;cat;dog"}, ("test", 1.0, ["dog", "cat"])),
-        ({"path": "a.mp4", "label": ["Tools; power", None, "x|y"]}, ("train", 0.0, ["Tools; power", "x|y"])),
-        ({"path": b"a.mp4", "start": float("nan"), "label": float("nan")}, ("train", 0.0, [])),
-    ],
-)
-def test_columns_of_a_parquet_table(columns, clip, tmp_path):
-    clip_trees.put(tmp_path, {"a.mp4": b""})
-    parquet.write_table(pyarrow.table({name: [value] for name, value in columns.items()}), tmp_path / "list.parquet")
-    read = catalogue(tmp_path, table=str(tmp_path / "list.parquet"))
-    (one,) = read.clips
-    assert (one.split, one.start, [read.classes[label] for label in one.labels]) == clip
-
-
-def test_columns_that_two_can_be_meant_by_are_refused_and_others_named(tmp_path, capsys):
-    clip_trees.put(tmp_path, {"a.mp4": b"", "two.csv": "path,label,class\na.mp4,dog,cat\n"})
-    with pytest.raises(UserError, match=r"several columns for `label` \(label, class\): leave one"):
-        catalogue(tmp_path, table=str(tmp_path / "two.csv"))
-    clip_trees.put(tmp_path, {"other.csv": "path,start_time,subset\na.mp4,1,test\n"})
-    catalogue(tmp_path, table=str(tmp_path / "other.csv"))
-    assert capsys.readouterr().err.endswith("other.csv: not used are the columns start_time, subset\n")
-
-
 def test_an_exact_name_goes_before_one_without_leading_zeros(tmp_path):
     source = clip_trees.put(tmp_path, {"vggss.json": json.dumps([{"file": "clip_0007", "bbox": [[0, 0, 1, 1]]}])})
     clip_trees.put(source, {"a/clip_7.mp4": b"", "b/clip_0007.mp4": b""})
@@ -117,6 +90,8 @@ def test_what_lies_beside_splits_does_not_end_them(folder, stray):
         (["test/a.mp4", "dog/b.mp4"], {"test-a": "test"}),
         (["train/dog/a.mp4", "x.mp4"], {"train-dog-a": "train"}),
         (["train/a.mp4", "dog/b.mp4"], {"train-a": "train", "dog-b": "train"}),  # the sound of a train
+        (["train horning/a.mp4", "dog/b.mp4"], {"train horning-a": "train", "dog-b": "train"}),
+        (["training/a.mp4", "testing/b.mp4"], {"training-a": "train", "testing-b": "test"}),
         (["dog/train.mp4", "dog/test.mp4"], {"dog-train": "train", "dog-test": "train"}),
     ],
 )
@@ -146,6 +121,7 @@ def test_boxes_without_area_mark_no_pixel():
         ([[0.6, 0.7, 0.2, 0.1]], [[0.1, 0.2, 0.7, 0.6]]),  # drawn backwards
         ([[-1, 0.5, 3, 1.5]], [[0.5, 0, 1, 1]]),
         ([[1.5, 0, 2, 1], [0, 0, 1, 1]], [[0, 0, 1, 1]]),  # beyond the frame
+        ([[0, 0, 100, 200]], None),  # in pixels
         ([["nan", 0, 1, 1]], None),
         ([[0, 0, 1]], None),
         (None, None),

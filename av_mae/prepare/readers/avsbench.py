@@ -33,7 +33,9 @@ def read(folder: Folder, part: str) -> Catalogue:
         if table is not None:
             return _read_first(folder, table, files)
     numbers: dict[str, int] = tables.read_json(folder, "label2idx.json", dict)
-    if sorted(numbers.values()) != list(range(len(numbers))):
+    if any(type(number) is not int for number in numbers.values()) or sorted(numbers.values()) != list(
+        range(len(numbers))
+    ):
         raise UserError(f"{folder.path('label2idx.json')} must number its {len(numbers)} classes from 0 on")
     catalogue.classes = tuple(sorted(numbers, key=numbers.__getitem__))
     found: dict[str, list[str]] = {}

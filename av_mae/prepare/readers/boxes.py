@@ -25,6 +25,8 @@ FLICKR_LICENCE = "Annotations: for research, as its authors say. The videos belo
 PART = 10.0  # seconds of VGGSound's clips
 FLICKR_PIXELS = 256  # sides of the images that the annotators saw
 
+FARTHEST = 10  # frames: a box that reaches farther is in another unit
+
 Box = tuple[float, float, float, float]
 
 
@@ -157,7 +159,7 @@ def box(values: Sequence[Any], scale: float) -> Box:
         (ymin, xmin, ymax, xmax) in 0…1.
 
     Raises:
-        ValueError: where `values` are not four finite numbers.
+        ValueError: where `values` are not four finite numbers, or cannot be in these units.
     """
     try:
         left, top, right, bottom = (float(value) / scale for value in values)
@@ -165,5 +167,9 @@ def box(values: Sequence[Any], scale: float) -> Box:
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError(f"box {list(values)!r} must be the four numbers xmin, ymin, xmax, ymax") from None
+    if max(map(abs, (left, top, right, bottom))) > FARTHEST:
+        raise ValueError(
+            f"box {list(values)!r} reaches far beyond the frame, whose sides are {scale:g}: is it in pixels?"
+        )
     left, top, right, bottom = (min(1.0, max(0.0, side)) for side in (left, top, right, bottom))
     return min(top, bottom), min(left, right), max(top, bottom), max(left, right)

@@ -45,6 +45,7 @@ SPLITS = {
     "validation": "validation",
     "dev": "validation",
     "test": "test",
+    "testing": "test",
     "eval": "test",
     "evaluation": "test",
 }

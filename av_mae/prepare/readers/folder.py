@@ -31,6 +31,7 @@ OTHER_ENDINGS = frozenset(
     ini jpg jpeg png bmp gif webp tif tiff db zip tar gz tgz bz2 xz rar 7z py sh part nfo sha256 md5 textgrid""".split()
 )
 COLUMNS = ("path", "id", "label", "split", "start", "end")
+SPLIT_LIKE = re.compile(rf"({'|'.join(sorted(SPLITS, reverse=True))})(?:[\W_\d]|$)")  # train_videos, test1, dev-clean
 SEPARATORS = ";|"  # between several labels of a clip
 WORDS = (
     ("command", {"b": "bin", "l": "lay", "p": "place", "s": "set"}),
@@ -109,6 +110,12 @@ def _splits(folder: Folder, names: Sequence[str]) -> tuple[dict[str, str], dict[
                 {name: SPLITS[own[0].lower()] for name, own in inside.items()},
                 {name: "/".join(own[1:]) for name, own in inside.items()},
             )
+    alike = {part: found[1] for part in tops if (found := re.match(SPLIT_LIKE, part))}
+    if len({SPLITS[split] for split in alike.values()}) > 1:
+        raise UserError(
+            f"{folder} has folders called {', '.join(sorted(alike))}: call them train, validation and test if they are "
+            "splits, or give the splits in a --table"
+        )
     deeper = {part.lower() for name in names for part in name.split("/")[:-1]} & SPLITS.keys()
     if len({SPLITS[part] for part in deeper}) > 1:
         raise UserError(

@@ -137,7 +137,7 @@ def _audioset_classes(folder: Folder, catalogue: Catalogue) -> dict[str, int]:
     name = tables.find_needed(folder, "class_labels_indices.csv", "ontology.csv", "mid_to_display_name.csv")
     known: dict[str, tuple[int, str]] = {}
     for _, fields in tables.rows(folder, name, range(2, 4), catalogue, ("index", "mid", "id")):
-        number = int(fields[0]) if len(fields) == 3 and fields[0].isdigit() else len(known)
+        number = int(fields[0]) if len(fields) == 3 and fields[0].isdecimal() else len(known)
         known.setdefault(fields[-2], (number, fields[-1]))
     by_number = dict(known.values())
     if sorted(by_number) != list(range(len(known))):
@@ -177,7 +177,10 @@ def read_music(folder: Folder, part: str) -> Catalogue:
 def _music_json_rows(folder: Folder, name: str, catalogue: Catalogue) -> list[tuple[str, list[str], str]]:
     content: dict = tables.read_json(folder, name, dict)
     rows: list[tuple[str, list[str], str]] = []
-    for label, recordings in content.get("videos", content).items():
+    listed = content.get("videos", content)
+    if not isinstance(listed, dict) or not all(isinstance(recordings, list) for recordings in listed.values()):
+        raise UserError(f"{folder.path(name)} must hold a list of recordings for each instrument")
+    for label, recordings in listed.items():
         for recording in recordings:
             with catalogue.row(f"{name}, {label}", len(rows) + 1):
                 check_id(recording)
