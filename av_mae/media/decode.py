@@ -19,7 +19,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 
 from av_mae.errors import ClipFailure, stage
-from av_mae.media.promises import EXACT, TIMED, lacks, lacks_last_page, promised
+from av_mae.media.promises import EXACT, TIMED, lacks, lacks_last_page, promised, since_begin
 
 # What FFmpeg may take a file for. Others name further files or addresses (concat, hls, sdp, image2, …) or are no media.
 DEMUXERS = (
@@ -92,8 +92,7 @@ class Media:
                 self._aspect = float(video.sample_aspect_ratio or 1)
                 if not 1 / LARGEST_ASPECT <= self._aspect <= LARGEST_ASPECT:
                     raise ValueError(f"the sample aspect ratio {self._aspect:g} is beyond {LARGEST_ASPECT} to 1")
-            length = promised(container, self._format, source)
-            ends = [track.end for track in (self.video, self.audio) if track]
+            length, ends = self._length, [track.end for track in (self.video, self.audio) if track]
             known = length is not None and self._format not in EXACT and max(ends) < length + GAP
             self.duration = length if known and length else max(ends)
             if length is not None and self._format not in TIMED and max(ends) > length + SHORTFALL / 2:
@@ -152,6 +151,10 @@ class Media:
                         raise ValueError(f"{silence / rate:.2f} s are lost at {time - silence / rate:.2f} s")
                     blocks.append(np.zeros(min(silence, wanted - samples), np.float32))
                     samples += len(blocks[-1])
+                elif silence < -GAP * rate:
+                    self.damages.setdefault(
+                        "sound", f"{-silence / rate:.2f} s more than its times say, at {time:.2f} s"
+                    )
                 blocks.append(_mono(frame))
                 samples += len(blocks[-1])
                 if samples >= wanted:
@@ -186,6 +189,8 @@ class Media:
         ends: dict[int, float] = {}
         if self._format not in ("mov", *TIMED) or any(stream.duration is None for stream in chosen.values()):
             ends = self._last_ends(length)
+            length = since_begin(length, self._format, self._origin, max(ends.values(), default=0.0))
+        self._length = length
         cut_off = length is not None and max(ends.values(), default=length) + SHORTFALL < length
         tracks: dict[str, Track] = {}
         for kind, stream in chosen.items():

@@ -10,6 +10,8 @@ import av
 # guessed it from the bit rate.
 PROMISING = {"mov", "matroska", "flv", "avi", "asf", "wav", "w64", "flac", "aiff", "caf", "au"}
 EXACT = {"wav", "w64", "flac", "aiff", "caf", "au"}  # to the sample
+FROM_ZERO = {"matroska", "flv", "asf"}  # whose lengths may be the time of the last packet
+LATE = 0.5  # seconds; files whose first packet is later may count from 0
 TIMED = {"mpegts", "mpeg"}  # every packet has its time, so that the last one's is the length
 HEADER = 1 << 20  # bytes at a file's beginning that are searched for its length
 LARGEST_PAGE = 27 + 255 + 255 * 255  # bytes of an Ogg page
@@ -48,6 +50,20 @@ def promised(
             return length / rate if missing and rate else known
         position += 8 + length + length % 2
     return known
+
+
+def since_begin(length: float | None, format: str, origin: float, last: float) -> float | None:
+    """A promised length counted from a file's first packet: some writers count it from 0, whenever that packet is.
+
+    Args:
+        length: what `promised` returned.
+        format: as of `promised`.
+        origin: seconds at which the first packet begins.
+        last: seconds from there to the end of the last packet.
+    """
+    if length is None or format not in FROM_ZERO or origin < LATE or abs(length - origin - last) >= abs(length - last):
+        return length
+    return length - origin
 
 
 def lacks(format: str, stream: Any, end: float, whole: float | None, short: float) -> str:

@@ -2,9 +2,11 @@
 
 import io
 import pathlib
+import re
 import wave
 
 import av
+import clip_trees
 import made_media
 import numpy as np
 import pytest
@@ -115,6 +117,38 @@ def test_raw_video_is_read_from_its_beginning(format, codec):
         shown = [(time, made_media.number_of(frame)) for time, frame in clip.frames(times)]
         assert [number / 25 for _, number in shown] == pytest.approx([time for time, _ in shown], abs=1e-3)
         assert [time for time, _ in shown] == pytest.approx(times, abs=0.021)
+
+
+def later(content: bytes, format: str, seconds: float, scale: float = 1.0) -> bytes:
+    """A file as another container whose times begin at `seconds`, those of the sound multiplied by `scale`."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(content)) as given, av.open(file, "w", format=format) as made:
+        streams = {stream.index: made.add_stream_from_template(stream) for stream in given.streams}
+        for packet in given.demux():
+            if packet.dts is None or packet.pts is None:
+                continue
+            factor = scale if packet.stream.type == "audio" else 1.0
+            begin = round(seconds / packet.time_base)
+            packet.pts, packet.dts = (begin + round(time * factor) for time in (packet.pts, packet.dts))
+            packet.stream = streams[packet.stream_index]
+            made.mux(packet)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", ["matroska", "flv", "asf", "mpegts"])
+def test_a_file_whose_times_begin_late_is_whole(format):
+    """As a part of a broadcast that was copied with its times: some writers count its length from 0."""
+    clip = media.Media(later(clip_trees.clip(0, 4.0), format, 30.0))
+    waveform, rate, began = clip.waveform(0, 10)
+    assert clip.duration == pytest.approx(4, abs=0.5) and not clip.damages
+    assert len(waveform) / rate == pytest.approx(4, abs=0.2) and began == pytest.approx(0, abs=0.1)
+    assert [made_media.number_of(frame) for _, frame in clip.frames([0.45, 2.05])] == [2, 10]
+
+
+def test_sound_longer_than_its_times_is_named():
+    clip = media.Media(later(clip_trees.clip(0, 4.0), "matroska", 0.0, scale=0.9))
+    clip.waveform(0, 10)
+    assert re.fullmatch(r"0\.1\d s more than its times say, at 0\.\d\d s", clip.damages["sound"])
 
 
 def test_whole_numbers_as_floats_are_refused(tmp_path):
