@@ -24,6 +24,7 @@ from av_mae.storage import Folder
 
 LONGEST = 3600.0  # seconds
 LONGER = 1.5  # times the annotated seconds: a file that lasts longer is not the annotated part alone
+CLIPPED = 1.5  # of full scale, which decoders overshoot a little
 SILENCE = 1e-3  # of full scale
 BLACK = 20  # of 255, of the brightest hundredth of the pixels
 STILL = 0.5  # of 255, the mean difference of successive frames
@@ -297,6 +298,10 @@ def _findings(
         yield "no_sound", "sound", "the file has no audio in this part" if clip.start or clip.end else "no audio stream"
     elif np.abs(audio).max() < SILENCE:
         yield "silence", "sound", f"peak {_decibels(float(np.abs(audio).max()))} dB"
+    elif np.abs(audio).max() > CLIPPED:
+        yield "clipped", "sound", f"peak {_decibels(float(np.abs(audio).max()))} dB, what is above 0 dB is cut off"
+    if clip.image_times and max(clip.image_times) > duration:
+        yield "damaged", "frame", f"frames up to {max(clip.image_times):.2f} s, the audio lasts {duration:.2f} s"
     if not small:
         yield "no_picture", "frame", "no video stream"
         return

@@ -4,11 +4,14 @@ import json
 import pathlib
 
 import clip_trees
+import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
+import soundfile
 
 from av_mae.errors import UserError
+from av_mae.media import encode
 from av_mae.prepare.readers import READERS
 from av_mae.storage import Folder
 
@@ -31,6 +34,27 @@ def test_columns_of_a_parquet_table(columns, clip, tmp_path):
     read = catalogue(tmp_path, table=str(tmp_path / "list.parquet"))
     (one,) = read.clips
     assert (one.split, one.start, [read.classes[label] for label in one.labels]) == clip
+
+
+def test_sound_far_beyond_full_scale_is_named(tmp_path):
+    """A decoded clip that is too loud has it, one that overshoots by a hair has not."""
+    for name, peak in (("loud", 4.0), ("near", 1.02)):
+        wave = (peak * np.sin(np.arange(32000) / 9)).astype(np.float32)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / "in" / f"{name}.wav", wave, 16000, subtype="FLOAT")
+    report = clip_trees.prepare("folder", tmp_path / "in", tmp_path / "set")
+    assert clip_trees.causes(report) == {"clipped": {"loud"}, "no_picture": {"loud", "near"}}
+
+
+def test_frames_after_the_end_of_the_audio_are_named(tmp_path):
+    rows = "vid,uid,s_min,s_sec,a_obj,split,label\n" + "".join(f"v,{name},0,1,dog,train,v1s\n" for name in "ab")
+    clip_trees.put(tmp_path / "in", {"label2idx.json": '{"dog": 0}', "metadata.csv": rows})
+    for name, seconds in (("a", 2), ("b", 5)):
+        frames = {f"v1s/{name}/frames/{second}.png": encode.png(np.eye(8) > second / 9) for second in range(5)}
+        wave = np.sin(np.arange(16000 * seconds) / 9)
+        clip_trees.put(tmp_path / "in", frames | {f"v1s/{name}/audio.wav": encode.flac(wave, 16000)})
+    report = clip_trees.prepare("avsbench_s4", tmp_path / "in", tmp_path / "set")
+    assert clip_trees.causes(report).get("damaged") == {"a"}
 
 
 def test_columns_that_two_can_be_meant_by_are_refused_and_others_named(tmp_path, capsys):

@@ -26,6 +26,7 @@ CAUSES = {
     "too_short": "shorter than --shortest",
     "too_long": "the file is longer than the part that is annotated, which alone is taken",
     "damaged": "half a packet at the end, a block or a frame is lost or marked as damaged; what there is is taken",
+    "clipped": "the audio is far beyond full scale, and is cut off there",
     "silence": "the audio never rises above -60 dB of full scale",
     "black": "every frame is black",
     "still": "the frame never changes",
@@ -35,7 +36,7 @@ CAUSES = {
 # With these, no record is stored whatever the options say.
 NEVER_STORED = ("bad_row", "bad_id", "duplicate_id", "missing", "no_split", "not_media", "undecodable")
 # What is seen when a clip is decoded, and may leave it out (--skip).
-SKIPPABLE = ("no_sound", "no_picture", "too_short", "damaged", "silence", "black", "still")
+SKIPPABLE = ("no_sound", "no_picture", "too_short", "damaged", "clipped", "silence", "black", "still")
 
 SPLITS = {
     "train": "train",
