@@ -7,4 +7,4 @@ case ${1:-} in -h | --help)
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
-exec "$python" -m pytest -q --numprocesses=2 --dist=loadfile tests "$@"
+exec "$python" -m pytest -q --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests "$@"

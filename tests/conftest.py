@@ -55,7 +55,14 @@ def pytest_unconfigure(config):
         shutil.rmtree(COMPILED, ignore_errors=True)
 
 
+# The longest files, begun first: a long one at the end would keep one process at work while the others wait.
+LONGEST = """test_survive test_resume test_slurm test_stack test_task test_readme test_colabs test_plain test_compiled
+    test_compare test_sharding test_golden""".split()
+
+
 def pytest_collection_modifyitems(config, items):
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if config.getoption("--slow"):
         return
     for item in items:
