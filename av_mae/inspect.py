@@ -94,11 +94,16 @@ def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
     numbers = sample(len(source), clips, seed)
     found: dict[str, list[float]] = collections.defaultdict(list)
     failures: list[ClipFailure] = []
+    labels: dict[int, tuple[str, list[int]]] = {}
     with Progress(len(numbers), f"reading {split}") as progress:
         for number in numbers:
-            _add_facts(source[number], found, failures)
+            record = source[number]
+            _add_facts(record, found, failures)
+            if "failure" not in record:
+                labels[number] = (record["id"], list(record["labels"]))
             progress.update()
-    lines += class_lines(known.classes, records.read_labels(path, split))
+    stored = records.read_labels(path, split)
+    lines += class_lines(known.classes, stored) + mixed_lines(labels, stored)
     whole = "" if len(numbers) == len(source) else f", of {len(numbers):,} random clips"
     for name, edges in EDGES.items():
         lines += [f"  {name}{whole}:", *histogram(found[name], edges)]
@@ -108,6 +113,27 @@ def split_lines(path: str, split: str, clips: int, seed: int) -> list[str]:
             *(f"    {one_line(str(failure))}" for failure in failures[:5]),
         ]
     return lines
+
+
+def mixed_lines(clips: Mapping[int, tuple[str, list[int]]], stored: records.Labels) -> list[str]:
+    """A line where a split's files are not of one set: an id is there twice, or labels are not those of their file.
+
+    Args:
+        clips: id and labels of records by their number.
+        stored: what the file of labels says.
+    """
+    ends = np.cumsum(stored.counts)
+    twice = len(clips) - len({name for name, _ in clips.values()})
+    other = sum(
+        labels != stored.values[ends[number] - stored.counts[number] : ends[number]].tolist()
+        for number, (_, labels) in clips.items()
+    )
+    if not twice and not other:
+        return []
+    return [
+        f"  {twice} clips have the id of another, {other} not the labels that their file says: shards of other sets "
+        "are among those of this one, prepare it again"
+    ]
 
 
 def _add_facts(record: Mapping[str, Any], found: dict[str, list[float]], failures: list[ClipFailure]) -> None:

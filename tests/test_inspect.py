@@ -2,6 +2,7 @@
 
 import json
 
+import clip_trees
 import fake_clips
 import numpy as np
 import pytest
@@ -175,3 +176,21 @@ def test_an_output_without_skipped_clips_says_so(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     inspect.main([str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[-1].endswith(": 0")
+
+
+@pytest.mark.parametrize("file", ["shard", "labels"])
+def test_files_of_another_set_are_named(file, tmp_path, capsys):
+    """As many records, of the same fields: only ids and labels tell."""
+    folders = [f"{label}/{number}.mp4" for label in ("cat", "dog", "owl") for number in range(2)]
+    clip_trees.put(tmp_path / "in", {name: clip_trees.clip(number, 1.0) for number, name in enumerate(folders)})
+    clip_trees.prepare("folder", tmp_path / "in", tmp_path / "set", shard_clips=3)
+    inspect.main([str(tmp_path / "set")])
+    assert "shards of other sets" not in capsys.readouterr().out
+    if file == "shard":
+        first, second = sorted((tmp_path / "set").glob("folder-train.array_record*"))
+        second.write_bytes(first.read_bytes())
+    else:
+        clip_trees.prepare("folder", tmp_path / "in", tmp_path / "other", shard_clips=3, seed=1)
+        (tmp_path / "set" / "labels-train.npz").write_bytes((tmp_path / "other" / "labels-train.npz").read_bytes())
+    inspect.main([str(tmp_path / "set")])
+    assert "shards of other sets are among those of this one" in capsys.readouterr().out
