@@ -30,7 +30,10 @@ def whole(training):
     return metrics, training.arrays("whole")
 
 
-@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, int(os.environ.get("AV_MAE_FAULTS", "2"))))])
+MORE_FAULTS = range(1, int(os.environ.get("AV_MAE_FAULTS", "2")))
+
+
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_FAULTS)])
 def test_killed_and_asked_to_stop_is_bit_identical(training, whole, number):
     """kill -9 at a random step, started again, SIGTERM at a later one, started again, and run to the end.
 
