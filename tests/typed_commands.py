@@ -17,7 +17,7 @@ FILES = [*(ROOT / "av_mae").glob("*.py"), *(ROOT / "av_mae").glob("*/__main__.py
 MODULES = sorted(
     path.parent.name if path.stem == "__main__" else path.stem
     for path in FILES
-    if "run_command(main" in path.read_text()
+    if re.search(r"^    run_command\(main", path.read_text(), re.M)
 )
 KINDS = {"train": TrainConfig, "evaluate": evaluate.kind_of, "benchmark": TrainConfig}
 
