@@ -74,6 +74,7 @@ def arrays_handler() -> ocp.PyTreeCheckpointHandler:
 
 def read_layout(folder: pathlib.Path, item: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the arrays in an item ('model' or 'optimizer') of a checkpoint."""
+    _silence_late_reads()
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(max(level, logging.ERROR))  # Orbax warns that an item is no whole checkpoint
@@ -109,7 +110,6 @@ def read_arrays(folder: pathlib.Path, item: str, abstract: Abstract, meta: Mappi
         for name, x in read_layout(folder, item).items()
         if name not in abstract
     }
-    _silence_late_reads()
     with ocp.StandardCheckpointer() as reader:
         arrays = reader.restore(folder / item, {**abstract, **others})
     found, saved = int(jax.device_get(checksum(arrays))), meta["checksums"][item]
