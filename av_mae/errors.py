@@ -81,10 +81,8 @@ def run_command(main: Callable[[list[str]], None], stores: bool = False) -> None
         os.environ["PYTHONUTF8"] = "1"  # for the processes that the command starts
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     try:
-        for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False):
-            option, given, value = word.partition("=")
-            if not stores:
-                check_local(*((option, value) if given and word.startswith("-") else (before or "argument", word)))
+        if not stores:
+            _check_words(sys.argv[1:])
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
@@ -95,6 +93,13 @@ def run_command(main: Callable[[list[str]], None], stores: bool = False) -> None
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """`check_local` of what a user typed: `--option=value`, or the value after its option, or alone."""
+    for before, word in zip(("argument", *words), words):
+        option, _, value = word.partition("=")
+        check_local(*((option, value) if word.startswith("-") else (before, word)))
 
 
 class ClipFailure(Exception):

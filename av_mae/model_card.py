@@ -16,7 +16,7 @@ from av_mae.config import TrainConfig
 from av_mae.console import note
 from av_mae.evaluate.bootstrap import Report
 from av_mae.plots import read_metrics
-from av_mae.workdir import replace_file
+from av_mae.storage import replace_file
 
 CARD, README = "card.json", "README.md"
 MARK = "<!-- Written by av_mae from card.json; remove this line to keep your own text. -->"

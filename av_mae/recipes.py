@@ -21,7 +21,7 @@ import ml_collections
 
 from av_mae.config import TrainConfig
 from av_mae.errors import UserError
-from av_mae.workdir import replace_file
+from av_mae.storage import replace_file
 
 PREFIX = "--config."
 RENAMED = {"data.truth": "data.annotations"}  # keys of older runs and commands → what they are called now

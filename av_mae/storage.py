@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import secrets
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,28 @@ from av_mae.errors import UserError
 TEMPORARY = ".part"  # the ending of a file that is being written
 STORES = ("gs", "gcs", "s3", "hdfs", "az", "abfs", "memory")  # of those that fsspec knows; servers of files are none
 _EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
+
+
+def replace_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file whole or not at all, instead of the one that is there; a link is replaced and not followed.
+
+    Several processes, also of several machines, may write the same file: the last one's stays.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 class StoreError(OSError):
@@ -75,13 +98,9 @@ class Folder:
             with self._reached():
                 self._system.pipe_file(self._stripped(self.path(name)), content)
             return
-        temporary = pathlib.Path(self.path(name + TEMPORARY))
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path(name))
+        path = pathlib.Path(self.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content)
 
     def put(self, file: str | os.PathLike[str], name: str) -> None:
         """Moves a whole local file here under its final name; it must lie in this folder where that is local."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from av_mae.errors import RESTART, ClipFailure, UserError, check_local
+from av_mae.storage import replace_file
 
 LOCK = ".lock.json"
 SKIPPED = "skipped.jsonl"  # clips that a command skipped, in its output folder
@@ -43,30 +44,11 @@ def make_workdir(path: str) -> pathlib.Path:
 
 
 def no_links(name: str, flags: int) -> int:
-    """An opener for files that are appended to: where a link lies in the file's place, it fails.
+    """An opener for files that are appended to: where a link lies instead of the file, it fails.
 
     A folder from elsewhere may hold links to any file of the user's.
     """
     return os.open(name, flags | os.O_NOFOLLOW, 0o666)
-
-
-def replace_file(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file whole or not at all, in place of what is there; a link is replaced and not followed.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.unlink(missing_ok=True)
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def read_skipped(folder: str | os.PathLike[str]) -> list[ClipFailure]:

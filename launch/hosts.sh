@@ -166,6 +166,7 @@ _attempts() {
     [ "$verdict" = again ] || return "$verdict"
     [ $((attempt++)) -lt "$restarts" ] || _fail "not done after $restarts restarts; see $logs"
     sleep "$pause"
+    [ -z "$stopping" ] || return $RESTART  # asked to meanwhile
   done
 }
 

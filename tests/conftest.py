@@ -84,6 +84,12 @@ def root() -> pathlib.Path:
     return ROOT
 
 
+@pytest.fixture
+def ascii_locale(root) -> dict[str, str]:
+    """The environment of a command in a locale without UTF-8, not even by the mode that Python then takes by itself."""
+    return {**os.environ, "PYTHONPATH": str(root), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """The folder beside the repository with golden tensors and real media."""

@@ -66,10 +66,10 @@ class Cluster:
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
         controller, first, second = free_ports(3)
-        user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+        self.user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         self.conf = folder / "slurm.conf"
         self.conf.write_text(
-            CONF.format(host=host, folder=folder, controller=controller, first=first, second=second, user=user)
+            CONF.format(host=host, folder=folder, controller=controller, first=first, second=second, user=self.user)
         )
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         self.environment = {"SLURM_CONF": str(self.conf), "PATH": path}
@@ -124,7 +124,7 @@ class Cluster:
         self.tell("scontrol", "update", f"JobId={number}", "StartTime=now")
 
     def stop(self) -> None:
-        self.tell("scancel", "--user", "root", "--signal=KILL", "--full")
+        self.tell("scancel", "--user", self.user, "--signal=KILL", "--full")
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in reversed(self._daemons):

@@ -284,3 +284,20 @@ def test_restarts(root, tmp_path, statuses, options, status, message):
     )
     assert done.returncode == status and message in done.stderr, done.stderr
     assert (tmp_path / "logs" / "attempt-0" / "1.log").read_text() == "started 1\n"
+
+
+def test_asked_to_stop_between_two_attempts(root, tmp_path):
+    """In the pause before a restart nothing runs that could be told: no further attempt begins."""
+    script = f"""source {root}/launch/hosts.sh
+_usage() {{ :; }}
+_signal() {{ :; }}
+_start() {{ _background "$1" bash -c "exit 75"; }}
+_read_options --pause=2 --logs={tmp_path}/logs -- x
+_attempts 1"""
+    process = subprocess.Popen(["bash", "-c", script], stderr=subprocess.PIPE, text=True)
+    while "ended with statuses 75" not in process.stderr.readline():
+        assert process.poll() is None
+    process.terminate()
+    message = process.communicate(timeout=30)[1]
+    assert process.returncode == 75 and "asked to stop" in message
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["attempt-0"]

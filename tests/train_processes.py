@@ -35,6 +35,15 @@ def get_config():
         optimizer=OptimizerConfig(base_lr=0.03, warmup=10.0)))
 '''
 
+# Python as the launch scripts want it, which makes environments by copying itself.
+PYTHON = """#!/bin/bash
+case "$*" in
+  "-m venv"*) mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
+  "-m pip"*) ;;
+  *) exec {python} "$@" ;;
+esac
+"""
+
 
 def run_environment(folder: pathlib.Path, devices: int = 1) -> dict[str, str]:
     """Of a command in a process of its own; compiled programs are shared by all those of a folder."""

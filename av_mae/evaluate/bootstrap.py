@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from av_mae.errors import ClipFailure, UserError
-from av_mae.workdir import replace_file
+from av_mae.storage import replace_file
 
 
 def require_finite(values: np.ndarray, what: str) -> None:

@@ -18,7 +18,7 @@ from av_mae.evaluate import run as task_run
 from av_mae.evaluate.bootstrap import Metric, Report
 from av_mae.evaluate.task import TaskConfig, task_class
 from av_mae.models.config import require, require_bounds
-from av_mae.workdir import replace_file
+from av_mae.storage import replace_file
 
 RESULTS = "results.json"
 

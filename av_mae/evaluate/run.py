@@ -26,13 +26,13 @@ from av_mae.evaluate.bootstrap import Bootstrap, Metric, Report
 from av_mae.evaluate.task import Condition, Measurable, Measured, Task, TaskConfig, task_class
 from av_mae.models.config import require
 from av_mae.models.kinds import Params
+from av_mae.storage import replace_file
 from av_mae.train.hosts import Stopped
 from av_mae.train.loop import Prefetch
 from av_mae.train.optimizer import run_length
 from av_mae.train.run import Run, first_state, open_run, train_from
 from av_mae.train.sharding import local_rows, make_mesh, row_shards
 from av_mae.train.step import TrainStep, fitted_mesh
-from av_mae.workdir import replace_file
 
 REPORT = "report.json"  # of a prepared set: what was found when it was prepared
 REPEATS = 3

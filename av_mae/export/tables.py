@@ -19,7 +19,8 @@ from pyarrow import parquet
 from av_mae.checkpoint import first_difference
 from av_mae.errors import ClipFailure, UserError
 from av_mae.export.inputs import Row
-from av_mae.workdir import replace_file, write_skipped
+from av_mae.storage import replace_file
+from av_mae.workdir import write_skipped
 
 FOLDER, FAILURES, RECORD = "embeddings", "failures.parquet", "export.json"
 GROUP_BYTES = 2**26  # of embeddings in a row group

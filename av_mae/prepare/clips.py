@@ -167,8 +167,10 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
 
 
 def _within(clip: SourceClip, media: Media) -> tuple[SourceClip, bool]:
-    """The clip with its place in the file, and whether the file is longer than the annotated part, so that this part
-    alone is taken. Raises ClipFailure where the file does not hold it."""
+    """The clip, and whether its file is longer than the annotated part, so that this part alone is taken.
+
+    Raises ClipFailure where the file does not hold the part.
+    """
     if clip.part is None or media.duration <= LONGER * clip.part[1]:
         return clip, False
     start, seconds = clip.part

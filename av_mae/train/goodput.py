@@ -21,10 +21,10 @@ import numpy as np
 from av_mae.checkpoint import TrainState
 from av_mae.console import format_duration
 from av_mae.errors import RESTART
+from av_mae.storage import replace_file
 from av_mae.train.loop import Hook, Moment, Prefetch
 from av_mae.train.sharding import gather_values
 from av_mae.train.step import Batch, Metrics
-from av_mae.workdir import replace_file
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 FILE = "run.json"

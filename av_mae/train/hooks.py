@@ -20,11 +20,12 @@ from av_mae.checkpoint import Checkpoints
 from av_mae.config import TrainConfig
 from av_mae.console import Progress, first_line
 from av_mae.errors import ClipFailure, FailureCount, UserError, batch_failures
+from av_mae.storage import replace_file
 from av_mae.train.local_checkpoint import LocalCheckpoints
 from av_mae.train.loop import Hook, Moment, NonFinite, Prefetch
 from av_mae.train.sharding import gather_failures
 from av_mae.train.step import Batch, TrainStep
-from av_mae.workdir import SkippedFile, no_links, replace_file
+from av_mae.workdir import SkippedFile, no_links
 
 
 class Events:

@@ -146,14 +146,14 @@ def test_control_characters_of_metadata_are_escaped(tmp_path, capsys):
     assert "\x1b" not in said and "\nwritten to runs/fake" not in said and "epoch\\n\\x1b" in said
 
 
-def test_names_in_an_ascii_locale(tmp_path, root):
+def test_names_in_an_ascii_locale(tmp_path, ascii_locale):
     """Not even Python's UTF-8 mode, which such a locale brings by itself: names beyond ASCII are read and written."""
     save_file(unimodal_tensors(3, 16), tmp_path / "vít.safetensors")
     result = subprocess.run(
         [sys.executable, "-m", "av_mae.convert", "--heads=2", "--source=vít.safetensors", "--output=rün"],
         cwd=tmp_path,
         capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(root), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        env=ascii_locale,
     )
     assert result.returncode == 0, result.stderr.decode()
     assert "written to rün" in result.stdout.decode() and (tmp_path / "rün" / "checkpoints" / "0").is_dir()

@@ -4,6 +4,8 @@ named; nothing is stored of another file, split or place."""
 import io
 import json
 import pathlib
+import subprocess
+import sys
 
 import clip_trees
 import made_media
@@ -16,6 +18,7 @@ from PIL import Image
 from av_mae import workdir
 from av_mae.data import records
 from av_mae.errors import UserError
+from av_mae.prepare import __main__ as prepare
 from av_mae.prepare import clips as clip_records
 from av_mae.prepare import run
 from av_mae.prepare.clips import Job
@@ -355,3 +358,23 @@ def test_avsbench_as_first_released(part, tmp_path):
     assert [name[-5] for name in clip.images] == list("12345") and clip.mask_frames == tuple(range(len(masks)))
     assert clip.labels == ((1,) if single else ()) and read.classes == (("cat", "dog") if single else ())
     assert found(read) == ({"missing": ["xyz"]} if single else {})
+
+
+def test_names_in_an_ascii_locale(tmp_path, ascii_locale):
+    """Decoding processes, too, read names beyond ASCII, where even Python's UTF-8 mode is switched off."""
+    clip_trees.put(tmp_path / "vidéos", {"čat/клип.mp4": clip_trees.clip(1)})
+    done = subprocess.run(
+        [sys.executable, "-m", "av_mae.prepare", "--dataset=folder", "--source=vidéos", "--output=säts"],
+        cwd=tmp_path,
+        capture_output=True,
+        env=ascii_locale,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert set(clip_trees.stored(tmp_path / "säts")) == {"čat-клип"}
+
+
+def test_a_set_without_any_clip_is_an_error(tmp_path):
+    source = clip_trees.put(tmp_path / "in", {"a.mp4": b"x", "b.mp4": b"y"})
+    with pytest.raises(UserError, match=r"^none of the 2 clips could be stored: the file cannot be decoded \(2 ×\)"):
+        prepare.main(["--dataset=folder", f"--source={source}", f"--output={tmp_path / 'set'}"])
+    assert "undecodable" in (tmp_path / "set" / "report.html").read_text()

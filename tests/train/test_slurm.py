@@ -10,20 +10,12 @@ import time
 
 import pytest
 import slurm_cluster
-from train_processes import Training, assert_same_arrays, free_port
+from train_processes import PYTHON, Training, assert_same_arrays, free_port
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.slow
 STEPS = 40
 QUICK = ["--config.data.workers=0", f"--config.steps={STEPS}", "--config.checkpoint_every=10"]
-# Python as the launch scripts want it, which makes environments by copying itself.
-PYTHON = """#!/bin/bash
-case "$*" in
-  "-m venv"*) mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
-  "-m pip"*) ;;
-  *) exec {python} "$@" ;;
-esac
-"""
 
 
 @pytest.fixture(scope="module")

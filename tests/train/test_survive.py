@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from train_processes import ROOT, Training, assert_same_arrays, free_port
+from train_processes import PYTHON, ROOT, Training, assert_same_arrays, free_port
 
 from av_mae.train.hosts import RESTART
 
@@ -256,14 +256,6 @@ def test_faults_at_random_moments(training):
     assert set(training.clips(workdir)) == set(training.clips("whole200"))
 
 
-# Python as the launch scripts want it, which makes environments by copying itself.
-PYTHON = """#!/bin/bash
-case "$*" in
-  "-m venv"*) mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
-  "-m pip"*) ;;
-  *) exec {python} "$@" ;;
-esac
-"""
 # ssh and scp to hosts that are folders of this machine.
 SSH = """#!/bin/bash
 while [ "$1" = -o ]; do shift 2; done
