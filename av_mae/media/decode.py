@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import av
 import av.logging
 import numpy as np
-from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 
 from av_mae.errors import ClipFailure, stage
-from av_mae.media.promises import EXACT, TIMED, lacks, lacks_last_page, promised, since_begin
+from av_mae.media.ends import Last, lacks_end
+from av_mae.media.promises import EXACT, TIMED, lacks, promised, since_begin
+from av_mae.media.shown import mono, upright
 
 # What FFmpeg may take a file for. Others name further files or addresses (concat, hls, sdp, image2, …) or are no media.
 DEMUXERS = (
@@ -40,8 +41,6 @@ LARGEST_ASPECT = 8  # of a sample
 LOUDEST = 8.0  # decoders overshoot 1 a little; 16-bit samples given as floats go far beyond
 
 File = str | os.PathLike[str] | bytes  # a path, or a file's content
-# PyAV knows no name for side data that FFmpeg 8 has added, e.g. EXIF, and fails at any frame that has some.
-SideData._missing_ = classmethod(lambda kind, value: kind.VIDEO_HINT)  # type: ignore[assignment, method-assign]
 
 
 class Track(NamedTuple):
@@ -83,7 +82,7 @@ class Media:
         with _part("open"), self._open() as container:
             self._format = container.format.name.split(",")[0]
             self._origin = (container.start_time or 0) / av.time_base
-            self._chained = False
+            self._chained, self._last = False, Last(0, 0, b"")
             self.video, self.audio = self._tracks(container)
             if self.video is None and self.audio is None:
                 raise ValueError("the file holds neither a picture nor a sound that can be decoded")
@@ -97,7 +96,7 @@ class Media:
             self.duration = length if known and length else max(ends)
             if length is not None and self._format not in TIMED and max(ends) > length + SHORTFALL / 2:
                 self.damages["open"] = f"its packets end at {max(ends):.2f} s, but it says {length:.2f} s"
-            if self._format == "ogg" and (missing := lacks_last_page(source)):
+            if missing := lacks_end(self._format, source, self._last):
                 self.damages["open"] = missing
 
     @property
@@ -125,7 +124,7 @@ class Media:
                 while after[0] < time and (following := next(decoded, None)) is not None:
                     before, after = after, following
                 nearest = before if before and time - before[0] <= after[0] - time else after
-                yield nearest[0], self._upright(nearest[1])
+                yield nearest[0], upright(nearest[1], self._aspect)
 
     def waveform(self, start: float, seconds: float) -> tuple[np.ndarray, int, float]:
         """The audio from `start` (or where it begins, if later) for `seconds`, channels averaged.
@@ -134,6 +133,7 @@ class Media:
         samples where the audio ends, none where it has ended before.
         """
         blocks: list[np.ndarray] = []
+        gaps: list[tuple[float, float]] = []
         samples, rate, first, wanted = 0, 0, math.nan, 0
         with _part("sound"):
             for time, frame in self._decoded(self.audio, start - PREROLL, strict_from=start):
@@ -149,17 +149,23 @@ class Media:
                 if silence > (LOSS if counted else GAP) * rate:
                     if counted:
                         raise ValueError(f"{silence / rate:.2f} s are lost at {time - silence / rate:.2f} s")
+                    if len(blocks) > 1 or silence > SHORTFALL * rate:  # FFmpeg's fragments begin with such a gap
+                        gaps.append((first + samples / rate, min(silence, wanted - samples) / rate))
                     blocks.append(np.zeros(min(silence, wanted - samples), np.float32))
                     samples += len(blocks[-1])
                 elif silence < -GAP * rate and self._format != "avi":  # whose chunks of sound may share a time
                     self.damages.setdefault(
                         "sound", f"{-silence / rate:.2f} s more than its times say, at {time:.2f} s"
                     )
-                blocks.append(_mono(frame))
+                blocks.append(mono(frame))
                 samples += len(blocks[-1])
                 if samples >= wanted:
                     break
             waveform = np.concatenate([np.zeros(0, np.float32), *blocks])
+            if gaps:
+                total, places = sum(seconds for _, seconds in gaps), f"{len(gaps)} time{'s' * (len(gaps) > 1)}"
+                message = f"its times jump ahead {places}, {total:.2f} s of silence, first at {gaps[0][0]:.2f} s"
+                self.damages.setdefault("sound", message)
             loudest = float(np.abs(waveform).max(initial=0.0))
             if loudest > LOUDEST:
                 raise ValueError(f"samples reach {loudest:g}, but floats must lie in -1…1; divide 16-bit ones by 32768")
@@ -207,15 +213,20 @@ class Media:
     def _last_ends(self, known: float | None) -> dict[int, float]:
         """When the last packet of each stream ends, found near `known` or by reading all (`None`); decodes nothing."""
         ends: dict[int, float] = {}
+        count, last = 0, None
         with self._open() as container, contextlib.suppress(av.FFmpegError):
             if known is not None and known > SEEK_BACK:
                 container.seek(int((known - SEEK_BACK + self._origin) * av.time_base))
             for packet in container.demux():
+                if packet.size:
+                    count, last = count + 1, packet
                 end = ends.get(packet.stream_index, 0.0)
                 begin = end if packet.pts is None else self._seconds(packet.pts, packet)
                 if packet.stream.type == "audio" and begin < end - GAP:  # streams one after the other, each from 0 on
                     begin, self._chained = end, True
                 ends[packet.stream_index] = max(end, begin + float((packet.duration or 0) * packet.time_base))
+        if last:
+            self._last = Last(count, last.pos or 0, bytes(last))
         return ends if ends or known is None else self._last_ends(None)
 
     def _seconds(self, timestamp: int, timed: Any) -> float:
@@ -323,19 +334,6 @@ class Media:
                 break
         return container, lead, packets, whole
 
-    def _upright(self, frame: Any) -> np.ndarray:
-        """A decoded frame as it is meant to be seen: uint8 [H, W, 3]."""
-        width = max(1, round(frame.width * self._aspect))
-        pixels = frame.reformat(width=width, format="rgb24", threads=1).to_ndarray()
-        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
-        if matrix is None:
-            return pixels
-        # A point (x, y) is shown at (a x + c y, b x + d y); of the angles, the nearest quarter turn counts.
-        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
-        if abs(b) + abs(c) > abs(a) + abs(d):
-            pixels, a, d = pixels.transpose(1, 0, 2), c, b
-        return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
-
 
 def span(source: File) -> tuple[float, float]:
     """When a file's audio begins and ends, in seconds; that of its video where there is no audio."""
@@ -373,17 +371,6 @@ def read_excerpt(source: File, start: float | None, seconds: float) -> Excerpt:
     if media.video:
         _, frame = next(media.frames([start + min(seconds, end - start) / 2]))
     return Excerpt(frame, waveform, rate, first, start)
-
-
-def _mono(frame: av.AudioFrame) -> np.ndarray:
-    """Channels averaged, whole numbers scaled to -1…1: float32 [samples]."""
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    mean: np.ndarray = samples.mean(axis=0, dtype=np.float32)
-    if samples.dtype == np.uint8:  # silence is 128
-        return np.asarray(mean / 128 - 1)
-    return np.asarray(mean / 2.0 ** (8 * samples.dtype.itemsize - 1) if samples.dtype.kind == "i" else mean)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ from typing import Any
 
 import av
 
+from av_mae.media.ends import UNKNOWN_COUNT
+
 # Formats whose files say how long they are: one that ends sooner is cut off. Where others have a length, FFmpeg has
 # guessed it from the bit rate.
 PROMISING = {"mov", "matroska", "flv", "avi", "asf", "wav", "w64", "flac", "aiff", "caf", "au"}
@@ -14,8 +16,7 @@ FROM_ZERO = {"matroska", "flv", "asf"}  # whose lengths may be the time of the l
 LATE = 0.5  # seconds; files whose first packet is later may count from 0
 TIMED = {"mpegts", "mpeg"}  # every packet has its time, so that the last one's is the length
 HEADER = 1 << 20  # bytes at a file's beginning that are searched for its length
-LARGEST_PAGE = 27 + 255 + 255 * 255  # bytes of an Ogg page
-UNKNOWN_COUNT = 2**31 - 1  # and above: what AVI writers put where they cannot go back
+COUNTED_LATE = 0.15  # seconds by which a count of frames may be too large: some count the header, at 8 kHz 0.07 s
 
 
 def promised(
@@ -82,22 +83,8 @@ def lacks(format: str, stream: Any, end: float, whole: float | None, short: floa
     if format == "avi" and stream.type == "video" and 0 < stream.frames < UNKNOWN_COUNT:
         expected = float(stream.frames * stream.time_base)
         short = 0.5 * float(stream.time_base)
-    elif format in EXACT and whole is not None:
-        expected = whole
+    elif (format in EXACT or format == "mp3") and whole is not None:
+        expected, short = whole, COUNTED_LATE if format == "mp3" else short
     else:
         return ""
     return f"{end:.2f} of {expected:.2f} s are there" if end + short < expected else ""
-
-
-def lacks_last_page(source: str | os.PathLike[str] | bytes) -> str:
-    """What an Ogg file lacks at its end, whose last page is marked as such; '' where that page is there and whole."""
-    if isinstance(source, bytes):
-        end = source[-LARGEST_PAGE:]
-    else:
-        with open(source, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - LARGEST_PAGE))
-            end = file.read()
-    page = end[end.rfind(b"OggS") :]  # version, flags, 20 bytes more, the number of segments, their lengths, the data
-    if not page.startswith(b"OggS") or len(page) < 27 or not page[5] & 4:
-        return "its last page is not marked as the last"
-    return "" if len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]]) else "its last page is not whole"

@@ -151,6 +151,21 @@ def test_sound_longer_than_its_times_is_named():
     assert re.fullmatch(r"0\.1\d s more than its times say, at 0\.\d\d s", clip.damages["sound"])
 
 
+@pytest.mark.parametrize("scale", [1.02, 1.1])
+def test_silence_put_where_times_run_fast_is_named(scale):
+    """Steps of a tenth of a second each, where the clock of the times was not that of the samples."""
+    clip = media.Media(later(clip_trees.clip(0, 12.0), "matroska", 0.0, scale=scale))
+    waveform, rate, _ = clip.waveform(0, 20)
+    found = re.fullmatch(
+        r"its times jump ahead (\d+) times?, (\d\.\d\d) s of silence, first at .* s", clip.damages["sound"]
+    )
+    assert found and float(found[2]) == pytest.approx(12 * (scale - 1), abs=0.15)
+    assert int(found[1]) == pytest.approx(float(found[2]) / 0.1, rel=0.7)
+    short = media.Media(later(clip_trees.clip(0, 4.0), "matroska", 0.0, scale=1.0005))  # as clocks of recorders differ
+    short.waveform(0, 20)
+    assert not short.damages
+
+
 def test_whole_numbers_as_floats_are_refused(tmp_path):
     with pytest.raises(ClipFailure, match=r"sound: samples reach 1\d{4}"):
         media.Media(CASES / "int16_as_float.wav").waveform(0.0, 1.0)

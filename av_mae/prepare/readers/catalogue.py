@@ -25,7 +25,7 @@ CAUSES = {
     "no_picture": "the file has no frames",
     "too_short": "shorter than --shortest",
     "too_long": "the file is longer than the part that is annotated, which alone is taken",
-    "damaged": "half a packet at the end, a block or a frame is lost or marked as damaged; what there is is taken",
+    "damaged": "its end or something in it is lost or marked as damaged, or its times jump; what there is is taken",
     "clipped": "the audio is far beyond full scale, and is cut off there",
     "silence": "the audio never rises above -60 dB of full scale",
     "black": "every frame is black",
