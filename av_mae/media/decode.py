@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import av
 import av.logging
 import numpy as np
-from av.stream import Disposition
 
 from av_mae.errors import ClipFailure, stage
+from av_mae.media.choice import chosen
 from av_mae.media.ends import Last, lacks_end
-from av_mae.media.promises import EXACT, TIMED, lacks, promised, since_begin
+from av_mae.media.promises import EXACT, TIMED, end_of_edits, lacks, promised, since_begin
 from av_mae.media.shown import mono, upright
 
 # What FFmpeg may take a file for. Others name further files or addresses (concat, hls, sdp, image2, …) or are no media.
@@ -185,21 +185,17 @@ class Media:
             ) from error
 
     def _tracks(self, container: av.container.InputContainer) -> tuple[Track | None, Track | None]:
-        """The video and the audio of a file, each the default one or else the first."""
-        chosen: dict[str, Any] = {}
-        usable = [stream for stream in container.streams if stream.codec_context is not None]
-        for stream in sorted(usable, key=lambda stream: not stream.disposition & Disposition.default):
-            if stream.type in ("video", "audio") and not stream.disposition & Disposition.attached_pic:
-                chosen.setdefault(stream.type, stream)
+        """The video and the audio of a file."""
+        streams = chosen(container, self._format, self._source)
         length = promised(container, self._format, self._source)
         ends: dict[int, float] = {}
-        if self._format not in ("mov", *TIMED) or any(stream.duration is None for stream in chosen.values()):
+        if self._format not in ("mov", *TIMED) or any(stream.duration is None for stream in streams.values()):
             ends = self._last_ends(length)
             length = since_begin(length, self._format, self._origin, max(ends.values(), default=0.0))
         self._length = length
         cut_off = length is not None and max(ends.values(), default=length) + SHORTFALL < length
         tracks: dict[str, Track] = {}
-        for kind, stream in chosen.items():
+        for kind, stream in streams.items():
             begin = 0.0 if stream.start_time is None else self._seconds(stream.start_time, stream)
             if stream.index in ends:
                 end = length if cut_off and length else ends[stream.index]
@@ -207,6 +203,8 @@ class Media:
                     self.damages["frame" if kind == "video" else "sound"] = missing
             else:
                 end = begin + float((stream.duration or 0) * stream.time_base)
+                if begin + self._origin > GAP and (edited := end_of_edits(stream, end, self._origin)) < end:
+                    end, self._length = edited, None
             tracks[kind] = Track(stream.index, begin, end, cut_off or self._format == "mov")
         return tracks.get("video"), tracks.get("audio")
 

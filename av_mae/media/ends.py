@@ -41,7 +41,8 @@ def lacks_end(format: str, source: str | os.PathLike[str] | bytes, last: Last) -
     if format == "ogg":
         return _lacks_last_page(end)
     if format == "mpegts":
-        return _lacks_bytes(begin, size)
+        length = packet_length(begin)
+        return "its last packet is not whole" if length and size % length else ""
     if format in LAST_BYTES:
         return "" if end.rstrip(b"\0").endswith(LAST_BYTES[format]) else "its end is not marked as such"
     if format == "ivf" and len(begin) >= 32:
@@ -77,13 +78,13 @@ def _lacks_last_page(end: bytes) -> str:
     return "" if len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]]) else "its last page is not whole"
 
 
-def _lacks_bytes(begin: bytes, size: int) -> str:
-    """A transport stream consists of packets of one length, each of which begins with the same byte."""
+def packet_length(begin: bytes) -> int:
+    """Bytes of the packets of a transport stream, each of which begins with the same byte; 0 where they do not."""
     for length in LENGTHS:
         first = 4 if length == 192 else 0
         if begin[first : 5 * length : length] == b"G" * 5:
-            return "its last packet is not whole" if size % length else ""
-    return ""
+            return length
+    return 0
 
 
 def _frame_length(frame: bytes) -> int:

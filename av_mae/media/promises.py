@@ -67,6 +67,22 @@ def since_begin(length: float | None, format: str, origin: float, last: float) -
     return length - origin
 
 
+def end_of_edits(stream: Any, end: float, origin: float) -> float:
+    """When a stream ends that begins with an empty edit (mp4, mov), seconds from the file's first packet on.
+
+    FFmpeg shortens a stream's duration to its edits, the empty one included; then its begin must not be added.
+
+    Args:
+        stream: of an open file.
+        end: seconds of its begin and duration.
+        origin: as of `since_begin`.
+    """
+    edited = float((stream.duration or 0) * stream.time_base) - origin
+    shown = (entry for entry in reversed(stream.index_entries) if not entry.is_discard)
+    last = next((float(entry.timestamp * stream.time_base) - origin for entry in shown), end)
+    return edited if abs(last - edited) < min(LATE, abs(last - end)) else end
+
+
 def lacks(format: str, stream: Any, end: float, whole: float | None, short: float) -> str:
     """What a stream lacks of its promised length, '' where nothing is known to be missing.
 

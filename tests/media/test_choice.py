@@ -1,0 +1,125 @@
+"""Programs of a transport stream and edit lists of mp4: what is shown, and when."""
+
+import struct
+
+import made_media
+import numpy as np
+import pytest
+
+from av_mae.media import decode as media
+from av_mae.media.choice import programs
+
+PACKET = 188
+
+
+def program(number: int, first: int, rate: float | None) -> bytes:
+    """A transport stream of one program with frames `first` … and a sine of `rate` Hz (`None`: no sound)."""
+    frames = [made_media.numbered_frame(first + index) for index in range(50)]
+    sound = None if rate is None else 0.3 * np.sin(2 * np.pi * rate * np.arange(32000) / 16000)
+    options = {"mpegts_service_id": str(number), "mpegts_start_pid": str(0x100 * number)}
+    options["mpegts_pmt_start_pid"] = str(0x1000 + number)
+    arguments = {"format": "mpegts", "video": "mpeg2video", "audio": "mp2", "fps": 25, "options": options}
+    return made_media.encoded(frames, sound, **arguments)
+
+
+def checksum(section: bytes) -> bytes:
+    value = 0xFFFFFFFF
+    for byte in section:
+        value ^= byte << 24
+        for _ in range(8):
+            value = (value << 1 ^ (0x04C11DB7 if value >> 31 else 0)) & 0xFFFFFFFF
+    return struct.pack(">I", value)
+
+
+def together(*streams: bytes) -> bytes:
+    """One transport stream of several, with a table that names the programs of all."""
+    entries = b"".join(struct.pack(">HH", number, 0xE000 | 0x1000 + number) for number in range(1, len(streams) + 1))
+    section = b"\0" + struct.pack(">HHBBB", 0xB000 | len(entries) + 9, 1, 0xC1, 0, 0) + entries
+    table = (b"G\x40\0\x10\0" + section + checksum(section)).ljust(PACKET, b"\xff")
+    packets = [[stream[at : at + PACKET] for at in range(0, len(stream), PACKET)] for stream in streams]
+    mixed = [own[index] for index in range(max(map(len, packets))) for own in packets if index < len(own)]
+    return b"".join(table if packet[1:3] in (b"\x40\0", b"\0\0") else packet for packet in mixed)
+
+
+def test_picture_and_sound_are_of_one_program():
+    """The first program has no sound: its picture must not come with the sound of the second one."""
+    content = together(program(1, 100, None), program(2, 200, 440.0), program(3, 300, 880.0))
+    assert programs(content) == [{0x100}, {0x200, 0x201}, {0x300, 0x301}]
+    clip = media.Media(content)
+    ((_, frame),) = clip.frames([1.0])
+    waveform, rate, _ = clip.waveform(0.0, 2.0)
+    loudest = np.argmax(np.abs(np.fft.rfft(waveform))) * rate / len(waveform)
+    assert made_media.number_of(frame) // 100 == 2 and loudest == pytest.approx(440, abs=2)
+
+
+def boxes(content: bytes):
+    while content:
+        size = struct.unpack_from(">I", content)[0]
+        yield content[4:8], content[8:size]
+        content = content[size:]
+
+
+def box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(content)) + kind + content
+
+
+def with_edits(mp4: bytes, edits: dict[int, list[tuple[float, float]]]) -> bytes:
+    """The file, whose index is at its end, with edit lists: track → (seconds, their begin in the media or -1)."""
+    made, number = b"", -1
+    for kind, content in boxes(mp4):
+        if kind == b"moov":
+            parts = b""
+            for inner, own in boxes(content):
+                if inner == b"mvhd":
+                    scale = struct.unpack_from(">I", own, 12)[0]
+                if inner == b"trak":
+                    number += 1
+                    kept = {name: part for name, part in boxes(own) if name != b"edts"}
+                    (media_scale,) = struct.unpack_from(">I", dict(boxes(kept[b"mdia"]))[b"mdhd"], 12)
+                    entries = [
+                        struct.pack(">IiI", round(seconds * scale), -1 if at < 0 else round(at * media_scale), 1 << 16)
+                        for seconds, at in edits[number]
+                    ]
+                    listed = box(b"elst", struct.pack(">II", 0, len(entries)) + b"".join(entries))
+                    own = b"".join(box(*part) for part in kept.items()) + box(b"edts", listed)
+                parts += box(inner, own)
+            content = parts
+        made += box(kind, content)
+    return made
+
+
+@pytest.mark.parametrize("gop", [5, 20])
+def test_an_empty_edit_at_the_beginning_is_no_missing_end(gop):
+    """Of 8 s, 3 s from 2 s on are shown, later than the file begins by 1 s (the picture alone, or all of it)."""
+    frames = [made_media.numbered_frame(number) for number in range(40)]
+    sound = made_media.hum(np.arange(128000) / 16000)
+    mov = made_media.encoded(frames, sound, format="mov", video="mpeg4", audio="pcm_s16le", gop=gop)
+    clip = media.Media(with_edits(mov, {0: [(1, -1), (3, 2)], 1: [(4, 2)]}))
+    assert (clip.duration, clip.video.begin, clip.video.end) == pytest.approx((4.0, 1.0, 4.0), abs=0.03)
+    assert [made_media.number_of(frame) for _, frame in clip.frames([1.0, 2.4, 3.8, 4.0], every=True)] == [
+        10,
+        17,
+        24,
+        24,
+    ]
+    clip = media.Media(with_edits(mov, {0: [(1, -1), (3, 2)], 1: [(1, -1), (3, 2)]}))
+    waveform, rate, first = clip.waveform(0.0, 9.0)
+    assert (clip.duration, len(waveform) / rate, first) == pytest.approx((3.0, 3.0, 0.0), abs=0.03)
+    assert [made_media.number_of(frame) for _, frame in clip.frames([0.0, 1.4, 3.0], every=True)] == [10, 17, 24]
+    np.testing.assert_allclose(waveform[:40000], made_media.hum(2 + np.arange(40000) / 16000), atol=1e-3)
+
+
+def test_several_edits_follow_each_other():
+    frames = [made_media.numbered_frame(number) for number in range(40)]
+    sound = made_media.hum(np.arange(128000) / 16000)
+    mov = made_media.encoded(frames, sound, format="mov", video="mpeg4", audio="pcm_s16le", gop=5)
+    clip = media.Media(with_edits(mov, {0: [(2, 5), (2, 1)], 1: [(2, 5), (2, 1)]}))
+    waveform, _, first = clip.waveform(0.0, 9.0)
+    assert (clip.duration, first) == pytest.approx((4.0, 0.0), abs=0.03)
+    assert [made_media.number_of(frame) for _, frame in clip.frames([0.2, 1.6, 2.2, 3.4], every=True)] == [
+        26,
+        33,
+        6,
+        12,
+    ]
+    np.testing.assert_allclose(waveform[:30000], made_media.hum(5 + np.arange(30000) / 16000), atol=1e-3)
