@@ -8,7 +8,7 @@ import clip_trees
 import numpy as np
 from PIL import Image
 
-from av_mae.prepare.clips import palette
+from av_mae.prepare.masks import palette
 
 CLIPS = ("sample_gamma2.2.mp4", "sample_portrait.mp4", "big_buck_bunny_432_433.webm", "flipping_a_pancake.mkv")
 

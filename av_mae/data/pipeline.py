@@ -28,6 +28,7 @@ from av_mae.config import DataConfig
 from av_mae.console import Progress
 from av_mae.data import records
 from av_mae.data.audio import check_sound
+from av_mae.data.cache import Cached
 from av_mae.data.frames import Size
 from av_mae.data.loading import ANNOTATION_FIELDS, FIELDS, ClipLoader, ClipSource, HostBatches, WithOthers, batch_fields
 from av_mae.data.plans import MIDDLE, Clips, MakePlan, usual_plan
@@ -379,6 +380,6 @@ def open_sources(data: DataConfig, audio_size: Size) -> list[ClipSource]:
     fields = dict.fromkeys((*FIELDS, *(field for name in data.annotations for field in ANNOTATION_FIELDS[name])))
     stored = [records.open_source(path, data.split, tuple(fields)) for path in data.paths]
     return [
-        ClipSource(path, records.Cached(source, data.cache * 1e9) if data.cache else source)
+        ClipSource(path, Cached(source, data.cache * 1e9) if data.cache else source)
         for path, source in zip(data.paths, stored)
     ]

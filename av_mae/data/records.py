@@ -1,20 +1,20 @@
-"""Records of prepared sets: their fields, the sets that hold them, and small sets kept in memory."""
+"""Records of prepared sets: their fields, and the sets that hold them."""
 
 import collections
 import contextlib
 import functools
-import io
+import hashlib
 import json
 import os
 import pathlib
 import re
 import resource
+import unicodedata
 import zipfile
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf import message
@@ -22,7 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from av_mae import console
 from av_mae.console import Progress
-from av_mae.data import Record, Records
+from av_mae.data import Record
 from av_mae.errors import UserError, check_local
 
 VERSION = "2.0.0"  # raised with every change of the fields: other versions are refused
@@ -82,19 +82,25 @@ def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
     """The TFDS features of a record; the class names are stored with the label.
 
     Raises UserError for names that a line of a file cannot hold: blank ones, such with line ends or control characters,
-    and those that differ in spaces around them alone.
+    and those that differ in spaces around them or in how accents are encoded alone.
     """
     for name in classes:
         if not name.strip() or _NO_LINE.search(name):
             raise UserError(f"class name {name!r} is blank, or holds a line end or what cannot be printed: rename it")
-    twice = [name for name, count in collections.Counter(name.strip() for name in classes).items() if count > 1]
-    if twice:
+    looks = collections.Counter(unicodedata.normalize("NFC", name.strip()) for name in classes)
+    if twice := [name for name, count in looks.items() if count > 1]:
         raise UserError(f"class name {twice[0]!r} stands for several classes: rename one of them")
     made = {
         name: tfds.features.Text() if dtype is str else tfds.features.Tensor(shape=shape, dtype=dtype)
         for name, (dtype, shape) in FIELDS.items()
     }
-    return tfds.features.FeaturesDict(made | {"label": tfds.features.ClassLabel(names=list(classes))})
+    label = tfds.features.ClassLabel(names=list(classes), doc=_names_digest(classes))
+    return tfds.features.FeaturesDict(made | {"label": label})
+
+
+def _names_digest(classes: Sequence[str]) -> str:
+    """What features.json says of the names, which lie in a file of their own and have no other check."""
+    return f"SHA-256 of the names: {hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()}"
 
 
 def read_labels(path: str | os.PathLike[str], split: str) -> Labels:
@@ -290,6 +296,8 @@ def _read_classes(path: pathlib.Path) -> list[str]:
     names = content.removesuffix("\n").split("\n") if count else []
     if len(names) != count or not content.endswith("\n"):
         raise _damaged(path, _CLASSES, f"holds {len(names)} names of {count} classes, or is cut off")
+    if names and fields["label"].get("description", digest := _names_digest(names)) != digest:
+        raise _damaged(path, _CLASSES, "holds other names than were stored, or in another order")
     return names
 
 
@@ -345,48 +353,3 @@ def load_labels(path: pathlib.Path, clips: int) -> Labels | None:
         return None
     whole = len(labels.counts) == clips and labels.counts.sum() == len(labels.values)
     return labels if whole else None
-
-
-class Cached:
-    """Records as they are read the first time, kept until `limit` bytes are taken; later ones are read each time.
-
-    Audio is kept as 16-bit WAV: decoding FLAC costs five times as much as reading that. Each process that reads has a
-    cache of its own.
-    """
-
-    def __init__(self, records: Records, limit: float):
-        self._records, self._limit = records, limit
-        self._kept: dict[int, Record] = {}
-        self._bytes = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}, "_bytes": 0}
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Record:
-        if index in self._kept:
-            return self._kept[index]
-        record = self._records[index]
-        if self._bytes < self._limit:
-            record = record | {"sound": _decoded(record["sound"])}
-            encoded = [record["sound"], *record["frames"], *record.get("masks", ()), *record.get("sources", ())]
-            self._bytes += sum(map(len, encoded))
-            if self._bytes <= self._limit:
-                self._kept[index] = record
-        return record
-
-
-def _decoded(encoded: bytes) -> bytes:
-    """Audio of up to 16 bits as WAV; any other, or one that cannot be decoded, as it is."""
-    try:
-        with soundfile.SoundFile(io.BytesIO(encoded)) as file:
-            samples, rate = file.read(dtype="int16"), file.samplerate
-            if file.subtype != "PCM_16" or len(samples) < file.frames:
-                return encoded
-    except soundfile.LibsndfileError:
-        return encoded
-    decoded = io.BytesIO()
-    soundfile.write(decoded, samples, rate, format="WAV", subtype="PCM_16")
-    return decoded.getvalue()

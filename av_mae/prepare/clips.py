@@ -4,7 +4,6 @@ Imported by the decoding processes: nothing here may need more than FFmpeg and c
 """
 
 import dataclasses
-import functools
 import hashlib
 import io
 import math
@@ -17,19 +16,19 @@ from PIL import Image, ImageOps
 
 from av_mae.data.audio import resample
 from av_mae.errors import ClipFailure, stage
-from av_mae.media.decode import MARGIN, Media
+from av_mae.media.decode import GAP, MARGIN, SHORTFALL, Media
 from av_mae.media.encode import flac
+from av_mae.prepare.masks import read_mask
 from av_mae.prepare.readers.catalogue import SourceClip
 from av_mae.storage import Folder
 
 LONGEST = 3600.0  # seconds
+LACKING = 0.1  # of a part that a table gives: a file that ends earlier by more, or by SHORTFALL, is named
 LONGER = 1.5  # times the annotated seconds: a file that lasts longer is not the annotated part alone
 CLIPPED = 1.5  # of full scale, which decoders overshoot a little
 SILENCE = 1e-3  # of full scale
 BLACK = 20  # of 255, of the brightest hundredth of the pixels
 STILL = 0.5  # of 255, the mean difference of successive frames
-BINARY = 255  # of a mask without classes: the value of what sounds
-CLASSES = 256  # that the colours of a mask can tell apart
 
 File = str | bytes  # a local path, or the content of a file
 
@@ -159,6 +158,8 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
     record |= _annotations(clip, files, small)
     findings = list(_findings(clip, duration, small, audio, options))
     findings += [("damaged", kind, damage) for kind, damage in media.damages.items()]
+    if early := _ends_early(clip, media):
+        findings.append(("ends_early", "open", early))
     if longer:
         message = f"lasts {media.duration:.2f} s, of which {duration:.2f} s from {clip.start:g} s on are taken"
         findings.append(("too_long", "open", message))
@@ -181,6 +182,22 @@ def _within(clip: SourceClip, media: Media) -> tuple[SourceClip, bool]:
             f"lasts {media.duration:.2f} s, neither {seconds:g} s nor long enough for those from {start:g} s on",
         )
     return dataclasses.replace(clip, start=start, end=start + seconds), True
+
+
+def _ends_early(clip: SourceClip, media: Media) -> str:
+    """What the annotated part lacks because the file ends before it, '' where that is little.
+
+    Clips of public lists are often a little short: of those, files that lack a third are named.
+    """
+    if clip.part is not None:
+        seconds, enough = clip.part[1], clip.part[1] / LONGER
+    elif clip.end is not None:
+        seconds = clip.end - clip.start
+        enough = seconds - max(GAP, min(SHORTFALL, LACKING * seconds))
+    else:
+        return ""
+    there = media.duration - clip.start
+    return f"{there:.2f} s of {seconds:.2f} s are there, from {clip.start:g} s on" if there < enough else ""
 
 
 def _audio(media: Media, start: float, seconds: float, rate: int) -> np.ndarray | None:
@@ -277,7 +294,7 @@ def _annotations(clip: SourceClip, files: Mapping[str, File], small: list[np.nda
     label = clip.labels[0] if clip.labels else -1
     with stage("mask"):
         masks = [
-            read_mask(_content(files[name]), clip.mask_reader, small[frame].shape[:2])
+            _mask(clip, name, files[name], small[frame].shape[:2])
             for name, frame in zip(clip.masks, clip.mask_frames, strict=True)
         ]
     return {
@@ -289,6 +306,13 @@ def _annotations(clip: SourceClip, files: Mapping[str, File], small: list[np.nda
         "masks": masks,
         "mask_frames": np.array(clip.mask_frames, np.int64),
     }
+
+
+def _mask(clip: SourceClip, name: str, file: File, size: tuple[int, int]) -> bytes:
+    try:
+        return read_mask(_content(file), clip.mask_reader, size, clip.mask_classes)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _findings(
@@ -330,55 +354,3 @@ def _facts(record: dict[str, Any], small: list[np.ndarray], audio: np.ndarray | 
 
 def _decibels(peak: float) -> float:
     return round(20 * math.log10(max(peak, 1e-5)), 1)
-
-
-def read_mask(content: bytes, reader: str, size: tuple[int, int]) -> bytes:
-    """An image file of a mask → a PNG file with a value per pixel.
-
-    Args:
-        content: of the image file.
-        reader: 'binary': what is not black becomes 255. 'colours': AVSBench's colour of a class becomes the class's
-            number. 'numbers': grey values stay.
-        size: (height, width) of the result.
-
-    Raises:
-        ValueError: for a colour that is no class.
-    """
-    image = Image.open(io.BytesIO(content))
-    pixels: np.ndarray
-    if reader == "numbers":
-        pixels = np.asarray(image if image.mode in ("L", "P", "I", "I;16") else image.convert("L"))
-    else:
-        colours = np.asarray(image.convert("RGB"))
-        pixels = np.where(colours.any(axis=2), BINARY, 0) if reader == "binary" else _classes(colours)
-    height, width = size
-    resized = Image.fromarray(np.ascontiguousarray(pixels, np.uint8)).resize((width, height), Image.Resampling.NEAREST)
-    file = io.BytesIO()
-    resized.save(file, "PNG")
-    return file.getvalue()
-
-
-@functools.cache
-def palette() -> np.ndarray:
-    """AVSBench's (and PASCAL VOC's) colour of each class: uint8 [256, 3].
-
-    Bits 0, 1 and 2 of the class are the highest bits of red, green and blue, bits 3, 4 and 5 the next ones, and so on.
-    """
-    colours = np.zeros((CLASSES, 3), np.uint8)
-    for bit in range(3):
-        shifted = np.arange(CLASSES) >> 3 * bit
-        for channel in range(3):
-            colours[:, channel] |= ((shifted >> channel & 1) << 7 - bit).astype(np.uint8)
-    return colours
-
-
-def _classes(colours: np.ndarray) -> np.ndarray:
-    """The class of each colour: uint8 [H, W, 3] → uint8 [H, W]."""
-    weights = np.array([1 << 16, 1 << 8, 1])
-    known, asked = palette().astype(np.int64) @ weights, colours.astype(np.int64) @ weights
-    order = np.argsort(known)
-    numbers = order[np.minimum(np.searchsorted(known[order], asked), CLASSES - 1)]
-    wrong = known[numbers] != asked
-    if wrong.any():
-        raise ValueError(f"colour {tuple(map(int, colours[wrong][0]))} of a mask is no class")
-    return numbers.astype(np.uint8)

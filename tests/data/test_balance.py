@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from av_mae.data import pipeline, records
+from av_mae.data.cache import Cached
 from av_mae.data.loading import ClipSource
 from av_mae.data.pipeline import StratifiedSampling, clip_weights
-from av_mae.data.records import Cached, Labels, labels_file
+from av_mae.data.records import Labels, labels_file
 from av_mae.errors import UserError
 from av_mae.prepare.shards import write_set
 

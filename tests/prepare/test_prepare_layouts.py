@@ -163,7 +163,7 @@ def test_boxes_are_those_of_the_annotations(shared, tmp_path):
 
 def test_colours_of_classes_are_those_of_pascal_voc():
     """The first colours as its development kit lists them."""
-    from av_mae.prepare.clips import palette
+    from av_mae.prepare.masks import palette
 
     np.testing.assert_array_equal(
         palette()[:10],

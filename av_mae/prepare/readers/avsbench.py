@@ -80,6 +80,7 @@ def _add(
             masks=tuple(masks[number] for number in masked),
             mask_frames=tuple(order.index(number) for number in masked),
             mask_reader=("colours" if colours else "numbers") if semantic else "binary",
+            mask_classes=len(numbers),
         )
     )
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ CAUSES = {
     "no_picture": "the file has no frames",
     "too_short": "shorter than --shortest",
     "too_long": "the file is longer than the part that is annotated, which alone is taken",
+    "ends_early": "the file ends before the part that is annotated does; what there is is taken",
     "damaged": "its end or something in it is lost or marked as damaged, or its times jump; what there is is taken",
     "clipped": "the audio is far beyond full scale, and is cut off there",
     "silence": "the audio never rises above -60 dB of full scale",
@@ -36,7 +38,7 @@ CAUSES = {
 # With these, no record is stored whatever the options say.
 NEVER_STORED = ("bad_row", "bad_id", "duplicate_id", "missing", "no_split", "not_media", "undecodable")
 # What is seen when a clip is decoded, and may leave it out (--skip).
-SKIPPABLE = ("no_sound", "no_picture", "too_short", "damaged", "clipped", "silence", "black", "still")
+SKIPPABLE = ("no_sound", "no_picture", "too_short", "ends_early", "damaged", "clipped", "silence", "black", "still")
 
 SPLITS = {
     "train": "train",
@@ -51,6 +53,7 @@ SPLITS = {
     "evaluation": "test",
 }
 LONGEST_ID = 200
+_FIELD = re.compile(r'(?:^|,)( *"(?:[^"]|"")*"|[^,]*)')  # of a line of a csv file, with its quotes and spaces
 _WIDE_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _Kind = TypeVar("_Kind")
 
@@ -95,7 +98,8 @@ class SourceClip:
         annotators: how many people looked at the clip.
         masks: image files with the mask of each of `mask_frames`.
         mask_frames: positions in the frames.
-        mask_reader: how the masks are written (see clips.read_mask).
+        mask_reader: how the masks are written (see masks.read_mask).
+        mask_classes: how many classes the masks tell apart, where they do.
         mixed_with: the clip whose audio is added to this one's (a test pair of separation).
     """
 
@@ -116,6 +120,7 @@ class SourceClip:
     masks: tuple[str, ...] = ()
     mask_frames: tuple[int, ...] = ()
     mask_reader: str = ""
+    mask_classes: int = dataclasses.field(default=0, repr=False)
     mixed_with: "SourceClip | None" = None
 
     def files(self) -> tuple[str, ...]:
@@ -136,9 +141,11 @@ class Catalogue:
         self.findings.append(Finding(cause, clip, stage, message, split))
 
     def set_classes(self, names: Iterable[str]) -> dict[str, int]:
-        """Makes the sorted different `names` the classes; returns the number of each."""
-        self.classes = tuple(sorted(set(names)))
-        return {name: number for number, name in enumerate(self.classes)}
+        """Makes the sorted different `names` the classes, however their accents are encoded; the number of each."""
+        spelled = {name: unicodedata.normalize("NFC", name) for name in names}
+        self.classes = tuple(sorted(set(spelled.values())))
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        return {name: numbers[one] for name, one in spelled.items()}
 
     @contextlib.contextmanager
     def row(self, name: str, number: int) -> Iterator[None]:
@@ -191,11 +198,12 @@ def checked(catalogue: Catalogue, splits: Iterable[str] = ()) -> Catalogue:
         except ValueError as error:
             findings.append(Finding("bad_id", repr(clip.id)[1:-1], "annotations", str(error), clip.split))
             continue
-        if clip.id in kept:
-            message = f"{clip.media} ({clip.split}); {kept[clip.id].media} ({kept[clip.id].split}) is kept"
+        same = unicodedata.normalize("NFC", clip.id)  # ids that look the same are
+        if same in kept:
+            message = f"{clip.media} ({clip.split}); {kept[same].media} ({kept[same].split}) is kept"
             findings.append(Finding("duplicate_id", clip.id, "annotations", message, clip.split))
         else:
-            kept[clip.id] = clip
+            kept[same] = clip
     clips = [clip for clip in kept.values() if not splits or clip.split in splits]
     if not clips:
         first = f": {findings[0].message}" if findings else ""
@@ -235,10 +243,11 @@ def rows(
         width: how many fields a row may have.
         catalogue: takes a finding for each row that cannot be read.
         header: what the first field of a header may be called.
-        files: names of files; a `#` line that has one of them among its fields is a row.
+        files: names of files; a `#` line that has one of them among its fields is a row, and fields that are names of
+            them or in quotes are as they are written.
 
     Yields:
-        The number of a row in the file, from 1 on, and its fields, stripped.
+        The number of a row in the file, from 1 on, and its fields, stripped (but see `files`).
 
     Raises:
         UserError: where the file cannot be read, or none of its rows.
@@ -252,7 +261,7 @@ def rows(
         if not line.strip() or line.lstrip().startswith(b"#") and not _names_one(line, files):
             continue
         with catalogue.row(name, number):
-            fields = _fields(line)
+            fields = _fields(line, files)
             if number == 1 and fields[0].lower() in header:
                 continue
             if len(fields) not in widths:
@@ -266,7 +275,7 @@ def rows(
 
 def _names_one(line: bytes, files: frozenset[str]) -> bool:
     with contextlib.suppress(ValueError):
-        return bool(files) and not files.isdisjoint(_fields(line))
+        return bool(files) and not files.isdisjoint(_fields(line, files))
     return False
 
 
@@ -303,15 +312,24 @@ def number(text: str, name: str) -> float:
     return value
 
 
-def _fields(line: bytes) -> list[str]:
+def _fields(line: bytes, files: frozenset[str]) -> list[str]:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8") from None
     try:
-        return [field.strip() for field in next(csv.reader([text], skipinitialspace=True, strict=True))]
+        fields = next(csv.reader([text], skipinitialspace=True, strict=True))
     except (csv.Error, StopIteration) as error:
         raise ValueError(f"cannot be split at commas: {error}") from None
+    if not files:
+        return [field.strip() for field in fields]
+    written = [found[1] for found in _FIELD.finditer(text)]
+    if len(written) != len(fields):  # quotes within a field
+        written = fields
+    return [
+        field if own.lstrip(" ").startswith('"') else own if own in files else field.strip()
+        for field, own in zip(fields, written)
+    ]
 
 
 def _range(widths: range) -> str:

@@ -13,6 +13,7 @@ import io
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -128,11 +129,16 @@ def _splits(folder: Folder, names: Sequence[str]) -> tuple[dict[str, str], dict[
 def _ids(names: Sequence[str]) -> dict[str, str]:
     """'a/b.mp4' → 'a-b'; files that share all but the ending keep it, those that still share it get a digest."""
     ids = {name: "-".join([*name.split("/")[:-1], stem(name)]) for name in names}
-    shared = collections.Counter(ids.values())
-    ids |= {name: name.replace("/", "-") for name in names if shared[ids[name]] > 1}
-    shared = collections.Counter(ids.values())
-    digests = {name: hashlib.sha256(os.fsencode(name)).hexdigest()[:8] for name in names if shared[ids[name]] > 1}
+    ids |= {name: name.replace("/", "-") for name in _shared(ids)}
+    digests = {name: hashlib.sha256(os.fsencode(name)).hexdigest()[:8] for name in _shared(ids)}
     return ids | {name: f"{ids[name]}-{digest}" for name, digest in digests.items()}
+
+
+def _shared(ids: Mapping[str, str]) -> list[str]:
+    """The names whose ids others have, too, or ids that look the same."""
+    looks = {name: unicodedata.normalize("NFC", id) for name, id in ids.items()}
+    count = collections.Counter(looks.values())
+    return [name for name, look in looks.items() if count[look] > 1]
 
 
 def _from_table(folder: Folder, table: str) -> Catalogue:
@@ -198,7 +204,7 @@ def _clip(row: Mapping[str, Any], numbers: Mapping[str, int], there: Collection[
         path,
         start=start,
         end=end,
-        labels=tuple(numbers[label] for label in _labels(row)),
+        labels=tuple(dict.fromkeys(numbers[label] for label in _labels(row))),
         source=path,
         source_start=start,
     )
@@ -214,7 +220,8 @@ def _csv_rows(table: str, catalogue: Catalogue, there: frozenset[str]) -> Iterat
             with catalogue.row(table, number):
                 if len(fields) != len(columns):
                     raise ValueError(f"{len(fields)} fields, the header has {len(columns)}")
-                yield number, dict(zip(columns, fields))
+                row = zip(columns, fields)
+                yield number, {name: value if name == "path" else value.strip() for name, value in row}
 
 
 def _parquet_rows(table: str) -> Iterator[tuple[int, dict[str, Any]]]:

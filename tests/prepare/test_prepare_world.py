@@ -1,0 +1,156 @@
+"""What the world hands in, and must not be taken for something else: spaces in names, two spellings of one name, parts
+that the file does not have, numbers that are no class."""
+
+import io
+import json
+import unicodedata
+
+import clip_trees
+import numpy as np
+import pytest
+from layouts import avsbench, picture
+from PIL import Image
+
+from av_mae.data import records
+from av_mae.errors import UserError
+from av_mae.prepare.masks import palette, read_mask
+from av_mae.prepare.readers import READERS
+from av_mae.prepare.readers.catalogue import Catalogue, SourceClip, checked
+from av_mae.storage import Folder
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(
+    "row, taken",
+    [
+        ('" a.mp4",dog', " a.mp4"),
+        ('"a.mp4 ",dog', "a.mp4 "),
+        ('" a.mp4", " dog "', " a.mp4"),
+        (" a.mp4,dog", " a.mp4"),  # as the file is called
+        ("a.mp4 , dog", "a.mp4 "),
+        (" b.mp4 ,dog", "b.mp4"),  # no file is called so with its spaces
+        ('" b.mp4",dog', None),
+        ('"c,""d"".mp4" ,dog', None),
+        ('"c,""d"".mp4", dog', 'c,"d".mp4'),
+        ("\tb.mp4\t,dog", "b.mp4"),
+    ],
+)
+def test_a_table_names_files_as_they_are_written(row, taken, tmp_path):
+    there = [" a.mp4", "a.mp4", "a.mp4 ", "b.mp4", 'c,"d".mp4']
+    source = clip_trees.put(tmp_path / "in", dict.fromkeys(there, b""))
+    table = clip_trees.put(tmp_path, {"list.csv": f"path, label\n{row}\nb.mp4,cat\n"}) / "list.csv"
+    read = READERS["folder"].read(Folder(source), table=str(table))
+    assert [clip.media for clip in read.clips] == [*([taken] if taken else []), "b.mp4"]
+    assert all(label in ("dog", "cat") for label in read.classes) and (taken or read.findings)
+
+
+def test_two_spellings_of_a_class_are_one(tmp_path):
+    there = {f"{NFC}/a.mp4": b"", f"{NFD}/b.mp4": b"", "dog/c.mp4": b""}
+    read = READERS["folder"].read(Folder(clip_trees.put(tmp_path / "in", there)))
+    assert read.classes == (NFC, "dog") and sorted(clip.labels for clip in read.clips) == [(0,), (0,), (1,)]
+    table = clip_trees.put(tmp_path, {"list.csv": f"path,label\ndog/c.mp4,{NFD};{NFC}\n"}) / "list.csv"
+    read = READERS["folder"].read(Folder(tmp_path / "in"), table=str(table))
+    assert read.classes == (NFC,) and read.clips[0].labels == (0,)
+    with pytest.raises(UserError, match=f"class name '{NFC}' stands for several classes: rename one of them"):
+        records.features([NFD, "dog", NFC])  # of a file that numbers them
+
+
+def test_ids_that_look_the_same_are_two_only_where_files_are(tmp_path):
+    source = clip_trees.put(tmp_path / "in", {f"{NFC}.mp4": b"", f"{NFD}.mp4": b""})
+    ids = {unicodedata.normalize("NFC", clip.id) for clip in checked(READERS["folder"].read(Folder(source))).clips}
+    assert len(ids) == 2
+    clips = [SourceClip(name, "train", f"{number}.mp4") for number, name in enumerate((NFD, NFC))]
+    read = checked(Catalogue((), clips))
+    assert [clip.media for clip in read.clips] == ["0.mp4"]
+    assert [(finding.cause, finding.clip) for finding in read.findings] == [("duplicate_id", NFC)]
+
+
+@pytest.mark.parametrize(
+    "start, end, named",
+    [
+        ("0", "2.05", ""),
+        ("0", "2.5", "2.00 s of 2.50 s are there, from 0 s on"),
+        ("1.5", "1.9", ""),
+        ("1.5", "2.3", "0.50 s of 0.80 s are there, from 1.5 s on"),
+    ],
+)
+def test_a_part_that_the_file_does_not_have_is_named(start, end, named, tmp_path):
+    source = clip_trees.put(tmp_path / "in", {"a.mkv": clip_trees.clip(1, 2.0, format="matroska", audio="pcm_s16le")})
+    table = clip_trees.put(tmp_path, {"list.csv": f"path,id,start,end\na.mkv,x,{start},{end}\n"}) / "list.csv"
+    report = clip_trees.prepare("folder", source, tmp_path / "set", table=str(table), shortest=0.1)
+    messages = [finding["message"] for finding in report["findings"] if finding["cause"] == "ends_early"]
+    assert len(messages) == bool(named) and all(named in message for message in messages)
+    assert set(clip_trees.stored(tmp_path / "set")) == {"x"}
+    if named:
+        options = {"table": str(table), "shortest": 0.1, "skip": ("ends_early",)}
+        report = clip_trees.prepare("folder", source, tmp_path / "none", **options)
+        assert report["splits"]["train"]["stored"] == 0
+
+
+@pytest.mark.parametrize("seconds, named", [(9.9, False), (7.0, False), (6.0, True)])
+def test_public_lists_of_ten_seconds_name_only_files_that_lack_a_third(seconds, named, tmp_path):
+    there = {
+        "vggsound.csv": "aaaaaaaaaaa,30,dog,train\n",
+        "aaaaaaaaaaa_000030.mp4": clip_trees.clip(1, seconds),
+    }
+    report = clip_trees.prepare("vggsound", clip_trees.put(tmp_path / "in", there), tmp_path / "set")
+    assert ("ends_early" in clip_trees.causes(report)) == named
+
+
+def test_numbers_of_a_mask_that_are_no_class_are_named(shared, tmp_path):
+    source = avsbench(shared, tmp_path / "in")
+    numbers = np.zeros((20, 30), np.uint8)
+    numbers[3, 4] = 70
+    good = picture(numbers, "PNG")
+    numbers[3, 4] = 71
+    for number in range(10):
+        (source / f"v2/three/labels_rgb/{number}.png").unlink()
+        clip_trees.put(source, {f"v2/three/labels_semantic/{number}.png": good})
+    report = clip_trees.prepare("avsbench_avss", source, tmp_path / "good")
+    assert "undecodable" not in clip_trees.causes(report)
+    clip_trees.put(source, {"v2/three/labels_semantic/6.png": picture(numbers, "PNG")})
+    report = clip_trees.prepare("avsbench_avss", source, tmp_path / "set")
+    (failure,) = [finding for finding in report["findings"] if finding["cause"] == "undecodable"]
+    assert (failure["clip"], failure["stage"]) == ("three", "mask")
+    assert failure["message"].endswith(
+        "v2/three/labels_semantic/6.png: value 71 of a mask is no class, they are 0 to 70"
+    )
+
+
+@pytest.mark.parametrize(
+    "image, reader, message",
+    [
+        (
+            Image.fromarray(np.full((4, 5), 300, np.uint16)),
+            "numbers",
+            "value 300 of a mask is no class, they are 0 to 70",
+        ),
+        (Image.new("RGB", (5, 4), (1, 2, 3)), "numbers", r"a mask of numbers has the colour \(1, 2, 3\)"),
+        (Image.new("RGB", (5, 4), tuple(map(int, palette()[199]))), "colours", "value 199 of a mask is no class"),
+        (Image.new("RGB", (5, 4), (1, 2, 3)), "colours", r"colour \(1, 2, 3\) of a mask is no class"),
+    ],
+)
+def test_masks_of_no_class_are_refused(image, reader, message):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    with pytest.raises(ValueError, match=message):
+        read_mask(file.getvalue(), reader, (4, 5), 71)
+
+
+def test_class_names_in_another_order_are_no_names_of_the_set(tmp_path):
+    source = clip_trees.put(tmp_path / "in", {f"{name}/{name}.mp4": clip_trees.clip(ord(name)) for name in "abc"})
+    clip_trees.prepare("folder", source, tmp_path / "set")
+    assert records.class_names(tmp_path / "set") == ["a", "b", "c"]
+    names, fields = tmp_path / "set" / "label.labels.txt", tmp_path / "set" / "features.json"
+    whole = names.read_text()
+    names.write_text("b\na\nc\n")
+    with pytest.raises(
+        UserError, match=r"the set in .* is damaged: prepare it again \(label.labels.txt: .* other names"
+    ):
+        records.class_names(tmp_path / "set")
+    names.write_text(whole)
+    stored = json.loads(fields.read_text())
+    del stored["featuresDict"]["features"]["label"]["description"]  # as earlier versions wrote it
+    fields.write_text(json.dumps(stored))
+    assert records.class_names(tmp_path / "set") == ["a", "b", "c"]
