@@ -90,11 +90,54 @@ _train() {
   _quote "${words[@]}" --stopped_status=$RESTART "${train[@]}"
 }
 
-# A file with the code as it lies here: tracked files and new ones that git does not ignore.
+# Whether a file that git does not track is code: by its name, in the root or a folder of code, and of at most 1 MB.
+_is_code() {
+  case $1 in
+    av_mae/*.json | configs/*.json | tests/*.json | av_mae/*.css | launch/Dockerfile) ;;
+    av_mae/* | configs/* | launch/* | tests/*) _is_text "$1" ;;
+    */*) return 1 ;;
+    *) _is_text "$1" ;;  # of the root, where a .json is rather a key
+  esac && [ -f "$root/$1" ] && [ "$(wc -c < "$root/$1")" -le 1000000 ]
+}
+
+_is_text() {
+  [[ $1 =~ \.(py|sh|toml|cfg|ini|in|md|txt|lock)$ ]]
+}
+
+# Sets code: tracked files that are there and new ones that are code; unsent: new ones that are not, nor ignored.
+_list_code() {
+  local name
+  git -C "$root" rev-parse --git-dir > /dev/null || _fail "git tells what to send: $root must be a clone of it"
+  code=() unsent=()
+  while IFS= read -r -d '' name; do
+    [ ! -f "$root/$name" ] && [ ! -L "$root/$name" ] || code+=("$name")
+  done < <(git -C "$root" ls-files -z --cached)
+  while IFS= read -r -d '' name; do
+    if _is_code "$name"; then code+=("$name"); else unsent+=("$name"); fi
+  done < <(git -C "$root" ls-files -z --others --exclude-standard)
+}
+
+# A file with the code as it lies here, and in .staged the names in it.
 _pack() {
+  local made
   archive=$(mktemp -t av_mae.XXXXXX.tar.gz)
-  [ "$dry_run" ] || git -C "$root" ls-files -z --cached --others --exclude-standard |
-    tar -C "$root" --null --files-from=- --ignore-failed-read -czf "$archive"
+  [ -z "$dry_run" ] || return 0
+  _list_code
+  [ ${#unsent[@]} = 0 ] ||
+    echo "not sent: ${#unsent[@]} new files that are no code: $(_quote "${unsent[@]:0:3}") … (git add sends them)" >&2
+  made=$(mktemp -d)
+  printf '%s\0' "${code[@]}" | LC_ALL=C sort -zu > "$made/.staged"
+  tar -czf "$archive" -C "$root" --null --files-from="$made/.staged" -C "$made" .staged
+  rm -r "$made"
+}
+
+# The command of a host that unpacks an archive (-: its input). What was staged before and is gone here goes there too:
+# all hosts must have the same code. A checkout is left as it is.
+_unpack() {
+  local into
+  into=$(_quote "$folder")
+  echo "mkdir -p $into && cd $into && { [ ! -f .staged ] || cp .staged .staged-before; } && tar -xzf $1 &&" \
+    "{ [ -e .git ] || [ ! -f .staged-before ] || LC_ALL=C comm -z -23 .staged-before .staged | xargs -0 rm -f --; }"
 }
 
 # Waits for all pids. Once one has failed, the others get $patience seconds before they are killed.

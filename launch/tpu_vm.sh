@@ -59,7 +59,7 @@ _prepare() {
   fi
   _pack
   _run gcloud compute tpus tpu-vm scp "$archive" "$name:av_mae.tar.gz" --zone="$zone" --worker=all
-  _tpu tpu-vm ssh --worker=all --command="mkdir -p $(_quote "$folder") && tar -xzf av_mae.tar.gz -C $(_quote "$folder")"
+  _tpu tpu-vm ssh --worker=all --command="$(_unpack "\$HOME/av_mae.tar.gz")"
   rm -f "$archive"
 }
 

@@ -1,5 +1,6 @@
 """The launcher for Slurm on a real Slurm of two nodes: restarts, requeues, stops, wrong input."""
 
+import datetime
 import os
 import pathlib
 import re
@@ -45,15 +46,15 @@ def whole(training):
 
 @pytest.fixture
 def submit(training, cluster, tmp_path):
-    """submit(workdir, *arguments of train): the number of a job of two nodes."""
+    """submit(workdir, *arguments of train, minutes=…): the number of a job of two nodes."""
     (tmp_path / "python").write_text(PYTHON.format(python=sys.executable))
     (tmp_path / "python").chmod(0o755)
 
-    def start(workdir: str, *arguments: str) -> str:
+    def start(workdir: str, *arguments: str, minutes: int = 10) -> str:
         environment = training.environment() | cluster.environment
         environment |= {"AV_MAE_PYTHON": str(tmp_path / "python"), "AV_MAE_VENV": str(tmp_path / "venv")}
         command = ["bash", str(ROOT / "launch" / "slurm.sh"), "--nodes=2", "--pause=1", "--patience=90"]
-        command += [f"--logs={tmp_path / 'logs'}", "--sbatch=--time=10", "--", f"--config={training.config}"]
+        command += [f"--logs={tmp_path / 'logs'}", f"--sbatch=--time={minutes}", "--", f"--config={training.config}"]
         command += [f"--workdir={training.folder / workdir}", "--host_timeout=60", *QUICK, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
@@ -105,6 +106,33 @@ def test_killed_then_out_of_time_then_finished(training, whole, cluster, submit,
     assert "resuming after step" in (logs / "start-1" / "attempt-0" / "task-0.log").read_text()
     assert training.metrics("run") == whole[0]
     assert_same_arrays(training.arrays("run"), whole[1])
+
+
+def test_time_limit(training, whole, cluster, submit, tmp_path):
+    """A real one, of Slurm. Two minutes before it the job is saved and queued again, and ends bit by bit alike.
+
+    All stand still from some step until then, so that the machine's speed does not matter.
+    """
+    job = submit("limit", "--host_timeout=200", minutes=4)
+    wait_for_step(training, cluster, job, "limit", 12, within=110)
+    held = trainers(training.folder / "limit")
+    for process in held:
+        os.kill(process, signal.SIGSTOP)
+    log, until = tmp_path / "logs" / f"job-{job}.log", time.monotonic() + 180
+    while "asked to stop" not in log.read_text():
+        assert time.monotonic() < until, cluster.job(job)
+        time.sleep(0.2)
+    left = datetime.datetime.fromisoformat(cluster.job(job)["EndTime"]) - datetime.datetime.now()
+    for process in held:
+        os.kill(process, signal.SIGCONT)
+    cluster.hurry(job)
+    step = training.metrics("limit")[-1]["step"]
+    ended = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}, within=150)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log.read_text()
+    assert 100 < left.total_seconds() < 190  # Slurm may tell up to a minute earlier
+    assert f"resuming after step {step}\n" in (tmp_path / "logs/start-1/attempt-0/task-0.log").read_text()
+    assert 12 <= step < STEPS and training.metrics("limit") == whole[0]
+    assert_same_arrays(training.arrays("limit"), whole[1])
 
 
 def test_cancelled_is_saved_and_not_queued_again(training, cluster, submit, tmp_path):

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from train_processes import PYTHON, ROOT, Training, assert_same_arrays, free_port
+from train_processes import ROOT, Training, assert_same_arrays, free_port
 
 from av_mae.train.hosts import RESTART
 
@@ -254,83 +254,3 @@ def test_faults_at_random_moments(training):
     assert training.metrics(workdir) == training.metrics("whole200"), faults
     assert_same_arrays(training.arrays(workdir), training.arrays("whole200"))
     assert set(training.clips(workdir)) == set(training.clips("whole200"))
-
-
-# ssh and scp to hosts that are folders of this machine.
-SSH = """#!/bin/bash
-while [ "$1" = -o ]; do shift 2; done
-mkdir -p "$HOSTS/$1" && cd "$HOSTS/$1" && shift && exec bash -c "$*"
-"""
-SCP = """#!/bin/bash
-while [ "$1" = -o ] || [ "$1" = -q ]; do [ "$1" = -q ] && shift || shift 2; done
-mkdir -p "$HOSTS/${2%%:*}" && cp "$1" "$HOSTS/${2%%:*}/${2#*:}"
-"""
-
-
-@pytest.fixture
-def launch(training, tmp_path):
-    """launch(script, *options, workdir=…): starts a launcher with stand-ins for Python, ssh and scp."""
-    for name, text in {
-        "python": PYTHON.format(python=sys.executable),
-        "ssh": SSH,
-        "scp": SCP,
-    }.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-
-    def start(script: str, *options: str, workdir: str, **variables: str) -> subprocess.Popen:
-        environment = {
-            **training.environment(),
-            "PATH": f"{tmp_path}:{os.environ['PATH']}",
-            "HOSTS": str(tmp_path),
-            "AV_MAE_PYTHON": str(tmp_path / "python"),
-            "AV_MAE_VENV": str(tmp_path / "venv"),
-            **variables,
-        }
-        del environment["PYTHONPATH"]  # the staged code counts
-        return subprocess.Popen(
-            [
-                "bash",
-                str(ROOT / "launch" / script),
-                *options,
-                "--pause=1",
-                "--patience=60",
-                f"--logs={tmp_path / 'logs'}",
-                "--",
-                f"--config={training.config}",
-                f"--workdir={training.folder / workdir}",
-                "--host_timeout=60",
-                *QUICK,
-            ],
-            env=environment,
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return start
-
-
-def test_ssh_launcher_restarts_all(training, whole, launch, tmp_path):
-    """Staged to two hosts; the trainer of one is killed; the launcher starts both again."""
-    process = launch("ssh.sh", "--hosts=localhost,me@other", f"--port={free_port()}", workdir="ssh")
-    training.wait_for_step("ssh", 22, process)
-    os.kill(int((tmp_path / "me@other" / "av_mae" / ".pid-1").read_text()), signal.SIGKILL)
-    (status,), (message,) = ended([process])
-    assert status == 0 and "attempt 0 ended with statuses 75 137" in message, message
-    assert "resuming after step" in (tmp_path / "logs" / "attempt-1" / "0.log").read_text()
-    assert training.metrics("ssh") == whole[0]
-    assert_same_arrays(training.arrays("ssh"), whole[1])
-    assert (tmp_path / "localhost" / "av_mae" / "av_mae" / "train" / "__main__.py").read_text() == (
-        ROOT / "av_mae" / "train" / "__main__.py"
-    ).read_text()
-
-
-def test_ssh_launcher_hands_sigterm_on(training, launch):
-    process = launch("ssh.sh", "--hosts=localhost,other", f"--port={free_port()}", workdir="sshstop")
-    training.wait_for_step("sshstop", 7, process)
-    process.terminate()
-    (status,), (message,) = ended([process])
-    assert status == RESTART and "asked to stop: every process saves its state" in message, message
-    last = training.metrics("sshstop")[-1]["step"]
-    assert last < STEPS and str(last) in {path.name for path in (training.folder / "sshstop/checkpoints").iterdir()}
