@@ -50,9 +50,11 @@ def test_ssh(dry):
     status, out, message = dry("ssh.sh", "--hosts=gpu1,me@gpu2", "--extra=cuda", "--port=99")
     assert (status, message) == (0, "")
     lines = words(out)
-    assert [line[0] for line in lines] == ["scp", "ssh", "scp", "ssh", "mkdir", "ssh", "ssh"]
-    assert lines[0][-1] == "gpu1:av_mae.tar.gz" and lines[2][-1] == "me@gpu2:av_mae.tar.gz"
-    assert lines[1][-2:] == ["gpu1", "mkdir -p av_mae && tar -xzf av_mae.tar.gz -C av_mae"]
+    assert [line[0] for line in lines] == ["ssh", "ssh", "ssh", "ssh", "mkdir", "ssh", "ssh"]
+    assert [line[-2:] for line in lines[:2]] == [[h, "getent ahosts gpu1 > /dev/null"] for h in ("gpu1", "me@gpu2")]
+    for host, line in zip(["gpu1", "me@gpu2"], lines[2:4]):
+        assert line[:4] == ["ssh", "-o", "BatchMode=yes", host] and line[5] == "<"
+        assert line[4].startswith("mkdir -p av_mae && cd av_mae && ") and " tar -xzf - && " in line[4]
     for number, (host, line) in enumerate(zip(["gpu1", "me@gpu2"], lines[5:])):
         assert line[-2] == host and line[-1].startswith("cd av_mae && ") and "AV_MAE_EXTRA=cuda" in line[-1]
         assert train_words(line[-1]) == [
@@ -64,12 +66,34 @@ def test_ssh(dry):
         ]
 
 
+@pytest.mark.parametrize(
+    "options, coordinator",
+    [
+        (["--hosts=alias"], "10.0.0.7:8476"),
+        (["--hosts=me@alias,gpu2", "--address=inside.example"], "inside.example:8476"),
+        (["--hosts=six"], "[fd00::7]:8476"),
+        (["--hosts=fd00::8"], "[fd00::8]:8476"),
+        (["--hosts=ssh://me@gpu1:2222"], "gpu1:8476"),
+        (["--hosts=here,::1"], "localhost:8476"),
+    ],
+)
+def test_ssh_tells_the_hosts_an_address_they_know(dry, tmp_path, options, coordinator):
+    (tmp_path / "config").write_text(
+        "Host alias\n HostName 10.0.0.7\nHost six\n HostName fd00::7\nHost here\n HostName localhost\n"
+    )
+    status, out, message = dry("ssh.sh", f"--ssh_config={tmp_path}/config", *options)
+    assert (status, message) == (0, "")
+    assert f"--coordinator={coordinator}" in train_words(words(out)[-1][-1])
+    assert all(f"ssh -o BatchMode=yes -F {tmp_path}/config " in line for line in out.splitlines() if "ssh" in line)
+
+
 def test_tpu_vm(dry):
     status, out, message = dry("tpu_vm.sh", "--name=pod", "--zone=us-west4-a", "--workers=2")
     assert (status, message) == (0, "")
     scp, stage, mkdir, *hosts = words(out)
     assert scp[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"] and scp[-1] == "--worker=all"
     assert stage[:8] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--zone=us-west4-a", "--worker=all"]
+    assert stage[-1].startswith("--command=mkdir -p av_mae && cd ") and " tar -xzf $HOME/av_mae.tar.gz && " in stage[-1]
     for number, line in enumerate(hosts):
         assert line[:8] == [*stage[:7], f"--worker={number}"] and "AV_MAE_EXTRA=tpu" in line[-1]
         assert train_words(line[-1]) == ["--coordinator=auto", "--stopped_status=75", *TRAIN]
@@ -188,6 +212,14 @@ def test_xpk(dry):
         ("ssh.sh", [], "no hosts: give --hosts=HOST,HOST"),
         ("ssh.sh", ["--hosts=a", "--restarts=x"], "--restarts=x must be a whole number"),
         ("ssh.sh", ["--hosts=a", "--steps=3"], "unknown option --steps=3; arguments of av_mae.train come after --"),
+        ("ssh.sh", ["--hosts=a,-oProxyCommand=x"], "'-oProxyCommand=x' in --hosts is no name of a host"),
+        ("ssh.sh", ["--hosts=a,,b"], "'' in --hosts is no name of a host"),
+        ("ssh.sh", ["--hosts=a", "--ssh_config=/none"], "--ssh_config=/none cannot be read: name a file"),
+        (
+            "ssh.sh",
+            ["--hosts=localhost,gpu2"],
+            "gpu2 would look for localhost at localhost, which is gpu2 itself: give",
+        ),
         ("tpu_vm.sh", ["--zone=z"], "give --name=NAME and --zone=ZONE"),
         ("tpu_vm.sh", ["--zone=z", "--name=n"], "how many hosts has it? give --workers=N"),
         ("tpu_vm.sh", ["--zone=z", "--name=n", "--accelerator=v5p-8"], "needs its software: give --version=VERSION"),
