@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launchers of several processes: options, dry run, staging, restarts, logs. A launcher defines
 #   _usage          prints its help
 #   _start I        starts process I in the background; its output goes to $log; sets pids[I]
@@ -22,7 +23,7 @@ COMMON="  --dry-run         print what would run, and run nothing
 Everything after -- goes to python -m av_mae.train."
 
 _fail() {
-  echo "error: $1" >&2
+  echo "error: $*" >&2
   exit 2
 }
 
@@ -173,10 +174,10 @@ _judge() {
       0) ;;
       2 | 130) echo "$status" && return ;;
       75) worst=again ;;
-      *) [ "$status" -gt 128 ] && worst=again || { [ $worst = again ] || worst=$status; } ;;
+      *) [ "$status" -gt 128 ] && worst=again || { [ "$worst" = again ] || worst=$status; } ;;
     esac
   done
-  [ "$worst" = 0 ] && echo done || echo "$worst"
+  [ "$worst" = 0 ] && echo "done" || echo "$worst"
 }
 
 _stop() {
@@ -203,7 +204,7 @@ _attempts() {
     [ ${#statuses[@]} = "$count" ] || _fail "only ${#statuses[@]} of $count processes could be started"
     verdict=$(_judge "${statuses[@]}")
     echo "attempt $attempt ended with statuses ${statuses[*]}" >&2
-    [ "$verdict" = done ] && return 0
+    [ "$verdict" = "done" ] && return 0
     tail -n 3 "$log"/* >&2
     [ "$stopping" ] && return $RESTART
     [ "$verdict" = again ] || return "$verdict"

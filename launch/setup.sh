@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh, test.sh and host.sh: makes the virtual environment when it is missing or out of date and sets
 #   root    the repository
 #   python  the environment's Python
@@ -47,7 +48,7 @@ _install() {
   if [ "${AV_MAE_EXTRA:-}" ]; then
     # The lock has JAX's version; the accelerator's libraries are those that this JAX asks for.
     "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-      --constraint "$root/launch/requirements.lock" --editable "$root[$AV_MAE_EXTRA]" ||
+      --constraint "$root/launch/requirements.lock" --editable "${root}[$AV_MAE_EXTRA]" ||
       _fail "the extra $AV_MAE_EXTRA did not install (see above)"
   fi
   _fingerprint > "$venv/made_from"

@@ -56,7 +56,7 @@ _check_hosts() {
     [ -z "$dry_run" ] || echo "$said"
     [ $status != 255 ] || _fail "ssh does not reach $host: $(tr -d '\r' <<< "${said##*$'\n'}")"
     [ $status = 0 ] || [ $status = 127 ] ||
-      _fail "$host does not know $address, the name of ${hosts[0]}: give --address=NAME, as all hosts know it"
+      _fail "$host does not know $address, the name of ${hosts[0]}: give --address=NAME that all hosts know"
   done
 }
 
@@ -71,7 +71,7 @@ _check_address() {
   for host in "${hosts[@]}"; do
     name=$(_host_name "$host")
     _is_own "$name" ||
-      _fail "$host would look for ${hosts[0]} at $address, which is $host itself: give --address=NAME, as all hosts know it"
+      _fail "$host would look for ${hosts[0]} at $address, which is $host itself: give --address=NAME that all hosts know"
   done
 }
 

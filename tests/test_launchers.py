@@ -1,49 +1,18 @@
 """Launchers of several processes: what they would run, what they refuse, what they make of exit statuses."""
 
+import functools
 import os
 import shlex
 import subprocess
 
+import dry_launch
 import pytest
-import yaml
-
-TRAIN = ["--config=configs/pretrain.py:base", "--workdir=/nfs/a b", "--config.seed=3"]
+from dry_launch import TRAIN, train_words, words
 
 
 @pytest.fixture
-def dry(root, tmp_path):
-    """dry(script, *options) → (exit status, stdout, stderr) of a dry run for TRAIN; nothing but bash may be needed."""
-
-    def run(script, *options, train=TRAIN):
-        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-        done = subprocess.run(
-            [
-                "bash",
-                str(root / "launch" / script),
-                "--dry-run",
-                "--logs=/logs",
-                *options,
-                *(["--", *train] if train else []),
-            ],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    return run
-
-
-def words(text: str) -> list[list[str]]:
-    """The lines of a dry run as a shell reads them."""
-    return [shlex.split(line) for line in text.splitlines()]
-
-
-def train_words(command: str) -> list[str]:
-    """The arguments of av_mae.train in a command that a host runs."""
-    return shlex.split(command.partition("launch/host.sh ")[2])
+def dry(tmp_path):
+    return functools.partial(dry_launch.dry, tmp_path)
 
 
 def test_ssh(dry):
@@ -154,58 +123,6 @@ def test_gpu_host(dry, root):
         ]
 
 
-def jobset(out: str) -> dict:
-    return yaml.safe_load(out.partition("kubectl apply -f - <<'END'\n")[2].partition("\nEND\n")[0])
-
-
-def test_gke_tpu(dry):
-    status, out, message = dry(
-        "gke.sh",
-        "--image=images/av_mae:1",
-        "--nodes=4",
-        "--accelerator=tpu-v5-lite-podslice",
-        "--topology=4x4",
-        "--restarts=7",
-    )
-    assert (status, message) == (0, "")
-    build, push = words(out.partition("kubectl")[0])
-    assert build[:4] == ["docker", "build", "--build-arg", "EXTRA=tpu"]
-    assert push == ["docker", "push", "images/av_mae:1"]
-    made = jobset(out)
-    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert made["spec"]["failurePolicy"]["maxRestarts"] == 7 and job["backoffLimit"] == 0
-    assert job["parallelism"] == job["completions"] == 4 and job["completionMode"] == "Indexed"
-    pod = job["template"]["spec"]
-    (container,) = pod["containers"]
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
-        "cloud.google.com/gke-tpu-topology": "4x4",
-    }
-    assert container["args"] == ["--stopped_status=75", *TRAIN] and container["image"] == "images/av_mae:1"
-    assert container["resources"]["limits"] == {"google.com/tpu": 4} and "env" not in container
-    (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
-
-
-def test_gke_gpu(dry):
-    train = [*TRAIN, '--config.data.path=a "quoted" \\ path']
-    out = dry("gke.sh", "--image=i", "--name=run", "--nodes=2", "--gpus=8", train=train)[1]
-    pod = jobset(out)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    values = {entry["name"]: entry["value"] for entry in container["env"]}
-    assert values["JAX_COORDINATOR_ADDRESS"] == "run-workers-0-0.run:8476" and values["JAX_NUM_PROCESSES"] == "2"
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8} and "nodeSelector" not in pod
-    assert container["args"][1:] == train
-
-
-def test_xpk(dry):
-    status, out, _ = dry("gke.sh", "--image=i", "--xpk=v5litepod-16", "--cluster=c", "--restarts=3")
-    xpk = words(out)[-1]
-    assert status == 0 and xpk[:4] == ["xpk", "workload", "create", "--cluster=c"] and "--max-restarts=3" in xpk
-    command = shlex.split(xpk[-1].removeprefix("--command="))
-    assert command == ["python", "-m", "av_mae.train", "--coordinator=auto", "--stopped_status=75", *TRAIN]
-
-
 @pytest.mark.parametrize(
     "script, options, message",
     [
@@ -224,9 +141,6 @@ def test_xpk(dry):
         ("tpu_vm.sh", ["--zone=z", "--name=n"], "how many hosts has it? give --workers=N"),
         ("tpu_vm.sh", ["--zone=z", "--name=n", "--accelerator=v5p-8"], "needs its software: give --version=VERSION"),
         ("gpu_host.sh", ["--processes=0"], "--processes=0 must be at least 1"),
-        ("gke.sh", ["--gpus=8"], "no image: give --image=IMAGE"),
-        ("gke.sh", ["--image=i"], "which nodes? give --accelerator=TYPE and --topology=AxB, or --gpus=N"),
-        ("gke.sh", ["--image=i", "--xpk=v5litepod-16"], "needs --cluster=NAME"),
     ],
 )
 def test_refused(dry, script, options, message):
