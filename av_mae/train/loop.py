@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import queue
 import signal
@@ -20,6 +21,7 @@ from av_mae.errors import UserError, WorkerKilled
 from av_mae.train.step import Batch, Metrics
 
 _END = object()
+_ASKED = itertools.count(1)  # how often this process has asked whether to stop; the same in all
 
 
 def to_global(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
@@ -230,7 +232,9 @@ def stop_on_sigterm() -> Iterator[Callable[[int], bool]]:
     With several processes JAX's coordinator makes all of them stop after the same step.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        # The place to stop at is one more than the highest number that any process has asked with, none yet being 0:
+        # with the steps of a resumed run, whoever was told before its first one would never get there.
+        yield lambda _: multihost_utils.reached_preemption_sync_point(next(_ASKED))
         return
     asked = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set())

@@ -122,6 +122,27 @@ def test_sigterm_to_all_saves_the_current_step(training):
     assert [path.name for path in (training.folder / "stopped" / "checkpoints").iterdir()] == [str(last)]
 
 
+def test_sigterm_while_a_restart_compiles(training):
+    """That step is done, and then all stop."""
+    arguments = ["early", 2, f"--stopped_status={RESTART}", "--config.checkpoint_every=1000"]
+
+    def stop(processes):
+        for process in processes:
+            process.terminate()
+        statuses, messages = ended(processes, within=300)
+        last = training.metrics("early")[-1]["step"]
+        assert statuses == [RESTART, RESTART] and f"asked to stop: step {last} is saved" in messages[0], messages
+        return last
+
+    processes = training.start_all(*arguments)
+    training.wait_for_step("early", 7, processes[0])
+    before = stop(processes)
+    processes = training.start_all(*arguments)
+    while "the first step compiles" not in processes[0].stderr.readline():
+        assert processes[0].poll() is None
+    assert stop(processes) == before + 1 < STEPS
+
+
 def test_a_hang_ends_with_stacks_of_all_threads(training):
     processes = training.start_all(
         "hung", 2, "--config.hang_seconds=40", "--config.hang_factor=2", fault=("sleep:1:12",)
