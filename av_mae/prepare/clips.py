@@ -134,10 +134,12 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
             f"within its file, which lasts {media.duration:.2f} s",
         )
     audio = _audio(media, clip.start, duration, options.rate)
+    findings = list(_ends_early(clip, media, 0.0 if audio is None else len(audio) / options.rate))
     sources: list[np.ndarray] = []
     if clip.mixed_with is not None:
         second = Media(files[clip.mixed_with.media])
         audio, sources = _mixture(audio, second, clip.mixed_with, options)
+        findings += _ends_early(clip.mixed_with, second, 0.0)
         media.damages = {kind: f"{clip.mixed_with.id}: {text}" for kind, text in second.damages.items()} | media.damages
     if clip.images:
         frames = list(_images(clip, files, duration))
@@ -156,10 +158,8 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
         "sources": [flac(source, options.rate) for source in sources],
     }
     record |= _annotations(clip, files, small)
-    findings = list(_findings(clip, duration, small, audio, options))
+    findings += _findings(clip, duration, small, audio, options)
     findings += [("damaged", kind, damage) for kind, damage in media.damages.items()]
-    if early := _ends_early(clip, media):
-        findings.append(("ends_early", "open", early))
     if longer:
         message = f"lasts {media.duration:.2f} s, of which {duration:.2f} s from {clip.start:g} s on are taken"
         findings.append(("too_long", "open", message))
@@ -184,20 +184,27 @@ def _within(clip: SourceClip, media: Media) -> tuple[SourceClip, bool]:
     return dataclasses.replace(clip, start=start, end=start + seconds), True
 
 
-def _ends_early(clip: SourceClip, media: Media) -> str:
-    """What the annotated part lacks because the file ends before it, '' where that is little.
+def _ends_early(clip: SourceClip, media: Media, heard: float) -> Iterator[tuple[str, str, str]]:
+    """Findings where the file ends before the annotated part does, or its picture or sound is far shorter than it.
 
-    Clips of public lists are often a little short: of those, files that lack a third are named.
+    Clips of public lists are often a little short: of those, files that lack a third are named. `heard`: the seconds of
+    sound that were decoded (an AVI file may say too few), 0 where that is not known.
     """
+    start = _within(clip, media)[0].start
+    there = seconds = media.duration - start
+    enough = 0.0
     if clip.part is not None:
         seconds, enough = clip.part[1], clip.part[1] / LONGER
     elif clip.end is not None:
         seconds = clip.end - clip.start
         enough = seconds - max(GAP, min(SHORTFALL, LACKING * seconds))
-    else:
-        return ""
-    there = media.duration - clip.start
-    return f"{there:.2f} s of {seconds:.2f} s are there, from {clip.start:g} s on" if there < enough else ""
+    if there < enough:
+        yield "ends_early", "open", f"{clip.id}: {there:.2f} s of {seconds:.2f} s are there"
+    length = min(there, seconds)
+    picture = 0.0 if media.video is None or clip.images else media.video.end - max(media.video.begin, start)
+    for kind, name, lasts in (("frame", "picture", picture), ("sound", "sound", heard)):
+        if 0 < lasts < length / LONGER:
+            yield "ends_early", kind, f"{clip.id}: the {name} lasts {lasts:.2f} s of {length:.2f} s"
 
 
 def _audio(media: Media, start: float, seconds: float, rate: int) -> np.ndarray | None:

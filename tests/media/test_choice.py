@@ -1,7 +1,10 @@
-"""Programs of a transport stream and edit lists of mp4: what is shown, and when."""
+"""Programs of a transport stream, edit lists of mp4 and colours: what is shown, and when."""
 
+import io
 import struct
+from fractions import Fraction
 
+import av
 import made_media
 import numpy as np
 import pytest
@@ -123,3 +126,43 @@ def test_several_edits_follow_each_other():
         12,
     ]
     np.testing.assert_allclose(waveform[:30000], made_media.hum(5 + np.arange(30000) / 16000), atol=1e-3)
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (32, 192, 64), (250, 250, 250)])
+@pytest.mark.parametrize(
+    "number, red, blue, bits, transfer",
+    [
+        (1, 0.2126, 0.0722, 8, 1),
+        (6, 0.299, 0.114, 8, 6),
+        (9, 0.2627, 0.0593, 10, 16),  # HDR10: BT.2020, PQ
+        (9, 0.2627, 0.0593, 10, 18),  # HLG
+    ],
+)
+def test_colours_are_those_of_the_matrix_that_the_file_names(number, red, blue, bits, transfer, colour):
+    """The code values of R', G' and B', by the formulas of BT.709, BT.601 and BT.2020; no tone is mapped."""
+    r, g, b = np.array(colour) / 255
+    luma = red * r + (1 - red - blue) * g + blue * b
+    values = (16 + 219 * luma, 128 + 112 * (b - luma) / (1 - blue), 128 + 112 * (r - luma) / (1 - red))
+    dtype = np.uint8 if bits == 8 else np.uint16
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p" if bits == 8 else "yuv420p10le"
+        stream.codec_context.colorspace, stream.codec_context.color_trc = number, transfer
+        stream.codec_context.color_range = 1
+        planes = [
+            np.full(96 * 64 // (1 if place == 0 else 4), round(value * 2 ** (bits - 8)), dtype)
+            for place, value in enumerate(values)
+        ]
+        for index in range(5):
+            frame = av.VideoFrame(96, 64, stream.pix_fmt)
+            for plane, content in zip(frame.planes, planes, strict=True):
+                rows = content.reshape(plane.height, plane.width)
+                padded = np.zeros((plane.height, plane.line_size // rows.itemsize), dtype)
+                padded[:, : plane.width] = rows
+                plane.update(padded.tobytes())
+            frame.pts, frame.time_base, frame.colorspace, frame.color_range = index, Fraction(1, 5), number, 1
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    ((_, shown),) = media.Media(file.getvalue()).frames([0.4])
+    np.testing.assert_allclose(shown, np.broadcast_to(colour, shown.shape), atol=3)

@@ -68,7 +68,8 @@ def test_what_is_odd_about_robust_clips_is_reported(robust, shared):
     assert found["no_sound"] == {_id(name) for name in ROBUST if probed(shared, name)["n_a"] == "0"}
     assert {_id(name) for name in BLACK} <= found["black"] and "silent-black-10s" in found["silence"]
     assert found["too_short"] == {"sample_android_slow_motion", "sample_h262_mpeg_audio", "video_90"}
-    assert set(found) == {"no_sound", "black", "silence", "too_short"}
+    assert found["ends_early"] == {"sample_shorter_audio"}
+    assert set(found) == {"no_sound", "black", "silence", "too_short", "ends_early"}
     for name in found["silence"]:
         path = next(path for path in ROBUST if _id(path) == name)
         assert probed(shared, path)["asec"]

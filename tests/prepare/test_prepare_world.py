@@ -5,7 +5,9 @@ import io
 import json
 import unicodedata
 
+import av
 import clip_trees
+import made_media
 import numpy as np
 import pytest
 from layouts import avsbench, picture
@@ -70,9 +72,9 @@ def test_ids_that_look_the_same_are_two_only_where_files_are(tmp_path):
     "start, end, named",
     [
         ("0", "2.05", ""),
-        ("0", "2.5", "2.00 s of 2.50 s are there, from 0 s on"),
+        ("0", "2.5", "x: 2.00 s of 2.50 s are there"),
         ("1.5", "1.9", ""),
-        ("1.5", "2.3", "0.50 s of 0.80 s are there, from 1.5 s on"),
+        ("1.5", "2.3", "x: 0.50 s of 0.80 s are there"),
     ],
 )
 def test_a_part_that_the_file_does_not_have_is_named(start, end, named, tmp_path):
@@ -96,6 +98,49 @@ def test_public_lists_of_ten_seconds_name_only_files_that_lack_a_third(seconds, 
     }
     report = clip_trees.prepare("vggsound", clip_trees.put(tmp_path / "in", there), tmp_path / "set")
     assert ("ends_early" in clip_trees.causes(report)) == named
+
+
+def test_the_second_clip_of_a_pair_is_named_where_it_ends_early(tmp_path):
+    lists = {
+        "vggsound.csv": "abc,4,playing cello,test\nxyz,8,playing flute,test\n",
+        "vggmusic_eval_ss.csv": "abc_000004,xyz_000008\n",
+    }
+    files = {"abc_000004.mp4": clip_trees.clip(0, 10.0), "xyz_000008.mp4": clip_trees.clip(40, 5.0)}
+    source = clip_trees.put(tmp_path / "in", lists | files)
+    report = clip_trees.prepare("vggsound_music", source, tmp_path / "set")
+    named = {finding["clip"]: finding["message"] for finding in report["findings"] if finding["cause"] == "ends_early"}
+    assert set(named) == {"xyz_000008", "abc_000004+xyz_000008"}
+    assert all(message.startswith("xyz_000008: 5.") for message in named.values())
+
+
+@pytest.mark.parametrize(
+    "picture, sound, named",
+    [
+        (3.0, 3.0, []),
+        (3.0, 2.2, []),
+        (3.0, 1.0, [("sound", "a: the sound lasts 1.00 s of 3.00 s")]),
+        (1.0, 3.0, [("frame", "a: the picture lasts 1.00 s of 3.00 s")]),
+    ],
+)
+def test_a_picture_or_sound_that_is_far_too_short_is_named(picture, sound, named, tmp_path):
+    """As after a download of the two of which one has stopped."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mov") as container:
+        streams = container.add_stream("mpeg4", rate=5), container.add_stream("pcm_s16le", rate=16000, layout="mono")
+        streams[0].height, streams[0].width = made_media.SIZE
+        for number in range(round(5 * picture)):
+            container.mux(
+                streams[0].encode(av.VideoFrame.from_ndarray(made_media.numbered_frame(number), format="rgb24"))
+            )
+        samples = (made_media.hum(np.arange(round(16000 * sound)) / 16000) * 32767).astype(np.int16)
+        block = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        block.sample_rate = 16000
+        container.mux(streams[1].encode(block))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    report = clip_trees.prepare("folder", clip_trees.put(tmp_path / "in", {"a.mov": file.getvalue()}), tmp_path / "set")
+    found = [finding for finding in report["findings"] if finding["cause"] == "ends_early"]
+    assert [(finding["stage"], finding["message"]) for finding in found] == named
 
 
 def test_numbers_of_a_mask_that_are_no_class_are_named(shared, tmp_path):

@@ -26,7 +26,7 @@ CAUSES = {
     "no_picture": "the file has no frames",
     "too_short": "shorter than --shortest",
     "too_long": "the file is longer than the part that is annotated, which alone is taken",
-    "ends_early": "the file ends before the part that is annotated does; what there is is taken",
+    "ends_early": "the file lacks the end of the annotated part, or its picture or sound is far shorter than it",
     "damaged": "its end or something in it is lost or marked as damaged, or its times jump; what there is is taken",
     "clipped": "the audio is far beyond full scale, and is cut off there",
     "silence": "the audio never rises above -60 dB of full scale",
