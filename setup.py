@@ -48,6 +48,10 @@ EXTRAS = {
         "gcsfs>=2025.3",  # gs://; calendar versions, those of fsspec
         "s3fs>=2025.3",  # s3://, likewise
     ],
+    # Engines of prepare, one each; the version is the cluster's, so the ranges are wide. Tested: docs/data.md.
+    "ray": ["ray[client]>=2.40,<3"],  # [client] for ray:// addresses; 3 may break its API
+    "dask": ["distributed>=2025.3"],  # calendar versions
+    "spark": ["pyspark>=4.0,<5"],  # 4 is the first for Python 3.12 and later; brings Spark, not Java
     "test": [
         "beartype>=0.23,<0.24",  # checks jaxtyping's shapes at run time; 0.x, its checks change
         "ruff>=0.17.6,<0.18",  # lint and format: other minor versions format differently

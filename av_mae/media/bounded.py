@@ -23,6 +23,10 @@ _ORPHAN_GRACE = 2.0  # seconds beyond the limit after which a process whose pare
 _CODE = "import {module}; from av_mae.media import bounded; bounded.serve({descriptor}, {memory_limit})"
 
 
+class _Killed(ClipFailure):
+    """The process was killed from outside."""
+
+
 class Worker:
     """A process that runs functions; started by the first call. Not to be shared by threads.
 
@@ -36,9 +40,17 @@ class Worker:
     def call(self, function: Callable[..., Any], *arguments: Any, time_limit: float) -> Any:
         """`function(*arguments)`; the function is one of a module, and all that travels can be pickled.
 
+        A process that is killed from outside meanwhile is started again, once.
+
         Raises ClipFailure with what the function raised, or when it takes more than `time_limit` seconds, needs more
         memory than allowed, or takes its process down.
         """
+        try:
+            return self._call(function, arguments, time_limit)
+        except _Killed:
+            return self._call(function, arguments, time_limit)
+
+    def _call(self, function: Callable[..., Any], arguments: tuple, time_limit: float) -> Any:
         try:
             if self._process is None or self._process.poll() is not None:
                 self._start(function.__module__)
@@ -47,7 +59,7 @@ class Worker:
                 raise ClipFailure("", "decode", f"stopped after time_limit={time_limit:g} s")
             result, failure = self._connection.recv()
         except (EOFError, ConnectionError):
-            raise ClipFailure("", "decode", self._epitaph()) from None
+            raise self._death() from None
         except BaseException:  # whatever it is, an interrupt too: a late answer must not meet the next call
             self.close()
             raise
@@ -82,14 +94,18 @@ class Worker:
             self._connection.recv()
         except EOFError:
             _, said = self._process.communicate()
+            death = self._death()
+            if isinstance(death, _Killed):
+                raise death from None
             lines = said.decode(errors="replace").strip().splitlines()
-            raise UserError(f"the decoding process does not start: {lines[-1] if lines else self._epitaph()}") from None
+            raise UserError(f"the decoding process does not start: {lines[-1] if lines else death.cause}") from None
         if self._process.stderr:
             self._process.stderr.close()
 
-    def _epitaph(self) -> str:
+    def _death(self) -> ClipFailure:
         status = self._process.wait() if self._process else 0
-        return f"the decoder crashed ({signal.Signals(-status).name if status < 0 else f'exit status {status}'})"
+        cause = f"the decoder crashed ({signal.Signals(-status).name if status < 0 else f'exit status {status}'})"
+        return (_Killed if -status in (signal.SIGKILL, signal.SIGTERM) else ClipFailure)("", "decode", cause)
 
 
 def _end(process: subprocess.Popen[bytes], connection: multiprocessing.connection.Connection) -> None:

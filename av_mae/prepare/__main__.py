@@ -8,7 +8,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from av_mae.errors import UserError, check_name, check_numbers, run_command
 from av_mae.prepare.demo import MODULES
@@ -16,6 +16,9 @@ from av_mae.prepare.readers import READERS
 from av_mae.prepare.readers.catalogue import CAUSES, SKIPPABLE
 from av_mae.storage import Folder, StoreError
 from av_mae.workdir import held
+
+if TYPE_CHECKING:
+    from av_mae.prepare.engines import WriteShards
 
 EXAMPLE = """example: python -m av_mae.prepare --dataset=toy_band --output=data/toy_band --clips=2000 --seed=0
          python -m av_mae.prepare --dataset=folder --source=videos --output=data/videos
@@ -37,6 +40,8 @@ SET_OPTIONS: dict[str, Any] = {
     "memory_limit": 4.0,
     "on_error": "skip",
     "max_failures": None,
+    "engine": None,
+    "address": None,
     "beam_runner": None,
 }
 # What no machine can do, or no set can hold, is refused before anything is made.
@@ -109,7 +114,14 @@ def parser() -> argparse.ArgumentParser:
     _add(sets, "memory_limit", float, "GB of a decoding process")
     _add(sets, "on_error", str, "skip: leave out clips that cannot be decoded; fail: stop at the first")
     _add(sets, "max_failures", int, "stop when more clips than this cannot be decoded")
-    _add(sets, "beam_runner", str, "DirectRunner, FlinkRunner, SparkRunner, DataflowRunner, …: prepare on Apache Beam")
+    _add(sets, "engine", str, "ray, dask or spark: prepare on its cluster at --address, or on one of this machine")
+    _add(
+        sets,
+        "address",
+        str,
+        "of --engine: HOST:PORT or auto for ray, tcp://HOST:PORT for dask, spark://HOST:PORT or yarn",
+    )
+    _add(sets, "beam_runner", str, "DirectRunner, DataflowRunner, …: prepare on Apache Beam")
     return made
 
 
@@ -154,7 +166,7 @@ def _prepare_demo(options: argparse.Namespace) -> str:
 
 
 def _prepare_set(options: argparse.Namespace, beam_options: list[str]) -> str:
-    from av_mae.prepare import engines, run
+    from av_mae.prepare import run
     from av_mae.prepare.clips import Job, Limits, RecordOptions
 
     chosen = _chosen(options, SET_OPTIONS, DEMO_OPTIONS)
@@ -172,14 +184,29 @@ def _prepare_set(options: argparse.Namespace, beam_options: list[str]) -> str:
         workers=options.workers,
         **{name: chosen[name] for name in ("table", "shard_clips", "on_error", "max_failures")},
     )
-    runner = chosen["beam_runner"]
-    write_shards = engines.beam_writer(runner, beam_options) if runner else engines.write_locally
-    report = run.prepare(job, write_shards)
+    report = run.prepare(job, _engine(chosen, options.workers, beam_options))
     if not any(split["stored"] for split in report["splits"].values()):
         clips = sum(split["clips"] for split in report["splits"].values())
         causes = ", ".join(f"{CAUSES[cause]} ({count} ×)" for cause, count in report["causes"].items() if count)
         raise UserError(f"none of the {clips} clips could be stored: {causes}; {options.output}/report.html names each")
     return _summary(options.output, report, record.skip)
+
+
+def _engine(chosen: dict[str, Any], workers: int, beam_options: list[str]) -> "WriteShards":
+    """What writes the shards."""
+    from av_mae.prepare import beam, clusters, engines
+
+    engine, address, runner = (chosen[name] for name in ("engine", "address", "beam_runner"))
+    if runner and engine:
+        raise UserError(f"--engine={engine} and --beam_runner={runner}: name one of them")
+    if address and not engine:
+        raise UserError(f"--address={address} is an option of --engine; runners of Beam have options of their own")
+    if runner:
+        return clusters.cluster_writer(beam.beam_cluster(runner, beam_options, parser()._option_string_actions))
+    if not engine:
+        return engines.write_locally
+    check_name("engine", engine, tuple(clusters.CLUSTERS))
+    return clusters.cluster_writer(clusters.CLUSTERS[engine](address, workers))
 
 
 def _names(text: str) -> tuple[str, ...]:

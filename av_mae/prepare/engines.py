@@ -1,16 +1,13 @@
-"""What writes the shards of a set: processes of this machine, or Apache Beam on any of its runners. The shards are the
-same.
+"""What writes the shards of a set on this machine: decoding processes, each in a thread, and how failures are counted.
+
+clusters.py writes the same shards on many machines.
 """
 
 import collections
 import concurrent.futures
-import contextlib
-import dataclasses
 import itertools
-import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 from av_mae.console import Progress
 from av_mae.errors import ClipFailure, UserError
@@ -21,7 +18,6 @@ from av_mae.prepare.readers.catalogue import Catalogue, SourceClip
 from av_mae.storage import Folder
 
 AHEAD = 6  # clips per worker that are under way or wait for a slower one before them
-POLL = 2.0  # seconds between looks at what is finished
 
 WriteShards = Callable[[Job, Sequence[shards.Shard], Catalogue], None]
 
@@ -31,13 +27,16 @@ class FailureLimit:
 
     def __init__(self, job: Job):
         self._job, self._failures = job, 0
+        self._counted: set[str] = set()  # summaries
         self._most = 0 if job.on_error == "fail" else job.max_failures
 
     def count_finished(self, plan: Sequence[shards.Shard]) -> list[shards.Shard]:
-        """Counts the failures of finished shards; returns the shards that are not finished."""
+        """Counts the failures of shards finished since the last call; returns the shards that are not finished."""
         unfinished = shards.unfinished(self._job.output, plan)
-        left = {shard.summary for shard in unfinished}
-        for _, summary in shards.Summaries(self._job.output, [shard for shard in plan if shard.summary not in left]):
+        seen = self._counted | {shard.summary for shard in unfinished}
+        fresh = [shard for shard in plan if shard.summary not in seen]
+        self._counted |= {shard.summary for shard in fresh}
+        for _, summary in shards.Summaries(self._job.output, fresh):
             for cause, clip, stage, message, _ in summary["findings"]:
                 self.add(clip, [(cause, stage, message)])
         return unfinished
@@ -149,89 +148,3 @@ def write_locally(job: Job, plan: Sequence[shards.Shard], catalogue: Catalogue) 
         stream = counted()
         for shard in unfinished:
             shards.write_shard(job.output, shard, itertools.islice(stream, len(shard.clips)), encode)
-
-
-def beam_writer(runner: str, options: Sequence[str]) -> WriteShards:
-    """An engine that writes shards on a Beam runner; `options` are Beam's own (--direct_num_workers=2, …)."""
-
-    def write(job: Job, plan: Sequence[shards.Shard], catalogue: Catalogue) -> None:
-        unfinished = FailureLimit(job).count_finished(plan)
-        for shard in unfinished:  # a job's description must stay small; its workers read what is in a shard
-            clips = [dataclasses.asdict(clip) for clip in shard.clips]
-            job.output.write(_clips_file(shard), json.dumps(clips).encode())
-        with _progress(job, plan, unfinished):
-            _run_pipeline(
-                runner, options, job, [dataclasses.replace(shard, clips=()) for shard in unfinished], catalogue.classes
-            )
-        FailureLimit(job).count_finished(plan)
-
-    return write
-
-
-def _run_pipeline(
-    runner: str, options: Sequence[str], job: Job, unfinished: list[shards.Shard], classes: tuple[str, ...]
-) -> None:
-    try:
-        import apache_beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError as error:
-        raise UserError("--beam_runner needs Apache Beam: pip install 'av_mae[prepare]'") from error
-    try:
-        pipeline = apache_beam.Pipeline(options=PipelineOptions([f"--runner={runner}", *options]))
-    except ValueError as error:
-        raise UserError(f"--beam_runner={runner}: {error}") from error
-    with pipeline:
-        _ = (
-            pipeline
-            | apache_beam.Create(unfinished)
-            | apache_beam.Reshuffle()
-            | apache_beam.Map(_write_shard, job, classes)
-        )
-
-
-def _write_shard(shard: shards.Shard, job: Job, classes: tuple[str, ...]) -> str:
-    """Runs on a worker: decodes the clips of a shard, one after the other."""
-    clips = [read_clip(values) for values in json.loads(job.output.read(_clips_file(shard)))]
-    with contextlib.closing(Decoder(job.source, job.record, job.limits)) as decode:
-        shards.write_shard(job.output, shard, ((clip, decode(clip)) for clip in clips), shards.encoder(classes))
-    return shard.file
-
-
-def _clips_file(shard: shards.Shard) -> str:
-    return shard.summary.replace(".json", ".clips.json")
-
-
-def read_clip(values: dict[str, Any]) -> SourceClip:
-    """A clip from what dataclasses.asdict made of it and JSON kept."""
-    other = values["mixed_with"]
-    return SourceClip(
-        **{name: _tuples(value) for name, value in values.items() if name != "mixed_with"},
-        mixed_with=None if other is None else read_clip(other),
-    )
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-@contextlib.contextmanager
-def _progress(job: Job, plan: Sequence[shards.Shard], unfinished: Sequence[shards.Shard]) -> Iterator[None]:
-    """Shows how many shards are finished, wherever they are written."""
-    ended, before = threading.Event(), len(plan) - len(unfinished)
-    with Progress(len(plan), f"prepare {job.dataset}", unit="shards", initial=before) as progress:
-
-        def count() -> None:
-            progress.update(len(plan) - len(shards.unfinished(job.output, plan)) - progress.done)
-
-        def look() -> None:
-            while not ended.wait(POLL):
-                count()
-
-        thread = threading.Thread(target=look, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            count()

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import pathlib
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -123,7 +124,7 @@ def write_shard(
     summary: dict[str, Any] = {"stored": 0, "bytes": 0, "clips": [], "findings": []}
     folder = output.path(UNFINISHED) if output.is_local else tempfile.gettempdir()
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f"{shard.file}.{os.getpid()}{TEMPORARY}")
+    temporary = os.path.join(folder, f"{shard.file}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         writer = ArrayRecordWriter(temporary, WRITER_OPTIONS)
         for content in _records(shard, outcomes, encode, summary):

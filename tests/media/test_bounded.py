@@ -4,8 +4,10 @@ import ctypes
 import itertools
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -67,6 +69,33 @@ def test_failures_come_back_as_one_line(worker, function, arguments, message):
         worker.call(function, *arguments, time_limit=20)
     assert str(failure.value).startswith(message) and "\n" not in str(failure.value)
     assert worker.call(abs, -3, time_limit=5) == 3
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_process_killed_from_outside_is_started_again_once(worker, kills):
+    def kill() -> None:
+        for pid in iter(lambda: worker._process and worker._process.pid, None):
+            if pid not in killed and len(killed) < kills:
+                time.sleep(0.2)
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            if done.wait(0.05):
+                return
+
+    worker.call(abs, 1, time_limit=5)
+    killed, done = [], threading.Event()
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        if kills == 1:
+            assert worker.call(time.sleep, 3, time_limit=9) is None
+        else:
+            with pytest.raises(ClipFailure, match=r"^decode: the decoder crashed \(SIGKILL\)$"):
+                worker.call(time.sleep, 3, time_limit=9)
+    finally:
+        done.set()
+        thread.join()
+    assert len(set(killed)) == kills
 
 
 def test_a_late_answer_does_not_meet_the_next_call(worker, monkeypatch):

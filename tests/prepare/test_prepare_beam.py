@@ -1,103 +1,28 @@
-"""Preparing on Apache Beam: the records of a local run."""
+"""Preparing on Apache Beam: the records of a local run, with a killed worker too; what is refused."""
 
-import dataclasses
+import contextlib
 import importlib.util
-import json
 import pathlib
 import subprocess
 import sys
 import sysconfig
 
 import clip_trees
+import process_tree
 import pytest
 
+BEAM = "apache-beam>=2.70,<3"
+pytestmark = pytest.mark.slow
+REFUSALS = """
+import sys
 from av_mae.errors import UserError
 from av_mae.prepare import __main__ as prepare
-from av_mae.prepare import engines as beam
-from av_mae.prepare import run
-from av_mae.prepare.clips import Job
-from av_mae.prepare.readers.catalogue import SourceClip
-from av_mae.storage import Folder
-
-BEAM = "apache-beam>=2.70,<3"
-
-
-def _source(folder: pathlib.Path) -> pathlib.Path:
-    clips = {f"{'ab'[number % 2]}/clip{number}.mp4": clip_trees.clip(number) for number in range(5)}
-    return clip_trees.put(folder, clips | {"b/bad.mp4": b"x"})
-
-
-def test_a_clip_travels_as_json():
-    clip = SourceClip(
-        "a",
-        "test",
-        "a.wav",
-        images=("0.jpg",),
-        image_times=(0.5,),
-        end=3.0,
-        labels=(1, 2),
-        boxes=((0.1, 0.2, 0.3, 0.4),),
-        box_annotators=(0,),
-        annotators=1,
-        mixed_with=SourceClip("b", "test", "b.wav", labels=(3,)),
-    )
-    assert beam.read_clip(json.loads(json.dumps(dataclasses.asdict(clip)))) == clip
-
-
-def test_a_shard_by_a_worker_of_beam_is_that_of_a_local_run(tmp_path, monkeypatch):
-    """All but the pipeline itself, which the slow test below runs."""
-    source = _source(tmp_path / "in")
-    clip_trees.prepare("folder", source, tmp_path / "here", shard_clips=2)
-
-    def run_pipeline(runner, options, job, unfinished, classes):
-        assert (runner, options) == ("SomeRunner", ["--its_option=3"]) and all(not shard.clips for shard in unfinished)
-        for shard in unfinished[::-1]:
-            beam._write_shard(shard, job, classes)
-
-    monkeypatch.setattr(beam, "_run_pipeline", run_pipeline)
-    prepare.main(
-        [
-            "--dataset=folder",
-            f"--source={source}",
-            f"--output={tmp_path / 'there'}",
-            "--shard_clips=2",
-            "--beam_runner=SomeRunner",
-            "--its_option=3",
-        ]
-    )
-    clip_trees.assert_same_files(tmp_path / "here", tmp_path / "there")
-
-
-def test_failures_stop_a_beam_run_too(tmp_path, monkeypatch):
-    job = Job("folder", Folder(_source(tmp_path / "in")), Folder(tmp_path / "out"), on_error="fail")
-    monkeypatch.setattr(
-        beam,
-        "_run_pipeline",
-        lambda runner, options, job, unfinished, classes: [
-            beam._write_shard(shard, job, classes) for shard in unfinished
-        ],
-    )
-    with pytest.raises(UserError, match="--on_error=fail: clip b-bad: open: Invalid data"):
-        run.prepare(job, beam.beam_writer("DirectRunner", []))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Beam is installed")
-def test_without_beam_the_command_says_what_to_install(tmp_path):
-    with pytest.raises(UserError, match=r"--beam_runner needs Apache Beam: pip install 'av_mae\[prepare\]'"):
-        prepare.main(
-            [
-                "--dataset=folder",
-                f"--source={_source(tmp_path / 'in')}",
-                f"--output={tmp_path / 'set'}",
-                "--beam_runner=DirectRunner",
-            ]
-        )
-
-
-def test_further_options_need_beam(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        prepare.main(["--dataset=folder", f"--source={tmp_path}", f"--output={tmp_path / 'set'}", "--its_option=3"])
-    assert "unrecognized arguments: --its_option=3" in capsys.readouterr().err
+for options in sys.argv[2:]:
+    try:
+        prepare.main([*sys.argv[1].split(), *options.split()])
+    except UserError as error:
+        print(error)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -116,23 +41,48 @@ def python_with_beam(tmp_path_factory) -> str:
     return str(python)
 
 
-@pytest.mark.slow
-def test_two_local_workers_of_beam_write_the_same_set(python_with_beam, tmp_path, root):
-    source = _source(tmp_path / "in")
-    clip_trees.prepare("folder", source, tmp_path / "here", shard_clips=2)
-    command = [
-        python_with_beam,
-        "-m",
-        "av_mae.prepare",
-        "--dataset=folder",
-        f"--source={source}",
-        f"--output={tmp_path / 'there'}",
-        "--shard_clips=2",
-        "--beam_runner=DirectRunner",
-        "--direct_num_workers=2",
-        "--direct_running_mode=multi_processing",
-    ]
+@pytest.fixture
+def source(tmp_path) -> pathlib.Path:
+    clips = {f"{'ab'[number % 2]}/clip{number}.mp4": clip_trees.clip(number) for number in range(9)}
+    return clip_trees.put(tmp_path / "in", clips | {"b/bad.mp4": b"x"})
+
+
+def test_two_local_workers_of_beam_write_the_same_set_though_one_is_killed(python_with_beam, source, tmp_path, root):
+    """Beam's DirectRunner would wait for the lost worker for ever; the command ends, and the next goes on."""
+    command = [python_with_beam, "-m", "av_mae.prepare", "--dataset=folder", f"--source={source}"]
+    command += [f"--output={tmp_path / 'there'}", "--shard_clips=2", "--beam_runner=DirectRunner"]
+    command += ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
+    with contextlib.closing((tmp_path / "log").open("w")) as log:
+        process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
+        process_tree.kill_a_worker(process.pid, "sdk_worker_main")
+        status = process.wait(timeout=100)
+    said = (tmp_path / "log").read_text()
+    assert status == 75, said
+    assert said.endswith("exited with return code 137; the same command goes on at the finished shards\n"), said
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "9 of 10 clips in train" in done.stdout
+    clip_trees.prepare("folder", source, tmp_path / "here", shard_clips=2)
     clip_trees.assert_same_files(tmp_path / "here", tmp_path / "there")
-    assert "5 of 6 clips in train" in done.stdout
+
+
+def test_what_beam_would_pass_over_is_refused(python_with_beam, source, tmp_path, root):
+    refused = "127.0.0.1:1: no cluster answers (127.0.0.1:1: Connection refused)"
+    options = {
+        "--qualty=80": "--qualty=80 is an option neither of this command nor of Apache Beam; did you mean --quality?",
+        "--qualty 80": "--qualty is an option neither of this command nor of Apache Beam; did you mean --quality?",
+        "--direct_num_wrkers=2": "--direct_num_wrkers=2 is an option neither of this command nor of Apache Beam; "
+        "did you mean --direct_num_workers?",
+        "-x": "-x is an option neither of this command nor of Apache Beam",
+        "word": "word is an option neither of this command nor of Apache Beam",
+        "--direct_num_workers x": "Apache Beam: argument --direct_num_workers: invalid int value: 'x'",
+        "--job_endpoint=127.0.0.1:1": f"--job_endpoint={refused}",
+        "--flink_master 127.0.0.1:1": f"--flink_master={refused}",
+    }
+    common = f"--dataset=folder --source={source} --output={tmp_path / 'there'} --beam_runner=DirectRunner"
+    command = [python_with_beam, "-c", REFUSALS, common, *options, "--beam_runner=DaskRunner"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    *told, runner = done.stdout.splitlines()
+    assert told == list(options.values()), done.stderr
+    assert runner.startswith("--beam_runner=DaskRunner: Unexpected pipeline runner") and "--engine=dask" in runner
+    assert not (tmp_path / "there" / "prepare.json").exists()

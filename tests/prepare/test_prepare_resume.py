@@ -13,6 +13,7 @@ import time
 import clip_trees
 import fsspec
 import numpy as np
+import process_tree
 import pytest
 
 from av_mae.data import records
@@ -45,21 +46,6 @@ def _command(source: pathlib.Path, output: pathlib.Path) -> list[str]:
     ]
 
 
-def _children(pid: int) -> set[int]:
-    """All processes below one."""
-    parents = {}
-    for path in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):
-            continue
-    found, fresh = set(), {pid}
-    while fresh:
-        fresh = {child for child, parent in parents.items() if parent in fresh} - found
-        found |= fresh
-    return found
-
-
 def _is_alive(pid: int) -> bool:
     try:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -88,7 +74,7 @@ def _killed(source: pathlib.Path, output: pathlib.Path, root: pathlib.Path, mome
         time.sleep(0.01)
     time.sleep(random.Random(moment).uniform(0, 0.05))
     _signal_all(process.pid, signal.SIGSTOP)  # or it would be done before its children are found
-    children = _children(process.pid)
+    children = process_tree.below(process.pid)
     process.kill()
     process.wait()
     _signal_all(process.pid, signal.SIGCONT)
@@ -197,9 +183,9 @@ def test_corrupted_clips_cost_themselves(count, shared, tmp_path):
         path = paths[number % len(paths)]
         clip_trees.put(tmp_path / "in", {f"{number:03d}{path.suffix}": _corrupted(path.read_bytes(), rng)})
     clip_trees.put(tmp_path / "in", {"whole.mp4": clip_trees.clip(1)})
-    before = _children(os.getpid())
+    before = process_tree.below(os.getpid())
     report = clip_trees.prepare("folder", tmp_path / "in", tmp_path / "set", workers=2, limits=Limits(seconds=60.0))
-    assert not _wait_for_end(_children(os.getpid()) - before)
+    assert not _wait_for_end(process_tree.below(os.getpid()) - before)
     failed = clip_trees.causes(report).get("undecodable", set())
     stored = clip_trees.stored(tmp_path / "set")
     assert "whole" in stored and len(stored) + len(failed) == count + 1 and not failed & set(stored)
