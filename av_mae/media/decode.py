@@ -20,7 +20,7 @@ from av_mae.errors import ClipFailure, stage
 from av_mae.media.choice import chosen
 from av_mae.media.ends import Last, lacks_end
 from av_mae.media.promises import EXACT, TIMED, end_of_edits, lacks, promised, since_begin
-from av_mae.media.shown import mono, upright
+from av_mae.media.shown import corrupt_jpeg, mono, upright
 
 # What FFmpeg may take a file for. Others name further files or addresses (concat, hls, sdp, image2, …) or are no media.
 DEMUXERS = (
@@ -29,6 +29,7 @@ DEMUXERS = (
     "jpeg_pipe png_pipe bmp_pipe webp_pipe"
 ).split()
 COUNTED = {"ogg", "flac", "mp3", "aac"}  # times are counted from the samples: a gap is what was lost
+CHAINED = COUNTED | TIMED  # files that may be several, one after the other, each with times from 0 on
 CHECKED = {"flac"}  # codecs whose blocks have checksums, which FFmpeg compares only where it is told to
 SEEK_BACK = 10.0  # seconds before the wanted time at which reading begins: key frames are rarely farther apart
 PREROLL = 0.5  # seconds of audio decoded and dropped: a decoder's first samples depend on what it has heard before
@@ -220,7 +221,7 @@ class Media:
                     count, last = count + 1, packet
                 end = ends.get(packet.stream_index, 0.0)
                 begin = end if packet.pts is None else self._seconds(packet.pts, packet)
-                if packet.stream.type == "audio" and begin < end - GAP:  # streams one after the other, each from 0 on
+                if packet.stream.type == "audio" and begin < end - GAP and self._format in CHAINED:
                     begin, self._chained = end, True
                 ends[packet.stream_index] = max(end, begin + float((packet.duration or 0) * packet.time_base))
         if last:
@@ -256,8 +257,8 @@ class Media:
                     raise ValueError(f"cannot be decoded at {begin:.2f} s: {error.strerror}") from error
                 count, last = av.logging.get_last_error()
                 end = begin + float((packet.duration or 0) * packet.time_base)
-                if count > errors and last and begin >= strict_log:
-                    damage = " ".join(last[2].split())
+                damage = " ".join(last[2].split()) if count > errors and last else corrupt_jpeg(packet)
+                if damage and begin >= strict_log:
                     if 2 * end - begin >= track.end:  # files that were cut by others often end in half a packet
                         self.damages[kind] = f"damaged at {begin:.2f} s: {damage}"
                     elif ended_early := damage.endswith(("ended prematurely", "partial file")):

@@ -4,10 +4,29 @@ from typing import Any
 
 import av
 import numpy as np
+import simplejpeg
 from av.sidedata.sidedata import Type as SideData
 
 # PyAV knows no name for side data that FFmpeg 8 has added, e.g. EXIF, and fails at any frame that has some.
 SideData._missing_ = classmethod(lambda kind, value: kind.VIDEO_HINT)  # type: ignore[assignment, method-assign]
+
+
+# Of a JPEG that libjpeg can decode, but not as it was: other complaints are of bytes between what it reads.
+CORRUPT = ("premature end of data segment", "bad Huffman code")
+
+
+def corrupt_jpeg(packet: av.Packet) -> str:
+    """What is damaged in a packet of Motion JPEG; '' where nothing is, and for all other codecs.
+
+    FFmpeg 8 takes a code that no table has for the end of a block, and says nothing.
+    """
+    if packet.stream.codec_context.name != "mjpeg" or not packet.size:
+        return ""
+    try:
+        simplejpeg.decode_jpeg(bytes(packet), "GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
+    except ValueError as error:  # also of JPEGs that libjpeg does not know, and FFmpeg does
+        return str(error) if str(error).endswith(CORRUPT) else ""
+    return ""
 
 
 def upright(frame: Any, aspect: float) -> np.ndarray:

@@ -7,6 +7,7 @@ import wave
 
 import av
 import clip_trees
+import fuzz_media
 import made_media
 import numpy as np
 import pytest
@@ -164,6 +165,30 @@ def test_silence_put_where_times_run_fast_is_named(scale):
     short = media.Media(later(clip_trees.clip(0, 4.0), "matroska", 0.0, scale=1.0005))  # as clocks of recorders differ
     short.waveform(0, 20)
     assert not short.damages
+
+
+def test_codes_of_motion_jpeg_that_no_table_has_are_named():
+    """FFmpeg 8 says nothing of them, 5.1 prints "error count" (damage 1864 of seed 8 of fuzz_media.py)."""
+    whole = fuzz_media.whole_file("avi", 1)
+    damaged = whole[:10531] + bytes(335) + whole[10531 + 335 :]
+    assert len(list(media.Media(whole).frames([0.0, 1.0]))) == 2
+    with pytest.raises(ClipFailure, match="frame: damaged at 0.00 s: Corrupt JPEG data"):
+        list(media.Media(damaged).frames([0.0, 1.0]))
+
+
+def test_a_time_that_falls_once_is_no_second_file():
+    """FLV holds a time for every block: one with a flipped bit is not the first of another recording."""
+    whole = bytearray(fuzz_media.whole_file("flv", 1))
+    sounds, position = [], 13
+    while position + 11 < len(whole):  # tags: kind, 3 bytes of size, 3 of time, …; 4 bytes of size again
+        if whole[position] == 8:
+            sounds.append(position)
+        position += 11 + int.from_bytes(whole[position + 1 : position + 4], "big") + 4
+    media.Media(bytes(whole)).waveform(0.0, 4.0)
+    late = sounds[len(sounds) // 2]
+    whole[late + 4 : late + 7] = (100).to_bytes(3, "big")
+    with pytest.raises(ClipFailure, match="the times fall from 1.99 to"):
+        media.Media(bytes(whole)).waveform(0.0, 4.0)
 
 
 def test_whole_numbers_as_floats_are_refused(tmp_path):
