@@ -219,8 +219,8 @@ def _join(engine: str, address: str | None, start: Callable[[], Any]) -> Any:
 def _lost(engine: str, error: Exception) -> WorkerKilled:
     said = " ".join(str(error).split())
     return WorkerKilled(
-        f"--engine={engine}: workers that wrote the same shard died again and again, mostly for lack of memory: "
-        f"{said[:300]}; the same command goes on at the finished shards"
+        f"--engine={engine}: the cluster is lost, or workers died over the same shard again and again, mostly for lack "
+        f"of memory: {said[:300]}; the same command goes on at the finished shards"
     )
 
 
@@ -258,8 +258,8 @@ def dask_cluster(address: str | None, workers: int) -> Run:
     def start() -> tuple[Any, Any]:
         own = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
         cluster = contextlib.nullcontext(address) if address else distributed.LocalCluster(**own)
-        client = distributed.Client(address or cluster, timeout=PATIENCE)
-        client.wait_for_workers(1, timeout=PATIENCE)
+        client = distributed.Client(address or cluster, timeout=PATIENCE / 2)
+        client.wait_for_workers(1, timeout=PATIENCE / 2)
         return cluster, client
 
     def run(write: Write, parts: list[shards.Shard]) -> Generator[str, None, None]:
@@ -268,7 +268,7 @@ def dask_cluster(address: str | None, workers: int) -> Run:
             try:
                 for future in distributed.as_completed(client.map(write, parts, pure=False)):
                     yield future.result()
-            except distributed.KilledWorker as error:
+            except (distributed.KilledWorker, distributed.client.FutureCancelledError, OSError) as error:
                 raise _lost("dask", error) from error
 
     return run
@@ -294,7 +294,6 @@ def spark_cluster(address: str | None, workers: int) -> Run:
         conf = pyspark.SparkConf().setAppName("av_mae.prepare").setAll(list(settings.items()))
         conf = conf.setMaster(master) if master else conf
         context = _join("spark", address, lambda: pyspark.SparkContext(conf=conf))
-        context.setLogLevel("ERROR")
         try:
             yield from context.parallelize(parts, len(parts)).map(write).collect()
         except Exception as error:
