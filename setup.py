@@ -52,7 +52,13 @@ EXTRAS = {
     "ray": ["ray[client]>=2.40,<3"],  # [client] for ray:// addresses; 3 may break its API
     "dask": ["distributed>=2025.3"],  # calendar versions
     "spark": ["pyspark>=4.0,<5"],  # 4 is the first for Python 3.12 and later; brings Spark, not Java
+    "stores": [
+        "gcsfs>=2025.3",  # work directories, checkpoints and exports on gs://; calendar versions, those of fsspec
+        "s3fs>=2025.3",  # exports and sources of sets on s3://, likewise
+    ],
     "test": [
+        "gcsfs>=2025.3",  # as for stores
+        "gcp-storage-emulator>=2026.7",  # the server of gs:// in tests; the first release that answers today's gcsfs
         "beartype>=0.23,<0.24",  # checks jaxtyping's shapes at run time; 0.x, its checks change
         "ruff>=0.17.6,<0.18",  # lint and format: other minor versions format differently
         "mypy>=2.4,<3",  # types

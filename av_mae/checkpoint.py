@@ -7,10 +7,7 @@ of its `head` (av_mae.models.kinds).
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,12 +18,26 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from av_mae import recipes
-from av_mae.checkpoint_arrays import Abstract, Arrays, arrays_handler, check_shapes, checksum, digest, read_arrays
+from av_mae.checkpoint_files import (
+    Abstract,
+    Arrays,
+    arrays_handler,
+    check_shapes,
+    checksum,
+    digest,
+    find_checkpoint,
+    meta_hash,
+    read_arrays,
+    read_meta,
+    unfinished,
+)
 from av_mae.config import TrainConfig
 from av_mae.console import first_line, note
-from av_mae.errors import UserError, check_local
+from av_mae.errors import UserError
 from av_mae.models import AVMAEConfig, kinds
 from av_mae.models.kinds import ModelDefinition, Params, define_model
+from av_mae.storage import as_path, move_tree, reached, remove_tree
+from av_mae.workdir import original, push
 
 # Fields of the model's configuration that may change between stop and resume: they choose how the model is computed,
 # not what it is.
@@ -103,24 +114,32 @@ class Checkpoints:
         say: Callable[[str], None] = note,
         labels: Mapping[str, Any] | None = None,
     ):
-        self.folder, self.say, self.labels = folder.absolute(), say, dict(labels or {})
+        self.folder, self.say, self.labels = as_path(original(folder)), say, dict(labels or {})
         self.failed: int | None = None
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
-        for unfinished in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
-            say(f"checkpoint {unfinished.name.split('.')[0]} was not finished when its run ended; it is dropped")
         self.failures = 0
         self._pending: int | None = None
-        self._manager = self._open()
+        with reached(self.folder):
+            for step in sorted(path.name.split(".")[0] for path in unfinished(self.folder)):
+                say(f"checkpoint {step} was not finished when its run ended; it is dropped")
+            self._manager: ocp.CheckpointManager | None = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         handlers = {"model": arrays_handler(), "optimizer": arrays_handler(), "meta": ocp.JsonCheckpointHandler()}
         return ocp.CheckpointManager(self.folder, options=self._options, item_handlers=handlers)
 
+    @property
+    def manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, opened anew after a failure. Raises what the file system or store raises."""
+        if self._manager is None:
+            self._manager = self._open()
+        return self._manager
+
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        return sorted(self.manager.all_steps())
 
     def save(self, step: int, state: TrainState, config: TrainConfig, **meta) -> None:
         """Copies the state and writes it in the background, unless there is a checkpoint of this step already.
@@ -132,7 +151,12 @@ class Checkpoints:
           **meta: further values for the meta, in JSON's types.
         """
         self.wait()
-        if step in self.steps():
+        push()  # what a run has written before a checkpoint is there when it goes on from it
+        try:
+            if step in self.steps():
+                return
+        except Exception as error:  # a store that does not answer
+            self._give_up(step, error)
             return
         optimizer = flat_optimizer(state)
         items = {"model": state.model, "optimizer": optimizer}
@@ -148,7 +172,7 @@ class Checkpoints:
         meta["sha256"] = meta_hash(meta)
         try:
             self._pending, self.failed = step, None
-            self._manager.save(
+            self.manager.save(
                 step,
                 args=ocp.args.Composite(
                     model=ocp.args.PyTreeSave(state.model),
@@ -162,7 +186,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until the last save is finished, and reports a failure."""
         try:
-            self._manager.wait_until_finished()
+            if self._manager is not None:
+                self._manager.wait_until_finished()
             self.failures = self.failures if self._pending is None else 0
             self._pending = None
         except Exception as error:  # as in `save`
@@ -171,19 +196,21 @@ class Checkpoints:
     def close(self) -> None:
         """Finishes what is being written."""
         self.wait()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
     def _give_up(self, step: int | None, error: Exception) -> None:
         self.failed, self._pending, self.failures = step, None, self.failures + 1
-        if jax.process_index() == 0:
-            for unfinished in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-        self._manager = self._open()
-        kept = self.steps()
-        self.say(
-            f"warning: checkpoint {step} could not be saved ({first_line(error)}); training goes on, "
-            + (f"the last checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint")
-        )
+        self._manager = None
+        try:
+            if jax.process_index() == 0:
+                for path in unfinished(self.folder, f"{step}"):
+                    remove_tree(path)
+            kept = self.steps()
+            left = f"the last checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+        except Exception:  # a store that does not answer: the next save asks again
+            left = f"{self.folder} does not answer"
+        self.say(f"warning: checkpoint {step} could not be saved ({first_line(error)}); training goes on, {left}")
 
     def restore(self, abstract: TrainState, config: TrainConfig) -> Restored | None:
         """The newest checkpoint that can be read; `None` if there is no checkpoint.
@@ -225,38 +252,16 @@ class Checkpoints:
         target = self.folder.with_name(self.folder.name + "-damaged")
         if jax.process_index() == 0:
             for step in later:
-                target.mkdir(exist_ok=True)
                 number = sum(1 for _ in target.glob(f"{step}*"))
-                (self.folder / str(step)).rename(target / (f"{step}-{number}" if number else str(step)))
+                move_tree(self.folder / str(step), target / (f"{step}-{number}" if number else str(step)))
         if later:
-            self._manager = self._open()
+            self._manager = None
 
     def _read(self, step: int, abstract: TrainState, meta: Mapping) -> TrainState:
         folder = self.folder / str(step)
         check_shapes(folder, abstract.model)
         values = read_arrays(folder, "model", abstract.model, meta)
         return unflat_state(abstract, step, values, read_arrays(folder, "optimizer", flat_optimizer(abstract), meta))
-
-
-def meta_hash(meta: Mapping[str, Any]) -> str:
-    """SHA-256 of all of a checkpoint's meta but the hash itself."""
-    text = json.dumps({name: value for name, value in meta.items() if name != "sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_meta(folder: pathlib.Path) -> dict[str, Any]:
-    """The meta of the checkpoint in `folder`.
-
-    Raises:
-      ValueError: the meta is not the one that was saved, or of another step than the folder's name. Checkpoints of
-        earlier versions have no hash to compare with.
-    """
-    meta: dict[str, Any] = json.loads((folder / "meta" / "metadata").read_text())
-    if folder.name.isdecimal() and meta["step"] != int(folder.name):
-        raise ValueError(f"its meta is of step {meta['step']}")
-    if ("digests" in meta or "sha256" in meta) and meta.get("sha256") != meta_hash(meta):
-        raise ValueError("its meta has changed since it was saved")
-    return meta
 
 
 def first_difference(ours: Mapping, theirs: Mapping, prefix: str = "") -> tuple[str, Any, Any] | None:
@@ -301,24 +306,6 @@ def check_same_labels(meta: Mapping, labels: Mapping) -> None:
             f"the checkpoint is of another run: {name} is {there} in it and {here} now; set it alike, or "
             "give another --workdir"
         )
-
-
-def find_checkpoint(path: str) -> pathlib.Path:
-    """The folder of the checkpoint that `path` names: a checkpoint, or the newest of a workdir or its `checkpoints`.
-
-    Raises:
-      UserError: there is none.
-    """
-    check_local("checkpoint", path)
-    folder = pathlib.Path(path).absolute()
-    if (folder / "model").is_dir():
-        return folder
-    for candidate in (folder / "checkpoints", folder):
-        if candidate.is_dir():
-            steps = [int(child.name) for child in candidate.iterdir() if child.name.isdecimal()]
-            if steps:
-                return candidate / str(max(steps))
-    raise UserError(f"there is no checkpoint in {path!r}: name a work directory, its checkpoints/ or one of them")
 
 
 def load_params(path: str, abstract: Abstract, partly: bool = False) -> Arrays:

@@ -10,15 +10,22 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 MOST = 10**9  # of any number of an option
+STORES = ("gs", "gcs", "s3", "hdfs", "az", "abfs", "memory")  # of those that fsspec knows; servers of files are none
+LASTING_STORES = tuple(name for name in STORES if name != "memory")  # what a command writes must outlive it
+CHECKPOINT_STORES = ("gs",)  # those that Orbax writes to; of others it says that a path "should be absolute"
 RESTART = 75  # exit status: try again later (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(ValueError):
     """A rule that the user's input broke. The message states the rule, the value and what to do."""
+
+
+class StoreError(OSError):
+    """A store that does not answer, or refuses. The message says which, why, and what to do."""
 
 
 class WorkerKilled(Exception):
@@ -52,14 +59,15 @@ def check_numbers(options: Any, least: Mapping[str, float], most: Mapping[str, f
             raise UserError(f"--{name}={value} must be {bound}")
 
 
-def check_local(name: str, text: str) -> None:
-    """Raises UserError where `text`, the value of `name`, has the URL of a store in place of a path."""
-    found = re.search(r"(?:^|[,=])([A-Za-z][A-Za-z0-9+.-]*)://", text)
-    if found:
-        raise UserError(
-            f"{name}={text}: {found[1]}:// is not read or written here, only paths of this machine; give the folder "
-            "where the store is mounted (gcsfuse, mount-s3), or a copy"
-        )
+def check_local(name: str, text: str, stores: Container[str] = ()) -> None:
+    """Raises UserError where `text`, the value of `name`, has the URL of another store than `stores` for a path."""
+    for scheme in re.findall(r"(?:^|[,=])([A-Za-z][A-Za-z0-9+.-]*)://", text):
+        if scheme not in stores:
+            known = "".join(f"{store}://, " for store in STORES if store in stores)
+            raise UserError(
+                f"{name}={text}: {scheme}:// is not read or written here, only {known}paths of this machine; give the "
+                "folder where the store is mounted (gcsfuse, mount-s3), or a copy"
+            )
 
 
 def one_line(text: str) -> str:
@@ -67,27 +75,27 @@ def one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
 
 
-def run_command(main: Callable[[list[str]], None], stores: bool = False) -> None:
+def run_command(main: Callable[[list[str]], None], stores: Mapping[str, Container[str]] | None = {}) -> None:
     """Runs `main(argv)` of a command; what a user can mend becomes one line on stderr, with status 2 or RESTART.
 
     In a locale such as C the command starts anew in Python's UTF-8 mode: libraries take no other names of files.
 
     Args:
       main: the command.
-      stores: whether it takes URLs of stores. Another one refuses them before anything is made: `gs://bucket` is the
-        name of a local folder, too.
+      stores: the options that take URLs, each with the stores it takes; `None`: the command looks at all of them
+        itself. All else is refused before anything is made: `gs://bucket` is the name of a local folder, too.
     """
     if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
         os.environ["PYTHONUTF8"] = "1"  # for the processes that the command starts
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     try:
-        if not stores:
-            _check_words(sys.argv[1:])
+        if stores is not None:
+            _check_words(sys.argv[1:], stores)
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except WorkerKilled as error:
+    except (WorkerKilled, StoreError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(RESTART)
     except KeyboardInterrupt:
@@ -95,11 +103,12 @@ def run_command(main: Callable[[list[str]], None], stores: bool = False) -> None
         sys.exit(130)
 
 
-def _check_words(words: Sequence[str]) -> None:
+def _check_words(words: Sequence[str], stores: Mapping[str, Container[str]]) -> None:
     """`check_local` of what a user typed: `--option=value`, or the value after its option, or alone."""
     for before, word in zip(("argument", *words), words):
         option, _, value = word.partition("=")
-        check_local(*((option, value) if word.startswith("-") else (before, word)))
+        name, value = (option, value) if word.startswith("-") else (before, word)
+        check_local(name, value, stores.get(name, ()))
 
 
 class ClipFailure(Exception):

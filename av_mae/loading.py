@@ -25,11 +25,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from av_mae import models
-from av_mae.checkpoint import find_checkpoint, open_checkpoint
+from av_mae.checkpoint import open_checkpoint
+from av_mae.checkpoint_files import COMMITTED, find_checkpoint
 from av_mae.config import SoundConfig
-from av_mae.errors import UserError, check_local
+from av_mae.errors import UserError
 from av_mae.models import kinds
 from av_mae.models.encoder import WithEncoder
+from av_mae.storage import Folder, is_url
 
 VARIABLE = "AV_MAE_REGISTRY"
 PARTS = ("model", "meta")  # items of a checkpoint that its model depends on
@@ -87,8 +89,7 @@ def resolve(path: str | os.PathLike) -> str:
     Raises:
       UserError: neither exists, or the model's checksum is not the registered one.
     """
-    check_local("path", os.fspath(path))
-    if os.path.exists(path):
+    if is_url(path) or os.path.exists(path):
         return os.fspath(path)
     known = entries()
     if str(path) not in known:
@@ -112,15 +113,17 @@ def checksum(path: str | os.PathLike) -> str:
     Raises:
       UserError: `path` is neither a file nor holds a checkpoint.
     """
-    digest, folder, files = hashlib.sha256(), None, [pathlib.Path(path)]
-    if not os.path.isfile(path):
-        folder = find_checkpoint(os.fspath(path))
-        files = [file for part in PARTS for file in sorted((folder / part).rglob("*")) if file.is_file()]
-    for file in files:
-        if folder is not None:
-            digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
-        with open(file, "rb") as opened:
-            hashlib.file_digest(opened, lambda: digest)
+    digest = hashlib.sha256()
+    if not is_url(path) and os.path.isfile(path):
+        with open(path, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    checkpoint = find_checkpoint(os.fspath(path))
+    folder = Folder(checkpoint)
+    for file in (file for part in PARTS for file in sorted(folder.files(part), key=lambda name: name.split("/"))):
+        if not file.endswith(COMMITTED):  # which a copy on a store has, and the same checkpoint here has not
+            digest.update(file.encode() + b"\0")
+            with folder.open(file) as opened:
+                hashlib.file_digest(opened, lambda: digest)
     return digest.hexdigest()
 
 
@@ -155,7 +158,7 @@ def load(path: str | os.PathLike) -> LoadedModel:
         unimodal stream, which is no whole model.
     """
     path = resolve(path)
-    if pathlib.Path(path).is_file():
+    if not is_url(path) and pathlib.Path(path).is_file():
         from av_mae.convert.deepavfusion import load_published
 
         model: Any = load_published(path)

@@ -11,12 +11,13 @@ from typing import Any
 
 import av_mae
 from av_mae import loading, recipes
-from av_mae.checkpoint import find_checkpoint
+from av_mae.checkpoint_files import find_checkpoint
 from av_mae.config import TrainConfig
 from av_mae.console import note
 from av_mae.evaluate.bootstrap import Report
 from av_mae.plots import read_metrics
-from av_mae.storage import replace_file
+from av_mae.storage import reached, replace_file
+from av_mae.workdir import original
 
 CARD, README = "card.json", "README.md"
 MARK = "<!-- Written by av_mae from card.json; remove this line to keep your own text. -->"
@@ -29,7 +30,7 @@ def write_card(workdir: pathlib.Path, config: TrainConfig, parameters: int) -> N
 
     parameters: how many values the model has. A licence and evaluations that the card has already stay.
     """
-    folder, known = find_checkpoint(os.fspath(workdir)), read_card(workdir) or {}
+    folder, known = find_checkpoint(os.fspath(original(workdir))), read_card(workdir) or {}
     metrics = workdir / "metrics.jsonl"
     last: Mapping[str, Any] = (
         next(reversed(read_metrics(metrics)), {}) if metrics.is_file() else {}
@@ -38,7 +39,7 @@ def write_card(workdir: pathlib.Path, config: TrainConfig, parameters: int) -> N
         workdir,
         {
             "av_mae": av_mae.__version__,
-            "checkpoint": str(folder.relative_to(workdir.absolute())),
+            "checkpoint": f"{folder.parent.name}/{folder.name}",
             "sha256": loading.checksum(folder),
             "parameters": parameters,
             "licence": known.get("licence", ""),
@@ -49,7 +50,7 @@ def write_card(workdir: pathlib.Path, config: TrainConfig, parameters: int) -> N
     )
 
 
-def add_evaluation(checkpoint: str, workdir: pathlib.Path, task: str, data: str, report: Report) -> None:
+def add_evaluation(checkpoint: str, workdir: str | os.PathLike[str], task: str, data: str, report: Report) -> None:
     """Adds the figures of an evaluation in `workdir` to the card of the run that `checkpoint` is of.
 
     Nothing where that run has no card.
@@ -73,7 +74,8 @@ def add_evaluation(checkpoint: str, workdir: pathlib.Path, task: str, data: str,
 def read_card(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The card of a run; `None` where it has none."""
     try:
-        card = json.loads((workdir / CARD).read_text())
+        with reached(workdir):
+            card = json.loads((workdir / CARD).read_text())
     except (OSError, ValueError, RecursionError):
         return None
     return card if isinstance(card, dict) and isinstance(card.get("evaluations", {}), dict) else None
@@ -84,9 +86,10 @@ def _save(workdir: pathlib.Path, card: Mapping[str, Any]) -> None:
     readme = workdir / README
     try:
         text = render(card)
-        replace_file(workdir / CARD, json.dumps(card, indent=2) + "\n")
-        if not readme.exists() or (readme.is_file() and MARK in readme.read_text(errors="replace")):
-            replace_file(readme, text)
+        with reached(workdir):
+            replace_file(workdir / CARD, json.dumps(card, indent=2) + "\n")
+            if not readme.exists() or (readme.is_file() and MARK in readme.read_bytes().decode(errors="replace")):
+                replace_file(readme, text)
     except OSError as error:
         note(f"warning: the model card in {workdir} cannot be written ({error.strerror or error})")
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):

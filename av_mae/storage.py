@@ -1,19 +1,104 @@
-"""Folders on this machine or on any store that fsspec knows (gs://, s3://, memory://, …), by one small interface."""
+"""Folders on this machine or on any store that fsspec knows (gs://, s3://, memory://, …), by one small interface.
+
+`as_path` is the one place where text becomes a path that checkpoints lie at.
+"""
 
 import contextlib
 import functools
+import io
+import logging
 import os
 import pathlib
+import re
 import secrets
+import shutil
+import tempfile
 import urllib.parse
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
-from av_mae.errors import UserError
+from av_mae.errors import CHECKPOINT_STORES, STORES, StoreError, UserError, check_local
 
 TEMPORARY = ".part"  # the ending of a file that is being written
-STORES = ("gs", "gcs", "s3", "hdfs", "az", "abfs", "memory")  # of those that fsspec knows; servers of files are none
 _EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
+
+
+def is_url(text: str | os.PathLike[str]) -> bool:
+    """Whether a text names a folder on a store, or none of this machine's at least."""
+    return "://" in os.fspath(text)
+
+
+def as_path(text: str | os.PathLike[str]) -> pathlib.Path:
+    """An absolute path of this machine, or one on a store that can hold checkpoints (gs://), with the same methods.
+
+    Raises:
+      UserError: the text is the URL of another store, or the store's driver is missing.
+    """
+    if not is_url(text):
+        return pathlib.Path(text).absolute()
+    check_local("path", os.fspath(text), CHECKPOINT_STORES)
+    folder = Folder(text)
+    folder.connect()
+    from etils import epath
+
+    return cast(pathlib.Path, epath.Path(folder.url))
+
+
+def remove_tree(folder: pathlib.Path) -> None:
+    """Removes a folder with all in it, a path of this machine or one of `as_path`; what fails is left."""
+    if is_url(folder):
+        with contextlib.suppress(Exception):  # each driver has errors of its own
+            cast(Any, folder).rmtree()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_tree(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Moves a folder with all in it; both are of this machine, or on one store. Raises OSError."""
+    if not is_url(source):
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+        return
+    with reached(source):
+        system = Folder(source)._system
+        system.mv(os.fspath(source), os.fspath(target), recursive=True)
+        system.invalidate_cache()
+
+
+@contextlib.contextmanager
+def fetched(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder of this machine with the files of one of `as_path`: itself, or a copy for as long as it is needed."""
+    if not is_url(folder):
+        yield folder
+        return
+    store = Folder(folder)
+    with tempfile.TemporaryDirectory(prefix="av_mae-") as copy:
+        names = store.files()
+        for name in names:
+            store.fetch(name, inside(pathlib.Path(copy), name))
+        yield pathlib.Path(copy, "." if names else "nothing")
+
+
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The path of a file that a store names, its folder made. Raises UserError where the name leads out of `folder`."""
+    path = folder / name
+    if ".." in name.split("/") or not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"the store holds an object named {name!r}, which leads out of its folder: remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def put_tree(source: pathlib.Path, url: str) -> None:
+    """Copies a file, or a folder with all in it, to a store; of a folder the files at its top come last.
+
+    Raises:
+      StoreError: the store does not take them.
+    """
+    files = [path for path in source.rglob("*") if path.is_file()] if source.is_dir() else [source]
+    for path in sorted(files, key=lambda path: (-len(path.parts), path)):
+        inside = path.relative_to(source).as_posix() if source.is_dir() else ""
+        folder, _, name = f"{url.rstrip('/')}/{inside}".rstrip("/").rpartition("/")
+        Folder(folder).put(path, name, keep=True)
 
 
 def replace_file(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -24,6 +109,10 @@ def replace_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     Raises:
       OSError: it cannot be written.
     """
+    if is_url(path):
+        folder, _, name = os.fspath(path).rpartition("/")
+        Folder(folder).write(name, content.encode() if isinstance(content, str) else content)
+        return
     path = pathlib.Path(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
@@ -38,8 +127,27 @@ def replace_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         raise
 
 
-class StoreError(OSError):
-    """A store that does not answer, or refuses. The message says which, why, and what to do."""
+@contextlib.contextmanager
+def reached(url: object, writing: bool = False) -> Iterator[None]:
+    """What drivers of stores raise becomes a StoreError, but for a file to read that is not there.
+
+    Args:
+      url: what is read or written; what a local path raises stays as it is.
+      writing: whether something is written; then what is not there is the bucket (UserError).
+    """
+    try:
+        yield
+    except (UserError, StoreError):
+        raise
+    except Exception as error:
+        if not is_url(str(url)) or isinstance(error, FileNotFoundError) and not writing:
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{url}: there is no such bucket; make it, or name another one") from error
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StoreError(
+            f"{url} cannot be reached or used: {cause}; check the address, its credentials and the network"
+        ) from error
 
 
 class Folder:
@@ -49,14 +157,21 @@ class Folder:
         self.url = os.fspath(url)
         if self.url.startswith("file://"):
             self.url = urllib.parse.unquote(self.url.removeprefix("file://"))
-        self.is_local = "://" not in self.url
+        self.is_local = not is_url(self.url)
         scheme = self.url.partition("://")[0]
         if not self.is_local and scheme not in STORES:
             raise UserError(f"{self.url}: {scheme}:// is no store that is known; known are {', '.join(STORES)}")
+        if scheme in _EXTRAS and not re.match(r"\w+://[^/]+", self.url):
+            raise UserError(f"{self.url} names no bucket: {scheme}://BUCKET/FOLDER")
         self.url = self.url.rstrip("/") or "/"
 
     def __str__(self) -> str:
         return self.url
+
+    def connect(self) -> None:
+        """Raises UserError where the store's driver is missing, and nothing else: no address is asked yet."""
+        if not self.is_local:
+            self._system  # noqa: B018
 
     def path(self, name: str) -> str:
         """The whole path or URL of a file."""
@@ -71,7 +186,7 @@ class Folder:
                 for name in files
             ]
         else:
-            with self._reached():
+            with reached(self.url):
                 self._system.invalidate_cache()  # others write here too
                 start = self._stripped(self.path(below) if below else self.url)
                 root = self._stripped(self.url)
@@ -81,7 +196,7 @@ class Folder:
     def exists(self, name: str) -> bool:
         if self.is_local:
             return os.path.exists(self.path(name))
-        with self._reached():
+        with reached(self.url):
             self._system.invalidate_cache()
             return bool(self._system.exists(self._stripped(self.path(name))))
 
@@ -89,35 +204,54 @@ class Folder:
         """Raises OSError."""
         if self.is_local:
             return pathlib.Path(self.path(name)).read_bytes()
-        with self._reached():
+        with reached(self.url):
             return bytes(self._system.cat_file(self._stripped(self.path(name))))
+
+    def open(self, name: str) -> io.BufferedReader:
+        """The file, to be read and closed. Raises OSError."""
+        if self.is_local:
+            return open(self.path(name), "rb")
+        with reached(self.url):
+            return cast(io.BufferedReader, self._system.open(self._stripped(self.path(name)), "rb"))
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file whole or not at all, in place of one that is there."""
         if not self.is_local:  # a store shows an object when it is complete
-            with self._reached():
+            with reached(self.url, writing=True):
                 self._system.pipe_file(self._stripped(self.path(name)), content)
             return
         path = pathlib.Path(self.path(name))
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content)
 
-    def put(self, file: str | os.PathLike[str], name: str) -> None:
-        """Moves a whole local file here under its final name; it must lie in this folder where that is local."""
+    def put(self, file: str | os.PathLike[str], name: str, keep: bool = False) -> None:
+        """Moves a whole local file here under its final name; it must lie in this folder where that is local.
+
+        keep: whether it also stays where it is, which is for stores.
+        """
         if self.is_local:
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
             os.replace(file, self.path(name))
         else:
-            with self._reached():
+            with reached(self.url, writing=True):
                 self._system.put_file(os.fspath(file), self._stripped(self.path(name)))
-            os.unlink(file)
+            if not keep:
+                os.unlink(file)
+
+    def fetch(self, name: str, file: str | os.PathLike[str]) -> None:
+        """Copies a file to one of this machine. Raises OSError."""
+        if self.is_local:
+            shutil.copyfile(self.path(name), file)
+            return
+        with reached(self.url):
+            self._system.get_file(self._stripped(self.path(name)), os.fspath(file))
 
     def remove(self, name: str) -> None:
         if self.is_local:
             pathlib.Path(self.path(name)).unlink(missing_ok=True)
         elif self.exists(name):
-            with self._reached():
+            with reached(self.url):
                 self._system.rm_file(self._stripped(self.path(name)))
 
     def remove_empty(self, name: str) -> None:
@@ -128,24 +262,15 @@ class Folder:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_system"}
 
-    @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
-        """What drivers of stores raise becomes a StoreError, but for a file that is not there."""
-        try:
-            yield
-        except (FileNotFoundError, UserError):
-            raise
-        except Exception as error:
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise StoreError(
-                f"{self.url} cannot be reached or used: {cause}; check the address, its credentials and the network"
-            ) from error
-
     @functools.cached_property
     def _system(self) -> Any:
         import fsspec
 
         protocol = self.url.split("://")[0]
+        # Others write here too, and Orbax has clients of its own: what one has listed would be out of date.
+        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+        for name in ("gcsfs", "botocore", "s3fs"):  # of what fails they print tracebacks, besides raising it
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             return fsspec.core.url_to_fs(self.url)[0]
         except (ImportError, ValueError, OSError) as error:  # a driver that is missing, or cannot be loaded

@@ -1,46 +1,194 @@
-"""The folder that a command writes into: made, held by one run at a time, its files written, its skipped clips listed.
+"""The folder that a command writes into: made, collected here where it is on a store, its skipped clips listed.
 
-The holder's name lies in `.lock.json` in the folder. A process that ends takes the file away; one that is killed leaves
-it, and the next run sees that nobody holds it any more: on the same machine because the process is gone, on others
-because its signs of life (the file's time) have ended.
+Stores cannot append to a file, and TensorBoard, Matplotlib and Parquet want real ones. So the files of a folder on a
+store are collected in one of this machine (a Mirror). What changes there is written to the store every minute, before
+each checkpoint and at the end. Checkpoints themselves are not collected: `original` gives the path on the store to
+which Orbax writes them.
 """
 
 import contextlib
-import datetime
-import fcntl
 import json
 import os
 import pathlib
-import socket
+import secrets
+import shutil
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TextIO
 
-from av_mae.errors import RESTART, ClipFailure, UserError, check_local
-from av_mae.storage import replace_file
+from av_mae.errors import ClipFailure, StoreError, UserError
+from av_mae.storage import TEMPORARY, Folder, as_path, inside, is_url, replace_file
 
-LOCK = ".lock.json"
 SKIPPED = "skipped.jsonl"  # clips that a command skipped, in its output folder
-HEARTBEAT = 10.0  # seconds between signs of life
-STALE = 90.0  # seconds without one after which a process of another machine counts as dead
-HOLDER = {"host": str, "pid": int, "system": str, "started": str, "since": float}
+EVERY = 60.0  # seconds between looks at what has changed in a Mirror
+ATTEMPTS, PAUSE = 6, 10.0  # at the end, while the store does not answer; seconds between them
+LEFT = ("checkpoints", "checkpoints-damaged", "profile")  # folders that are not fetched
+EVENTS = "events.out.tfevents"  # of earlier attempts; each attempt writes a file of its own
 
 
 def make_workdir(path: str) -> pathlib.Path:
-    """Makes the work directory. Raises UserError where nothing can be written in it."""
-    check_local("--workdir", path)
-    workdir = pathlib.Path(path).absolute()
+    """Makes the work directory, a path of this machine or on a store that can hold checkpoints.
+
+    Raises:
+      UserError: nothing can be written in it.
+    """
+    workdir = as_path(path)
     try:
+        if is_url(path):
+            folder, name = Folder(path), f".probe.{secrets.token_hex(4)}"
+            folder.write(name, b"")
+            folder.remove(name)
+            return workdir
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             return workdir
+    except StoreError as error:
+        raise StoreError(f"--workdir={path}: {error}") from error
     except OSError as error:
         raise UserError(
             f"cannot write to --workdir={path}: {error.strerror}; name a folder that you may write to"
         ) from error
+
+
+_mirrors: list["Mirror"] = []  # those that are open
+
+
+def is_small(name: str) -> bool:
+    """Whether a run that goes on needs this file of its work directory: no checkpoint, event file, plot or sound."""
+    return is_shown(name) and "images" not in name.split("/")
+
+
+def is_shown(name: str) -> bool:
+    """Whether the page of a run needs this file of its work directory."""
+    *folders, file = name.split("/")
+    return not set(LEFT) & set(folders) and not file.startswith(EVENTS)
+
+
+class Mirror:
+    """A local folder that stands for one on a store. A context manager; several processes may have one each.
+
+    Args:
+      url: of the folder on the store.
+      wanted: which files are fetched at the beginning, by their path in the folder.
+      empty: which files are only made, without what they hold.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        wanted: Callable[[str], bool] = is_small,
+        empty: Callable[[str], bool] = lambda _: False,
+    ):
+        self.url, self._store = url.rstrip("/"), Folder(url)
+        self._wanted, self._empty = wanted, empty
+        self._known: dict[str, tuple[int, int]] = {}
+        self._turn, self._ended, self._warned = threading.Lock(), threading.Event(), False
+
+    def __enter__(self) -> pathlib.Path:
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="av_mae-"))
+        try:
+            self._pull()
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        self._known = self._stamps()
+        _mirrors.append(self)
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+        self._thread.start()
+        return self.folder
+
+    def __exit__(self, *_: object) -> None:
+        """Writes what is left. Raises StoreError, and keeps the folder, where the store does not take it."""
+        self._ended.set()
+        self._thread.join()
+        _mirrors.remove(self)
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE)
+            if self.push():
+                shutil.rmtree(self.folder, ignore_errors=True)
+                return
+        raise StoreError(f"{self.url} does not take the last files of this run: they are in {self.folder}, copy them")
+
+    def push(self) -> bool:
+        """Writes what has changed to the store; says once where that fails, and returns whether all is there."""
+        with self._turn:
+            now = self._stamps()
+            try:
+                for name, stamp in now.items():
+                    if self._known.get(name) != stamp:
+                        self._store.put(self.folder / name, name, keep=True)
+                        self._known[name] = stamp
+                for name in set(self._known) - set(now):
+                    self._store.remove(name)
+                    del self._known[name]
+            except OSError as error:
+                if not self._warned:
+                    print(f"warning: {error}; the work goes on, its files are in {self.folder} until the store "
+                          "answers", file=sys.stderr, flush=True)  # fmt: skip
+                self._warned = True
+                return False
+            if self._warned:
+                print(f"{self.url} answers again: all files are written", file=sys.stderr, flush=True)
+            self._warned = False
+            return True
+
+    def _run(self) -> None:
+        while not self._ended.wait(EVERY):
+            self.push()
+
+    def _stamps(self) -> dict[str, tuple[int, int]]:
+        """Size and time of change of each file that is whole."""
+        stamps = {}
+        for parent, folders, files in os.walk(self.folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for path in (pathlib.Path(parent, name) for name in files):
+                if not path.name.startswith(".") and not path.name.endswith(TEMPORARY):
+                    with contextlib.suppress(FileNotFoundError):  # replaced just now
+                        status = path.stat()
+                        stamps[path.relative_to(self.folder).as_posix()] = status.st_size, status.st_mtime_ns
+        return stamps
+
+    def _pull(self) -> None:
+        for name in self._store.files():
+            if not self._wanted(name):
+                continue
+            path = inside(self.folder, name)
+            if self._empty(name):
+                path.touch()
+            else:
+                self._store.fetch(name, path)
+
+
+@contextlib.contextmanager
+def collected(folder: str | os.PathLike[str], wanted: Callable[[str], bool] = is_small) -> Iterator[pathlib.Path]:
+    """The local folder that a command writes into: `folder` itself, or a Mirror where that is on a store.
+
+    Raises:
+      StoreError: the store cannot be reached, at the beginning or at the end.
+    """
+    if not is_url(folder):
+        yield pathlib.Path(folder)
+        return
+    with Mirror(os.fspath(folder), wanted) as local:
+        yield local
+
+
+def original(path: pathlib.Path) -> pathlib.Path:
+    """The path that `path` stands for: the one on the store where a Mirror collects its files, else itself."""
+    for mirror in _mirrors:
+        if path.is_relative_to(mirror.folder):
+            inside = path.relative_to(mirror.folder).as_posix()
+            return as_path(mirror.url if inside == "." else f"{mirror.url}/{inside}")
+    return path
+
+
+def push() -> None:
+    """Writes what has changed in all mirrors to their stores."""
+    for mirror in _mirrors:
+        mirror.push()
 
 
 def no_links(name: str, flags: int) -> int:
@@ -109,149 +257,3 @@ def write_skipped(
         say(f"warning: {path} cannot be written ({error.strerror or error}); the work goes on")
         return
     SkippedFile(folder, say).add(failures)
-
-
-@contextlib.contextmanager
-def held(folder: str | os.PathLike[str], beside: bool = False) -> Iterator[None]:
-    """Holds a folder, which is made where it is missing, for this process alone. A store (URL) is not held.
-
-    Where the lock cannot be written (a full disk) the run goes on without it, with a warning.
-
-    Args:
-      folder: the folder.
-      beside: whether the lock lies beside the folder, which the command puts in its place as a whole.
-
-    Raises:
-      UserError: another process holds the folder; the message says which.
-    """
-    if "://" in os.fspath(folder):
-        yield
-        return
-    folder, own = pathlib.Path(folder).absolute(), _describe()
-    path = folder.with_name(f".{folder.name}{LOCK}") if beside else folder / LOCK
-    ended, new = threading.Event(), not path.parent.exists()
-    problem = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _take(path, own, folder)
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
-        if os.access(path.parent, os.W_OK):  # else the command itself will say that it cannot write
-            message = f"warning: {path} cannot be written ({problem}): nothing keeps others out of this folder"
-            print(message, file=sys.stderr, flush=True)
-        yield
-        return
-    beat = threading.Thread(target=_show_life, args=(path, own, ended), name="workdir", daemon=True)
-    beat.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        beat.join()
-        with contextlib.suppress(OSError), _locked(path) as file:
-            if _read(file) == own:
-                path.unlink()
-            if new:
-                path.parent.rmdir()  # where nothing was written
-
-
-def _describe() -> dict[str, Any]:
-    """Who this process is. `system` tells whether process numbers mean the same: one boot, one container."""
-    try:
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        system = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux
-        system = socket.gethostname()
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "system": system, "started": _started(pid), "since": time.time()}
-
-
-def _started(pid: int) -> str:
-    """When a process began, in the kernel's own count; numbers of processes come again. '' where that is not known.
-
-    'ended' for one that its parent has not yet asked for its status.
-    """
-    try:
-        stat = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "ended" if stat[0] in "ZX" else stat[19]
-    except (OSError, IndexError):
-        return ""
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[TextIO]:
-    """The file at `path`, made where it is missing, that nobody else reads or writes meanwhile."""
-    while True:
-        with open(path, "a+", opener=no_links) as file:
-            with contextlib.suppress(OSError):  # some network file systems have no flock
-                fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                same = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                same = False
-            if same:  # else its holder has just taken it away
-                yield file
-                return
-
-
-def _read(file: TextIO) -> dict[str, Any]:
-    """The holder that the file names; empty where it names none, as in a damaged file."""
-    file.seek(0)
-    try:
-        found = json.loads(file.read(10_000))
-        known = {name: kind(found[name]) for name, kind in HOLDER.items()}
-        datetime.datetime.fromtimestamp(known["since"])
-    except (ValueError, TypeError, LookupError, OverflowError, RecursionError, OSError):
-        return {}
-    return known if 0 < known["pid"] < 2**31 else {}
-
-
-def _take(path: pathlib.Path, own: dict[str, Any], folder: pathlib.Path) -> None:
-    with _locked(path) as file:
-        holder = _read(file)
-        with tempfile.TemporaryFile(dir=path.parent) as now:  # the time of the file's machine, whatever ours says
-            silent = os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
-        if holder and _lives(holder, own, silent):
-            since = datetime.datetime.fromtimestamp(holder["since"]).isoformat(" ", "seconds")
-            raise UserError(
-                f"{folder} is held by process {holder['pid']} on {holder['host']} since {since}: wait "
-                "for its end, stop it, or name another folder"
-            )
-        file.truncate(0)
-        try:
-            file.write(json.dumps(own))
-            file.flush()
-        except OSError:
-            path.unlink()
-            raise
-
-
-def _lives(holder: dict[str, Any], own: dict[str, Any], silent: float) -> bool:
-    """Whether the holder still works, `silent` seconds after its last sign of life."""
-    if holder["system"] != own["system"]:
-        return abs(silent) < STALE  # a time to come is no sign of life either
-    try:
-        os.kill(holder["pid"], 0)
-    except PermissionError:
-        pass  # another user's
-    except OSError:
-        return False
-    return _started(holder["pid"]) == holder["started"]
-
-
-def _show_life(path: pathlib.Path, own: dict[str, Any], ended: threading.Event) -> None:
-    """Gives signs of life; ends the process where another has taken the folder over, e.g. after a long suspension."""
-    while not ended.wait(HEARTBEAT):
-        try:
-            with path.open(errors="replace") as file:
-                holder = _read(file)
-            if holder == own:
-                os.utime(path)
-                continue
-        except OSError:  # a file system that is away for a moment
-            continue
-        if holder and not ended.is_set():
-            print(f"error: process {holder['pid']} on {holder['host']} has taken {path.parent} over; "
-                  "this one ends", file=sys.stderr, flush=True)  # fmt: skip
-            os._exit(RESTART)

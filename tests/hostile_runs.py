@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pyarrow as pa
 from pyarrow import parquet
 
-from av_mae.checkpoint import find_checkpoint, meta_hash
+from av_mae.checkpoint_files import find_checkpoint, meta_hash
 from av_mae.export import tables
 
 Change = Callable[[pathlib.Path, pathlib.Path], None]  # of a folder, told where the canary is

@@ -22,8 +22,8 @@ BELOW = {
     "media": GROUND - {"models"},
     "data": GROUND | {"media"},
     "models": {"errors", "console"},
-    "checkpoint": GROUND | {"checkpoint_arrays"},
-    "checkpoint_arrays": {"errors"},
+    "checkpoint": GROUND | {"checkpoint_files"},
+    "checkpoint_files": {"errors"},
     "prepare": GROUND | {"media", "data"},
     "train": GROUND | {"media", "data", "plots", "checkpoint", "convert", "model_card"},
 }

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from av_mae.checkpoint import find_checkpoint
+from av_mae.checkpoint_files import find_checkpoint
 from av_mae.prepare import __main__ as prepare
+from av_mae.storage import Folder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TIMING = ("clips_per_second", "input_wait", "flops_per_second", "goodput")
@@ -77,6 +78,10 @@ class Training:
     def environment(self, devices: int = 1) -> dict[str, str]:
         return run_environment(self.folder, devices)
 
+    def place(self, workdir: str) -> str:
+        """A work directory's path, or its URL."""
+        return workdir if "://" in workdir else str(self.folder / workdir)
+
     def start(
         self, workdir: str, *arguments: str, devices: int = 1, program: tuple[str, ...] = ("-m", "av_mae.train")
     ) -> subprocess.Popen:
@@ -85,7 +90,7 @@ class Training:
             sys.executable,
             *program,
             f"--config={self.config}",
-            f"--workdir={self.folder / workdir}",
+            f"--workdir={self.place(workdir)}",
             *arguments,
         ]
         return subprocess.Popen(
@@ -100,8 +105,8 @@ class Training:
 
     def metrics(self, workdir: str) -> list[dict]:
         """metrics.jsonl without what depends on the clock; a line that is being written is left out."""
-        path = self.folder / workdir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
+        folder = Folder(self.place(workdir))
+        text = folder.read("metrics.jsonl").decode() if folder.exists("metrics.jsonl") else ""
         lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         return [{name: x for name, x in line.items() if name not in TIMING} for line in lines]
 
@@ -116,7 +121,7 @@ class Training:
 
     def arrays(self, workdir: str) -> dict[str, np.ndarray]:
         """Model and optimizer of the newest checkpoint, by item and name."""
-        folder = find_checkpoint(str(self.folder / workdir))
+        folder = find_checkpoint(self.place(workdir))
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         arrays = {}
         for item in ("model", "optimizer"):

@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
-import pathlib
 
 from av_mae.console import quiet_libraries
 from av_mae.convert.infer import Options
 from av_mae.convert.store import convert, export
-from av_mae.errors import run_command
+from av_mae.errors import CHECKPOINT_STORES, LASTING_STORES, run_command
+
+URLS = {"--source": CHECKPOINT_STORES, "--output": LASTING_STORES}  # options that take those of stores
 
 EXAMPLE = """examples:
   python -m av_mae.convert --source=checkpoint_latest.pth --output=runs/deepavfusion
@@ -39,16 +40,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--source",
         required=True,
-        type=pathlib.Path,
         metavar="FILE",
-        help="weight file; with --to=safetensors also a work directory or checkpoint",
+        help="weight file; with --to=safetensors also a work directory or checkpoint, here or on a store (gs://)",
     )
     parser.add_argument(
         "--output",
         required=True,
-        type=pathlib.Path,
         metavar="DIR",
-        help="new work directory; with --to=safetensors a new file",
+        help="new work directory; with --to=safetensors a new file; here or on a store (gs://, s3://)",
     )
     parser.add_argument("--to", choices=("checkpoint", "safetensors"), default="checkpoint", help="(%(default)s)")
     said = parser.add_argument_group("what a file does not tell", "Default: the value of DeepAVFusion, where it fits.")
@@ -80,4 +79,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, URLS)

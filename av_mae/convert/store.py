@@ -17,6 +17,7 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ import orbax.checkpoint as ocp
 
 from av_mae import recipes
 from av_mae.checkpoint import Checkpoint, open_checkpoint
+from av_mae.checkpoint_files import COMMITTED
 from av_mae.config import DataConfig, SoundConfig, TrainConfig
 from av_mae.console import note
 from av_mae.convert.deepavfusion import DeepAVFusionFile, Survey, complaints, summarize
@@ -37,6 +39,7 @@ from av_mae.convert.weight_file import open_weights
 from av_mae.errors import UserError, one_line
 from av_mae.models import AVMAEConfig, kinds
 from av_mae.models.config import require
+from av_mae.storage import Folder, fetched, is_url, put_tree
 
 METADATA = "__metadata__"  # of a safetensors file
 # What a converted checkpoint keeps of its file, so that the file comes back bit for bit.
@@ -121,8 +124,10 @@ def write_safetensors(path: pathlib.Path, tensors: NamedTensors, between: Callab
 
 
 @contextlib.contextmanager
-def whole_or_nothing(output: pathlib.Path) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
+def whole_or_nothing(output: str | os.PathLike[str]) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
     """A path to write to, which becomes `output` at the end, at once; after an error nothing is left of it.
+
+    What is for a store is written to it at the end, file by file.
 
     With the path comes a function, which the writer calls now and then, whenever nothing is half written. The function
     raises KeyboardInterrupt or SystemExit if the process was told to end. (Orbax writes in threads: after an exception
@@ -131,8 +136,16 @@ def whole_or_nothing(output: pathlib.Path) -> Iterator[tuple[pathlib.Path, Calla
     Raises:
       UserError: `output` is there already, or cannot be written.
     """
-    if output.exists():
+    there = bool(Folder(output).files()) if is_url(output) else os.path.exists(output)
+    if there:
         raise UserError(f"--output={output} is there already: name another one, or move it away")
+    if is_url(output):
+        with tempfile.TemporaryDirectory(prefix="av_mae-") as folder:
+            with signals_kept() as end_if_told:
+                yield pathlib.Path(folder, "output"), end_if_told
+            put_tree(pathlib.Path(folder, "output"), os.fspath(output))
+        return
+    output = pathlib.Path(output)
     unfinished = output.with_name(f".{output.name}.unfinished")
     try:
         remove(unfinished)
@@ -203,6 +216,8 @@ def write_checkpoint(
     (record / RECORD).write_text(json.dumps({"prefix": found.prefix, "tensors": names}))
     write_safetensors(record / KEPT, [(name, tensors[name]) for name in survey.kept], between)
     recipes.save(config, folder / "config.json")
+    for item in (checkpoint / "model", checkpoint / "meta", checkpoint):
+        (item / COMMITTED).touch()  # on a store Orbax looks for it
 
 
 def recipe_of(model: AVMAEConfig) -> TrainConfig:
@@ -210,14 +225,16 @@ def recipe_of(model: AVMAEConfig) -> TrainConfig:
     return TrainConfig(epochs=200.0, data=DataConfig(sound=SoundConfig(mels=model.audio.size[0])), model=model)
 
 
-def deepavfusion_tensors(checkpoint: Checkpoint) -> NamedTensors:
+def deepavfusion_tensors(checkpoint: Checkpoint, record: pathlib.Path) -> NamedTensors:
     """What a checkpoint is in DeepAVFusion, by DeepAVFusion's names: of a converted file just what that held.
+
+    record: a folder of this machine with what the checkpoint's KEPT_FOLDER holds, where there is one.
 
     Raises:
       UserError: DeepAVFusion has no such model, or the checkpoint cannot be read.
     """
     definition, values = checkpoint.load()
-    model, record = definition.merge(values), checkpoint.folder / KEPT_FOLDER
+    model = definition.merge(values)
     known = json.loads((record / RECORD).read_text()) if record.is_dir() else {}
     names = names_of(model, known.get("prefix", "encoder."))
     kept = open_weights(record / KEPT).tensors if record.is_dir() else {}
@@ -294,7 +311,7 @@ def convert(source: str | os.PathLike, output: str | os.PathLike, options: Optio
     survey = weights.survey()
     for complaint in complaints(weights, survey):
         print(f"warning: {one_line(complaint)}", file=sys.stderr)
-    with whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
+    with whole_or_nothing(output) as (unfinished, between):
         write_checkpoint(unfinished, weights, survey, between)
     return summarize(weights, options)
 
@@ -307,10 +324,14 @@ def export(source: str | os.PathLike, output: str | os.PathLike) -> str:
     Raises:
       UserError: the source cannot be read, DeepAVFusion has no such model, or `output` is there already.
     """
-    if os.path.isfile(source):
-        tensors: NamedTensors = list(open_weights(source).tensors.items())
-    else:
-        tensors = deepavfusion_tensors(open_checkpoint(os.fspath(source)))
-    with whole_or_nothing(pathlib.Path(output)) as (unfinished, between):
+    with contextlib.ExitStack() as stack:
+        if not is_url(source) and os.path.isfile(source):
+            tensors: NamedTensors = list(open_weights(source).tensors.items())
+        else:
+            checkpoint = open_checkpoint(os.fspath(source))
+            record = stack.enter_context(fetched(checkpoint.folder / KEPT_FOLDER))
+            tensors = deepavfusion_tensors(checkpoint, record)
+        unfinished, between = stack.enter_context(whole_or_nothing(output))
         write_safetensors(unfinished, tensors, between)
-    return f"{len(tensors)} tensors, {os.path.getsize(output) / 1e6:.1f} MB"
+        size = unfinished.stat().st_size
+    return f"{len(tensors)} tensors, {size / 1e6:.1f} MB"

@@ -1,21 +1,22 @@
 """`python -m av_mae.evaluate`: one evaluation of a checkpoint; prints its table and writes results.json."""
 
 import argparse
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from av_mae import recipes
-from av_mae.errors import run_command
+from av_mae.errors import CHECKPOINT_STORES, run_command
 from av_mae.evaluate import compare, run
 from av_mae.evaluate.task import TASKS, task_class
 from av_mae.model_card import add_evaluation
 from av_mae.train.agreement import check_processes, held_by_run
 from av_mae.train.hosts import joined
 from av_mae.train.run import read_command
-from av_mae.workdir import SkippedFile, make_workdir
+from av_mae.workdir import SkippedFile, collected, make_workdir
+
+URLS = {"--workdir": CHECKPOINT_STORES, "--config.init": CHECKPOINT_STORES}  # options that take those of stores
 
 
 def kind_of(values: Mapping[str, Any]) -> type:
@@ -35,10 +36,10 @@ def main(argv: list[str]) -> None:
     kinds = [*(task_class(name).config_class for name in TASKS), compare.CompareConfig]
     output = "where results.json and images/ go, and the checkpoints of a head"
     arguments, config = read_command(parser, argv, output, kind_of, kinds)
-    workdir, absolute = pathlib.Path(arguments.workdir), make_workdir(arguments.workdir)
+    absolute = make_workdir(arguments.workdir)
     with joined(arguments):
         check_processes(config, absolute)
-        with held_by_run(workdir):
+        with held_by_run(absolute), collected(arguments.workdir) as workdir:
             if jax.process_index() == 0:
                 recipes.save(config, workdir / "config.json")
             compared = isinstance(config, compare.CompareConfig)
@@ -47,9 +48,9 @@ def main(argv: list[str]) -> None:
                 report.save(workdir / "results.json")
                 SkippedFile(workdir).add(report.failures)
                 if not compared:  # a comparison is of several runs
-                    add_evaluation(config.init, workdir, config.task, config.data.path, report)
+                    add_evaluation(config.init, arguments.workdir, config.task, config.data.path, report)
                 print(report.table)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, URLS)

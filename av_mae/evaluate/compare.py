@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from av_mae import plots, recipes
-from av_mae.checkpoint import find_checkpoint, first_difference
+from av_mae.checkpoint import first_difference
+from av_mae.checkpoint_files import find_checkpoint
 from av_mae.console import first_line, note
 from av_mae.errors import UserError, one_line
 from av_mae.evaluate import run as task_run

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from av_mae import recipes
-from av_mae.checkpoint import Checkpoints, TrainState, load_params, open_checkpoint, read_meta
+from av_mae.checkpoint import Checkpoints, TrainState, load_params, open_checkpoint
+from av_mae.checkpoint_files import read_meta
 from av_mae.config import DataConfig, TrainConfig
 from av_mae.console import Progress, note
 from av_mae.data.pipeline import open_evaluation_data

@@ -8,12 +8,15 @@ import pathlib
 import jax
 
 from av_mae.console import format_metrics, quiet_libraries
-from av_mae.errors import UserError, one_line, run_command
+from av_mae.errors import CHECKPOINT_STORES, LASTING_STORES, UserError, one_line, run_command
 from av_mae.export.embeddings import Options, export_embeddings
 from av_mae.export.encoders import INPUTS, OUTPUTS, export_onnx, export_safetensors, export_stablehlo
 from av_mae.loading import load, resolve
 from av_mae.train.agreement import held_by_run
 from av_mae.train.hosts import add_process_arguments, joined
+from av_mae.workdir import collected
+
+URLS = {"--checkpoint": CHECKPOINT_STORES, "--output": LASTING_STORES}  # options that take those of stores
 
 EXAMPLE = """examples:
   python -m av_mae.export --checkpoint=runs/demo --data=runs/demo/data/toy_band:test --output=embeddings
@@ -107,7 +110,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="a prepared set (DIR[:split]), a folder of media, or a csv, tsv or parquet list of files "
         "with the columns path and, if wanted, start, end, label, id",
     )
-    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="new folder")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder, here or on a store (gs://, s3://)")
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -153,9 +156,9 @@ def embed(arguments: argparse.Namespace) -> None:
     )
     with joined(arguments):
         try:
-            with held_by_run(arguments.output):
+            with held_by_run(arguments.output), collected(arguments.output, lambda _: True) as output:
                 result = export_embeddings(
-                    load(arguments.checkpoint), arguments.checkpoint, arguments.data, arguments.output, options
+                    load(arguments.checkpoint), arguments.checkpoint, arguments.data, output, options
                 )
             if jax.process_index() == 0:
                 print(summary(arguments.output, result))
@@ -168,18 +171,17 @@ def embed(arguments: argparse.Namespace) -> None:
             ) from error
 
 
-def summary(output: pathlib.Path, result: dict) -> str:
+def summary(output: str, result: dict) -> str:
     """What was exported, and what failed and why, in lines."""
     rates = {name: x for name, x in result.items() if name.endswith("per_second")}
     lines = [f"{output}: {result['windows']} windows of {result['clips']} clips {format_metrics(rates)}".rstrip()]
     if result["failed"]:
         lines.append(
-            f"{result['failed']} of {result['clips'] + result['failed']} clips failed, see "
-            f"{output / 'failures.parquet'}:"
+            f"{result['failed']} of {result['clips'] + result['failed']} clips failed, see {output}/failures.parquet:"
         )
         lines += [f"  {count} × {one_line(cause)}" for cause, count in result["causes"].items()]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, URLS)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from av_mae.errors import UserError
 from av_mae.export import load_encoder
 from av_mae.export.embeddings import configuration_hash, model_identity
 from av_mae.loading import LoadedModel, forward
+from av_mae.storage import is_url
 
 INPUTS, OUTPUTS = ("media", "tensors"), ("pooled", "tokens")
 
@@ -85,7 +87,7 @@ ONNX_INSTALL = "pip install onnx-ir onnxruntime, then pip install --no-deps jax2
 LARGEST = 2**31  # bytes: what both formats can hold in one file
 
 
-def export_stablehlo(model: LoadedModel, output: pathlib.Path, inputs: str, outputs: str) -> str:
+def export_stablehlo(model: LoadedModel, output: str | os.PathLike[str], inputs: str, outputs: str) -> str:
     """Writes `encoder.stablehlo` (jax.export, any batch size, for cpu, cuda and tpu), `encoder.json`, which says what
     it takes and is, and `load_encoder.py`, which runs it, with the library that jax.export reads with. Returns what
     was written, in a line.
@@ -118,7 +120,7 @@ def export_stablehlo(model: LoadedModel, output: pathlib.Path, inputs: str, outp
     return f"{output}: encoder.stablehlo, {len(data) / 1e6:.1f} MB, takes {takes(program)}"
 
 
-def export_onnx(model: LoadedModel, output: pathlib.Path, inputs: str, outputs: str) -> str:
+def export_onnx(model: LoadedModel, output: str | os.PathLike[str], inputs: str, outputs: str) -> str:
     """Writes `encoder.onnx` (any batch size) by jax2onnx, and `encoder.json`. Returns what was written, in a line.
 
     What comes out is called `image_pooled`, `audio_tokens` and so on.
@@ -153,11 +155,11 @@ def export_onnx(model: LoadedModel, output: pathlib.Path, inputs: str, outputs: 
     return f"{output}: encoder.onnx, {len(data) / 1e6:.1f} MB, takes {takes(program)}"
 
 
-def export_safetensors(checkpoint: str, output: pathlib.Path) -> str:
+def export_safetensors(checkpoint: str, output: str | os.PathLike[str]) -> str:
     """Writes the whole model in DeepAVFusion's names as `model.safetensors`; see convert.export."""
-    if output.exists():
+    if not is_url(output) and os.path.exists(output):
         raise UserError(f"--output={output} is there already: name another one, or move it away")
-    return f"{output}: model.safetensors, {convert.export(checkpoint, output / 'model.safetensors')}"
+    return f"{output}: model.safetensors, {convert.export(checkpoint, f'{os.fspath(output)}/model.safetensors')}"
 
 
 def describe(model: LoadedModel, program: Program, outputs: str, data: bytes) -> dict:

@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from av_mae.errors import UserError, check_name, check_numbers, run_command
+from av_mae.errors import StoreError, UserError, check_name, check_numbers, run_command
+from av_mae.lock import held
 from av_mae.prepare.demo import MODULES
 from av_mae.prepare.readers import READERS
 from av_mae.prepare.readers.catalogue import CAUSES, SKIPPABLE
-from av_mae.storage import Folder, StoreError
-from av_mae.workdir import held
+from av_mae.storage import Folder
 
 if TYPE_CHECKING:
     from av_mae.prepare.engines import WriteShards
@@ -250,4 +250,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, stores=True)
+    run_command(main, stores=None)

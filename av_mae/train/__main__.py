@@ -16,7 +16,7 @@ from av_mae.checkpoint import Checkpoints, load_params
 from av_mae.config import TrainConfig
 from av_mae.console import note
 from av_mae.convert.store import stream_arrays
-from av_mae.errors import UserError, run_command
+from av_mae.errors import CHECKPOINT_STORES, UserError, run_command
 from av_mae.model_card import write_card
 from av_mae.models.kinds import Params
 from av_mae.train.agreement import check_processes, held_by_run
@@ -25,7 +25,9 @@ from av_mae.train.hosts import Stopped, joined
 from av_mae.train.loop import Hook
 from av_mae.train.run import Run, first_state, open_local, open_run, read_command, train_from
 from av_mae.train.step import TrainStep
-from av_mae.workdir import make_workdir
+from av_mae.workdir import collected, make_workdir
+
+URLS = {"--workdir": CHECKPOINT_STORES, "--config.init": CHECKPOINT_STORES}  # options that take those of stores
 
 # What the system says where a run cannot begin to write; once it runs, hooks and checkpoints warn and go on.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -105,8 +107,8 @@ def main(argv: list[str]) -> None:
     with joined(arguments):
         try:
             check_processes(config, workdir)
-            with held_by_run(workdir):
-                run(config, workdir)
+            with held_by_run(workdir), collected(workdir) as files:
+                run(config, files)
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
@@ -117,4 +119,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, URLS)

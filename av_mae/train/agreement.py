@@ -21,8 +21,9 @@ from av_mae import recipes
 from av_mae.checkpoint import first_difference
 from av_mae.console import note
 from av_mae.errors import UserError
+from av_mae.lock import held
+from av_mae.storage import Folder
 from av_mae.train.sharding import gather_values
-from av_mae.workdir import held
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 SEEN_WITHIN = 5.0  # seconds after which every host should see a new file of a shared folder
@@ -54,11 +55,11 @@ def held_by_run(folder: str | os.PathLike[str]) -> Iterator[None]:
                 refused = str(error)
         if message := gather_values([refused])[0]:
             raise UserError(message)
-        check_shared(pathlib.Path(folder))
+        check_shared(Folder(folder))
         yield
 
 
-def check_shared(folder: pathlib.Path) -> None:
+def check_shared(folder: Folder) -> None:
     """Looks on every process for a file that the first one has just written into the folder.
 
     Where hosts have folders of their own under one name, each would keep a part of every checkpoint: none is whole.
@@ -68,22 +69,26 @@ def check_shared(folder: pathlib.Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    path = folder / f".shared.{gather_values([secrets.token_hex(8)])[0]}"
+    name = f".shared.{gather_values([secrets.token_hex(8)])[0]}"
     written = True
     if jax.process_index() == 0:
         try:
-            path.touch()
+            folder.write(name, b"")
         except OSError:  # the command itself will say so
             written = False
     if not gather_values([written])[0]:
         return
-    until = time.monotonic() + SEEN_WITHIN
-    while not (seen := path.exists()) and time.monotonic() < until:
-        os.listdir(folder)  # network file systems look again
-        time.sleep(0.1)
+    until, seen = time.monotonic() + SEEN_WITHIN, False
+    while not seen and time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            if folder.is_local:
+                os.listdir(folder.url)  # network file systems look again
+            seen = folder.exists(name)
+        time.sleep(0 if seen else 0.1)
     found = gather_values([(socket.gethostname(), seen)])
     if jax.process_index() == 0:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.remove(name)
     for number, (host, seen) in enumerate(found):
         if not seen:
             raise UserError(

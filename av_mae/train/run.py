@@ -181,7 +181,7 @@ def train_from(run: Run, begin: Restored) -> Restored:
     if run.checkpoints.failed is not None:
         raise UserError(
             f"the checkpoint of step {run.checkpoints.failed} could not be saved: make room for "
-            f"{run.workdir} and run the same command again"
+            f"{run.checkpoints.folder} and run the same command again"
         )
     return Restored(state, begin.meta | {"step": done})
 

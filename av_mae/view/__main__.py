@@ -19,8 +19,12 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator
 
 from av_mae import plots
-from av_mae.errors import UserError, run_command
-from av_mae.view import RUN_FILES, Run, Workdir, is_number
+from av_mae.errors import CHECKPOINT_STORES, UserError, run_command
+from av_mae.storage import as_path, is_url
+from av_mae.view import RUN_FILES, SHOWN_FILES, Run, Workdir, is_number
+from av_mae.workdir import Mirror, is_shown, original
+
+URLS = {"--workdir": CHECKPOINT_STORES}  # options that take those of stores
 
 PAGE_FILE = "view.html"
 MOST_CURVES, SHOWN_CURVES, MOST_POINTS = 1000, 12, 300  # of the page; of a run, the others folded; of a curve
@@ -305,12 +309,12 @@ def write_page(folder: str) -> pathlib.Path:
     """
     workdir = Workdir(folder)
     if not workdir.root.is_dir():
-        raise UserError(f"--workdir={folder} must be a folder; there is none of that name")
+        raise UserError(f"--workdir={original(workdir.root)} must be a folder; there is none of that name")
     names = workdir.runs()
     if not names:
         raise UserError(
-            f"--workdir={folder} holds no run: neither it nor a folder in it has {' or '.join(RUN_FILES)}; name "
-            "the --workdir of av_mae.train or av_mae.evaluate, or a folder of several"
+            f"--workdir={original(workdir.root)} holds no run: neither it nor a folder in it has "
+            f"{' or '.join(RUN_FILES)}; name the --workdir of av_mae.train or av_mae.evaluate, or a folder of several"
         )
     path = workdir.root / PAGE_FILE
     try:
@@ -338,6 +342,13 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--open", action="store_true", help="also open the page in the browser")
     arguments = parser.parse_args(argv)
+    if is_url(arguments.workdir):
+        if arguments.open:
+            raise UserError("--open shows pages of this machine only, not those on stores")
+        shown = as_path(arguments.workdir)
+        with Mirror(str(shown), is_shown, empty=lambda name: name.endswith(SHOWN_FILES)) as local:
+            print(original(write_page(str(local))))
+        return
     path = write_page(arguments.workdir)
     print(path)
     if arguments.open and not webbrowser.open(path.as_uri()):
@@ -345,4 +356,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, URLS)

@@ -1,6 +1,8 @@
-"""The arrays of a checkpoint: how they are written, read back, and told from damaged or swapped ones."""
+"""The files of a checkpoint: how they are found, written, read back, and told from damaged or swapped ones."""
 
 import functools
+import hashlib
+import json
 import logging
 import pathlib
 import sys
@@ -14,10 +16,72 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from av_mae.errors import UserError
+from av_mae.storage import as_path, is_url, reached
 
 Arrays = dict[str, Any]
 # Arrays, or their shapes, dtypes and shardings alone, by dotted name.
 Abstract = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
+
+
+COMMITTED = "commit_success.txt"  # Orbax's, in a checkpoint on a store and in each of its items: they are whole
+
+
+def find_checkpoint(path: str) -> pathlib.Path:
+    """The folder of the checkpoint that `path` names: a checkpoint, or the newest of a workdir or its `checkpoints`.
+
+    Raises:
+      UserError: there is none.
+    """
+    folder = as_path(path)
+    with reached(folder):
+        if (folder / "model").is_dir():
+            return folder
+        for candidate in (folder / "checkpoints", folder):
+            if candidate.is_dir():
+                children = [child for child in candidate.iterdir() if child.name.isdecimal()]
+                steps = [int(child.name) for child in children if is_whole(child)]
+                if steps:
+                    return candidate / str(max(steps))
+                if children:
+                    raise UserError(
+                        f"the checkpoints in {candidate} are not finished, or were copied without their "
+                        "commit_success.txt: name another folder, or copy them again"
+                    )
+    raise UserError(f"there is no checkpoint in {path!r}: name a work directory, its checkpoints/ or one of them")
+
+
+def unfinished(folder: pathlib.Path, step: str = "*") -> list[pathlib.Path]:
+    """Checkpoints of a step that were begun and not finished. On stores they have their last name from the start."""
+    if is_url(folder):
+        found = folder.iterdir() if folder.is_dir() else ()
+        return [path for path in found if path.name.isdecimal() and step in ("*", path.name) and not is_whole(path)]
+    return list(folder.glob(f"{step}.orbax-checkpoint-tmp*"))
+
+
+def is_whole(checkpoint: pathlib.Path) -> bool:
+    """Whether Orbax has finished a checkpoint, or a part of one, that has its last name."""
+    return not is_url(checkpoint) or (checkpoint / COMMITTED).exists()
+
+
+def meta_hash(meta: Mapping[str, Any]) -> str:
+    """SHA-256 of all of a checkpoint's meta but the hash itself."""
+    text = json.dumps({name: value for name, value in meta.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_meta(folder: pathlib.Path) -> dict[str, Any]:
+    """The meta of the checkpoint in `folder`.
+
+    Raises:
+      ValueError: the meta is not the one that was saved, or of another step than the folder's name. Checkpoints of
+        earlier versions have no hash to compare with.
+    """
+    meta: dict[str, Any] = json.loads((folder / "meta" / "metadata").read_text())
+    if folder.name.isdecimal() and meta["step"] != int(folder.name):
+        raise ValueError(f"its meta is of step {meta['step']}")
+    if ("digests" in meta or "sha256" in meta) and meta.get("sha256") != meta_hash(meta):
+        raise ValueError("its meta has changed since it was saved")
+    return meta
 
 
 @jax.jit

@@ -1,0 +1,235 @@
+"""Work directories on a store (a real GCS server): the same as on a folder, also after kills and while it is away."""
+
+import json
+import pathlib
+import signal
+import time
+
+import pytest
+import store_servers
+from train_processes import Training, assert_same_arrays
+
+import av_mae
+from av_mae import checkpoint, lock, storage, workdir
+from av_mae.checkpoint_files import find_checkpoint
+from av_mae.convert.__main__ import main as convert
+from av_mae.errors import StoreError, UserError
+from av_mae.evaluate.__main__ import main as evaluate
+from av_mae.export.__main__ import main as export
+from av_mae.models.kinds import flat_values
+from av_mae.storage import Folder
+from av_mae.view.__main__ import main as view
+
+STEPS = 120
+ARGUMENTS = ["--heads=4", "--decoder_heads=4", "--tokens=6,4,2"]  # of the golden file
+QUICK = ["--config.data.workers=0", f"--config.steps={STEPS}", "--config.images_every=40"]
+GS = f"gs://{store_servers.BUCKET}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with store_servers.running(tmp_path_factory.mktemp("store")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory, server):
+    return Training(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def local(training):
+    status, said = training.run("local", *QUICK)
+    assert status == 0, said
+    return training.metrics("local"), training.arrays("local")
+
+
+def assert_same_run(training, workdir, local):
+    assert training.metrics(workdir) == local[0]
+    assert_same_arrays(training.arrays(workdir), local[1])
+
+
+@pytest.fixture(scope="module")
+def run(training, local):
+    """A run on the store that was killed with kill -9 after a checkpoint, and went on."""
+    url = f"{GS}/run"
+    process = training.start(url, *QUICK)
+    while process.poll() is None and not Folder(url).exists("checkpoints/10/commit_success.txt"):
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.communicate()[1]
+    status, said = training.run(url, *QUICK)
+    assert status == 0 and "resuming after step" in said, said
+    return url
+
+
+def test_killed_and_resumed_it_is_the_run_on_a_folder(training, run, local):
+    assert_same_run(training, run, local)
+    names, here = set(Folder(run).files()), set(Folder(str(training.folder / "local")).files())
+    events = {name for name in names | here if "tfevents" in name}
+    parts = {name for name in names | here if "/d/" in name or name.endswith("commit_success.txt")}
+    assert here - events - parts <= names and len(events & names) == 2
+    card = json.loads(Folder(run).read("card.json"))
+    assert card["checkpoint"] == f"checkpoints/{STEPS}"
+    assert Folder(run).read(f"images/step_{STEPS:08d}.png")[1:4] == b"PNG"
+
+
+def test_what_reads_it(training, run, tmp_path, capsys):
+    """load, init, evaluate (and the run's card), export, view, convert."""
+    assert_same_arrays(*(flat_values(av_mae.load(path).encoder) for path in (run, training.folder / "local")))
+    status, said = training.run("begun", *QUICK[:1], "--config.steps=1", f"--config.init={run}")
+    assert status == 0 and f"starting from the weights of {run}" in said
+    toy = training.folder / "toy"
+    evaluate(
+        [
+            f"--config={pathlib.Path(__file__).parent.parent / 'configs' / 'reconstruction.py'}",
+            f"--config.init={run}",
+            f"--config.data.path={toy}",
+            f"--workdir={GS}/evaluation",
+        ]
+    )
+    assert "clips" in json.loads(Folder(f"{GS}/evaluation").read("results.json"))
+    assert list(json.loads(Folder(run).read("card.json"))["evaluations"]) == [f"{GS}/evaluation"]
+    for output in (f"{GS}/embeddings", str(tmp_path / "embeddings")):
+        export([f"--checkpoint={run}", f"--data={toy}:test", f"--output={output}", "--workers=0"])
+    file = "embeddings/00000-of-00001.parquet"
+    assert Folder(f"{GS}/embeddings").read(file) == (tmp_path / "embeddings" / file).read_bytes()
+    export([f"--checkpoint={run}", f"--data={toy}:test", f"--output={GS}/embeddings", "--workers=0"])
+    assert "1 of 1 shards are there already" in capsys.readouterr().err
+    view([f"--workdir={run}"])
+    assert capsys.readouterr().out == f"{run}/view.html\n"
+    page = Folder(run).read("view.html").decode()
+    assert f"images/step_{STEPS:08d}.png" in page and str(tmp_path) not in page
+    assert Folder(run).read(f"images/step_{STEPS:08d}.png")[1:4] == b"PNG"  # not the empty file of the page's maker
+
+
+def test_converted_weights(server, shared, tmp_path):
+    source = f"--source={shared / 'golden' / 'factorized_mmi.pth'}"
+    convert([source, f"--output={GS}/converted", *ARGUMENTS])
+    with pytest.raises(UserError, match="is there already"):
+        convert([source, f"--output={GS}/converted", *ARGUMENTS])
+    av_mae.load(f"{GS}/converted")
+    back = f"{GS}/weights/model.safetensors"
+    convert(["--to=safetensors", f"--source={GS}/converted", f"--output={back}"])
+    convert(["--to=safetensors", source, f"--output={tmp_path / 'same.safetensors'}", *ARGUMENTS])
+    assert Folder(f"{GS}/weights").read("model.safetensors") == (tmp_path / "same.safetensors").read_bytes()
+
+
+def test_unfinished_checkpoints_are_passed_over(run, training):
+    found = find_checkpoint(run)
+    later = Folder(f"{run}/checkpoints")
+    later.write(f"{STEPS + 10}/model/_METADATA", b"{}")
+    assert find_checkpoint(run) == found
+    status, said = training.run(run, *QUICK)
+    assert status == 0 and f"checkpoint {STEPS + 10} was not finished when its run ended" in said
+    assert "this run is finished" in said
+
+
+def test_one_run_at_a_time(server):
+    url = f"{GS}/held"
+    with lock.held(url):
+        with pytest.raises(UserError, match=rf"^{url} is held by process "), lock.held(url):
+            pass
+        assert Folder(url).exists(lock.LOCK)
+    assert not Folder(url).exists(lock.LOCK)
+
+
+@pytest.mark.parametrize("beats, taken", [(False, True), (True, False)])
+def test_another_machine_shows_whether_it_lives(server, monkeypatch, beats, taken):
+    monkeypatch.setattr(lock, "STALE", 3.0)
+    folder = Folder(f"{GS}/elsewhere-{beats}")
+    other = lock._describe() | {"host": "other", "system": "another boot", "beats": 1}
+    folder.write(lock.LOCK, json.dumps(other).encode())
+    asleep = time.sleep
+
+    def sleep(seconds):
+        if beats:
+            folder.write(lock.LOCK, json.dumps(other | {"beats": 2}).encode())
+        asleep(seconds)
+
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    if taken:
+        with lock.held(folder.url):
+            assert json.loads(folder.read(lock.LOCK))["host"] != "other"
+    else:
+        with pytest.raises(UserError, match="on other since"), lock.held(folder.url):
+            pass
+
+
+def test_what_is_not_there_or_not_allowed(server, tmp_path):
+    for url, message in (
+        ("gs://nowhere/run", "there is no such bucket"),
+        ("gs://", "names no bucket"),
+        ("s3://bucket/run", "s3:// is not read or written here, only gs://, paths"),
+        ("ftp://bucket/run", "ftp:// is not read or written here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            workdir.make_workdir(url)
+        with pytest.raises(UserError):
+            av_mae.load(url)
+    for name in ("a/../../outside", "/etc/outside", ".."):
+        with pytest.raises(UserError, match="leads out of its folder"):
+            storage.inside(tmp_path, name)
+
+
+def test_a_store_that_is_away_when_a_mirror_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workdir, "PAUSE", 0.1)
+    away = []
+    put = storage.Folder.put
+
+    def put_when_there(self, *arguments, **options):
+        if away:
+            raise StoreError("gs://x does not answer")
+        return put(self, *arguments, **options)
+
+    monkeypatch.setattr(storage.Folder, "put", put_when_there)
+    with workdir.collected("memory://mirror/run") as folder:
+        (folder / "a.txt").write_text("1")
+        workdir.push()
+        away.append(True)
+        (folder / "a.txt").write_text("22")
+        workdir.push()
+        workdir.push()
+        assert Folder("memory://mirror/run").read("a.txt") == b"1"
+        away.clear()
+        workdir.push()
+        (folder / "b.part").write_text("not whole")
+        (folder / "c").write_text("3")
+        workdir.push()
+        (folder / "c").unlink()
+    said = capsys.readouterr().err
+    assert said.count("the work goes on") == 1 and said.count("answers again") == 1
+    assert Folder("memory://mirror/run").files() == ["a.txt"]
+    with pytest.raises(StoreError, match="does not take the last files"), workdir.collected("memory://m/r") as folder:
+        (folder / "a.txt").write_text("1")
+        away.append(True)
+    assert (folder / "a.txt").read_text() == "1"
+
+
+@pytest.mark.slow
+def test_the_store_vanishes_for_a_minute(training, server, local):
+    url = f"{GS}/vanishing"
+    process = training.start(url, *QUICK)
+    while process.poll() is None and not Folder(url).exists("checkpoints/10/commit_success.txt"):
+        time.sleep(0.05)
+    server.stop()
+    time.sleep(60)
+    server.start()
+    said = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, said
+    assert "answers again" in said or "could not be saved" in said, said
+    assert_same_run(training, url, local)
+
+
+def test_damage_on_the_store_is_set_aside(training, server, local):
+    url = f"{GS}/damaged"
+    storage.put_tree(training.folder / "local", url)
+    for step in checkpoint.Checkpoints(training.folder / "local" / "checkpoints").steps():
+        for item in ("", "model/", "optimizer/", "meta/"):
+            Folder(url).write(f"checkpoints/{step}/{item}commit_success.txt", b"")
+    Folder(url).write(f"checkpoints/{STEPS}/meta/metadata", b"{}")
+    status, said = training.run(url, *QUICK)
+    assert status == 0, said
+    assert f"checkpoint {STEPS} is damaged" in said and f"resuming after step {STEPS - 10}" in said
+    assert_same_run(training, url, local)
+    assert Folder(url).exists(f"checkpoints-damaged/{STEPS}/meta/metadata")
