@@ -7,7 +7,7 @@ import time
 
 import pytest
 import store_servers
-from train_processes import Training, assert_same_arrays
+from train_processes import Training, assert_same_arrays, free_port
 
 import av_mae
 from av_mae import checkpoint, lock, storage, workdir
@@ -219,6 +219,18 @@ def test_the_store_vanishes_for_a_minute(training, server, local):
     assert process.returncode == 0, said
     assert "answers again" in said or "could not be saved" in said, said
     assert_same_run(training, url, local)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_store(training, server):
+    """Each has a mirror of its own; the first one writes."""
+    for place in ("two", f"{GS}/two"):
+        together = [*QUICK, f"--coordinator=localhost:{free_port()}", "--process_count=2"]
+        processes = [training.start(place, *together, f"--process_id={number}") for number in range(2)]
+        said = [process.communicate(timeout=300)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+    assert_same_run(training, f"{GS}/two", (training.metrics("two"), training.arrays("two")))
+    assert sum("tfevents" in name for name in Folder(f"{GS}/two").files()) == 1
 
 
 def test_damage_on_the_store_is_set_aside(training, server, local):
