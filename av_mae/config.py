@@ -62,7 +62,8 @@ class DataConfig:
     process that reads keeps in memory. `annotations` names what batches carry of what is known about a clip
     (data/loading.py), of `classes` labels or, in masks, of pixels (0: labels are not counted and masks are binary).
     `mix` clips' audio is added to one, the first clip being the target source. `image_noise` is the deviation of white
-    noise on normalised images, `sound_snr` the decibels of the audio over white noise (`None`: without noise).
+    noise on normalised images, `sound_snr` the decibels of the audio over white noise (`None`: without noise). Sets on
+    stores (gs://, s3://) are copied to the folder `local` of each host (data/copies.py).
     """
 
     path: str = ""
@@ -83,6 +84,7 @@ class DataConfig:
     mix: int = 1
     image_noise: float = 0.0
     sound_snr: float | None = None
+    local: str = ""
 
     def __post_init__(self) -> None:
         # 0: clips are read in this process, none are kept in memory, the volume stays as it is

@@ -193,6 +193,19 @@ class Folder:
                 found = [name.removeprefix(root).lstrip("/") for name in self._system.find(start)]
         return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
 
+    def details(self) -> dict[str, dict[str, Any]]:
+        """Of each file of a store that is not hidden its size, its digest as the store has it, and its MD5 or ''."""
+        with reached(self.url):
+            root, found = self._stripped(self.url), self._system.find(self._stripped(self.url), detail=True)
+        details = {}
+        for path, info in found.items():
+            name, md5 = path.removeprefix(root).lstrip("/"), info.get("md5Hash") or ""
+            # A time, where a store has no digest, changes with every write.
+            digest = md5 or next((info[key] for key in ("ETag", "etag", "mtime", "created") if info.get(key)), "")
+            if not any(part.startswith(".") for part in name.split("/")):
+                details[name] = {"size": int(info["size"]), "digest": str(digest), "md5": md5}
+        return details
+
     def exists(self, name: str) -> bool:
         if self.is_local:
             return os.path.exists(self.path(name))

@@ -221,6 +221,20 @@ def test_the_store_vanishes_for_a_minute(training, server, local):
     assert_same_run(training, url, local)
 
 
+def test_a_set_on_the_store_gives_the_same_run(training, server, local, tmp_path):
+    storage.put_tree(training.folder / "toy", f"{GS}/toy")
+    there = [f"--config.data.path={GS}/toy", f"--config.data.local={tmp_path}"]
+    status, said = training.run("from-store", *QUICK, *there)
+    assert status == 0 and "copying" in said, said
+    assert_same_run(training, "from-store", local)
+    status, said = training.run("refused", *QUICK, there[0])
+    assert status == 2 and said.count("\n") == 1 and "data.local=DIR" in said, said
+    recipe = pathlib.Path(__file__).parent.parent / "configs" / "reconstruction.py"
+    arguments = [f"--config={recipe}", f"--config.init={training.folder / 'from-store'}", f"--workdir={tmp_path / 'e'}"]
+    evaluate([*arguments, *there])
+    assert (tmp_path / "e" / "results.json").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_store(training, server):
     """Each has a mirror of its own; the first one writes."""

@@ -53,7 +53,7 @@ def test_urls_from_python(tmp_path, monkeypatch):
         lambda: av_mae.load("s3://bucket/run"),
         lambda: av_mae.preprocess.load("s3://bucket/a.mp4"),
         lambda: workdir.make_workdir("s3://bucket/run"),
-        lambda: records.describe("gs://bucket/set"),
+        lambda: records.describe("ftp://bucket/set"),
         lambda: checkpoint_files.find_checkpoint("hdfs://a/b"),
     ):
         with pytest.raises(UserError, match="is not read or written here"):

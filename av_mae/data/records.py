@@ -23,7 +23,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 from av_mae import console
 from av_mae.console import Progress
 from av_mae.data import Record
-from av_mae.errors import UserError, check_local
+from av_mae.data.copies import folder_of
+from av_mae.errors import UserError
 
 VERSION = "2.0.0"  # raised with every change of the fields: other versions are refused
 BYTES = np.object_  # what TFDS calls a string of bytes
@@ -109,7 +110,7 @@ def read_labels(path: str | os.PathLike[str], split: str) -> Labels:
     A record that cannot be read counts as without labels. Raises UserError as open_source.
     """
     source = open_source(path, split, ("labels",))
-    stored = load_labels(pathlib.Path(path, labels_file(split)), len(source))
+    stored = load_labels(folder_of(path) / labels_file(split), len(source))
     if stored is not None:
         return stored
     clips: list[Sequence[int]] = []
@@ -234,8 +235,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
 
     The set's files are compared with what this program writes; nothing that they name is imported.
     """
-    check_local("data.path", os.fspath(path))
-    path = pathlib.Path(path)
+    path = folder_of(path)
     if not path.is_dir():
         raise UserError(
             f"data folder {path} does not exist; make a set with: python -m av_mae.prepare "
@@ -322,6 +322,7 @@ def open_source(path: str | os.PathLike[str], split: str, fields: Sequence[str] 
     Raises UserError where the folder, the set or the split is not there, the set is of another version, or the split
     is empty.
     """
+    path = folder_of(path)
     splits = describe(path).splits
     if split not in splits:
         raise UserError(f"{path} has no split {split!r}; it has {', '.join(sorted(splits))}")

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 
 from av_mae import recipes
-from av_mae.errors import CHECKPOINT_STORES, run_command
+from av_mae.config import DataConfig
+from av_mae.data.copies import copy_sets
+from av_mae.errors import CHECKPOINT_STORES, LASTING_STORES, run_command
 from av_mae.evaluate import compare, run
 from av_mae.evaluate.task import TASKS, task_class
 from av_mae.model_card import add_evaluation
@@ -16,7 +18,12 @@ from av_mae.train.hosts import joined
 from av_mae.train.run import read_command
 from av_mae.workdir import SkippedFile, collected, make_workdir
 
-URLS = {"--workdir": CHECKPOINT_STORES, "--config.init": CHECKPOINT_STORES}  # options that take those of stores
+URLS = {  # options that take those of stores
+    "--workdir": CHECKPOINT_STORES,
+    "--config.init": CHECKPOINT_STORES,
+    "--config.data.path": LASTING_STORES,
+    "--config.test_path": LASTING_STORES,
+}
 
 
 def kind_of(values: Mapping[str, Any]) -> type:
@@ -43,6 +50,9 @@ def main(argv: list[str]) -> None:
             if jax.process_index() == 0:
                 recipes.save(config, workdir / "config.json")
             compared = isinstance(config, compare.CompareConfig)
+            if not compared:
+                test_sets = DataConfig(path=getattr(config, "test_path", "")).paths
+                copy_sets([*DataConfig(path=config.data.path).paths, *test_sets], config.data.local)
             report = (compare if compared else run).run(config, workdir)
             if jax.process_index() == 0:
                 report.save(workdir / "results.json")

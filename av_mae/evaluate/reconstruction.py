@@ -52,12 +52,16 @@ Errors = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionData:
-    """Prepared sets, separated by commas, each measured by itself; `clips` of each at most (0: all)."""
+    """Prepared sets, separated by commas, each measured by itself; `clips` of each at most (0: all).
+
+    `local` as in DataConfig.
+    """
 
     path: str = ""
     split: str = "test"
     clips: int = 0
     workers: int = 0
+    local: str = ""
 
     def __post_init__(self):
         require(bool(self.split), "data.split must name a split of the prepared sets, e.g. test")

@@ -21,6 +21,7 @@ from av_mae.checkpoint import Checkpoints, TrainState, load_params, open_checkpo
 from av_mae.checkpoint_files import read_meta
 from av_mae.config import DataConfig, TrainConfig
 from av_mae.console import Progress, note
+from av_mae.data.copies import folder_of
 from av_mae.data.pipeline import open_evaluation_data
 from av_mae.errors import UserError, one_line
 from av_mae.evaluate.bootstrap import Bootstrap, Metric, Report
@@ -250,7 +251,7 @@ def missing_clips(paths: Sequence[str], split: str) -> Iterator[str]:
     Read from what `av_mae.prepare` reported beside the shards; demo sets have no annotations and no report.
     """
     for path in paths:
-        report = pathlib.Path(path) / REPORT
+        report = folder_of(path) / REPORT
         if not report.is_file():
             continue
         try:

@@ -16,7 +16,8 @@ from av_mae.checkpoint import Checkpoints, load_params
 from av_mae.config import TrainConfig
 from av_mae.console import note
 from av_mae.convert.store import stream_arrays
-from av_mae.errors import CHECKPOINT_STORES, UserError, run_command
+from av_mae.data.copies import copy_sets
+from av_mae.errors import CHECKPOINT_STORES, LASTING_STORES, UserError, run_command
 from av_mae.model_card import write_card
 from av_mae.models.kinds import Params
 from av_mae.train.agreement import check_processes, held_by_run
@@ -27,7 +28,11 @@ from av_mae.train.run import Run, first_state, open_local, open_run, read_comman
 from av_mae.train.step import TrainStep
 from av_mae.workdir import collected, make_workdir
 
-URLS = {"--workdir": CHECKPOINT_STORES, "--config.init": CHECKPOINT_STORES}  # options that take those of stores
+URLS = {  # options that take those of stores
+    "--workdir": CHECKPOINT_STORES,
+    "--config.init": CHECKPOINT_STORES,
+    "--config.data.path": LASTING_STORES,
+}
 
 # What the system says where a run cannot begin to write; once it runs, hooks and checkpoints warn and go on.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -108,6 +113,7 @@ def main(argv: list[str]) -> None:
         try:
             check_processes(config, workdir)
             with held_by_run(workdir), collected(workdir) as files:
+                copy_sets(config.data.paths, config.data.local)
                 run(config, files)
         except OSError as error:
             if error.errno not in DISK_ERRORS:
