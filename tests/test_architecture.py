@@ -14,7 +14,7 @@ spec.loader.exec_module(measure)
 TREES = measure.sources()
 GRAPH = measure.imports(TREES)
 # What each room may import at most, from the ground up; commands (`__main__`) may import everything.
-GROUND = {"config", "console", "errors", "models", "recipes", "storage", "workdir"}
+GROUND = {"config", "console", "errors", "models", "recipes", "storage", "workdir", "lock"}
 BELOW = {
     "errors": set(),
     "console": set(),
@@ -23,7 +23,7 @@ BELOW = {
     "data": GROUND | {"media"},
     "models": {"errors", "console"},
     "checkpoint": GROUND | {"checkpoint_files"},
-    "checkpoint_files": {"errors"},
+    "checkpoint_files": {"errors", "storage"},
     "prepare": GROUND | {"media", "data"},
     "train": GROUND | {"media", "data", "plots", "checkpoint", "convert", "model_card"},
 }
