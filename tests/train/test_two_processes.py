@@ -14,7 +14,7 @@ from train_processes import Training
 
 from av_mae import loading
 from av_mae.errors import RESTART
-from av_mae.workdir import LOCK
+from av_mae.lock import LOCK
 
 PAIRS = int(os.environ.get("AV_MAE_TWO_PROCESSES", "3"))
 LATEST = 8.0  # seconds after the first: from its start, through its compilation, to its steps
