@@ -28,6 +28,7 @@ from av_mae.checkpoint_files import (
     find_checkpoint,
     meta_hash,
     read_arrays,
+    read_back,
     read_meta,
     unfinished,
 )
@@ -39,8 +40,7 @@ from av_mae.models.kinds import ModelDefinition, Params, define_model
 from av_mae.storage import as_path, move_tree, reached, remove_tree
 from av_mae.workdir import original, push
 
-# Fields of the model's configuration that may change between stop and resume: they choose how the model is computed,
-# not what it is.
+# Of the model's configuration: how the model is computed, not what it is. They may change when a run goes on.
 FREE_FIELDS = ("fusion.pair_attention",)
 
 
@@ -119,8 +119,9 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
-        self.failures = 0
+        self.failures, self._read_back = 0, False
         self._pending: int | None = None
+        self._first: tuple[str, jax.Array] | None = None  # of the first save: an array to read back
         with reached(self.folder):
             for step in sorted(path.name.split(".")[0] for path in unfinished(self.folder)):
                 say(f"checkpoint {step} was not finished when its run ended; it is dropped")
@@ -172,6 +173,8 @@ class Checkpoints:
         meta["sha256"] = meta_hash(meta)
         try:
             self._pending, self.failed = step, None
+            name = min(state.params, key=lambda name: (state.params[name].is_fully_replicated, state.params[name].size))
+            self._first = None if self._read_back else (name, jnp.copy(state.params[name]))  # the next step takes it
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -189,9 +192,20 @@ class Checkpoints:
             if self._manager is not None:
                 self._manager.wait_until_finished()
             self.failures = self.failures if self._pending is None else 0
-            self._pending = None
+            pending, self._pending = self._pending, None
         except Exception as error:  # as in `save`
             self._give_up(self._pending, error)
+            return
+        if pending is None or self._first is None:
+            return
+        try:
+            read_back(self.folder / str(pending), *self._first)
+            self._read_back, self._first = True, None
+        except Exception as error:  # whatever it is: nobody could go on from such checkpoints
+            raise UserError(
+                f"checkpoint {pending}, the first of this run, was written to {self.folder} and cannot be read there "
+                f"({first_line(error)}): name a folder that all processes read and write alike"
+            ) from error
 
     def close(self) -> None:
         """Finishes what is being written."""

@@ -184,6 +184,28 @@ def read_arrays(folder: pathlib.Path, item: str, abstract: Abstract, meta: Mappi
     return {name: arrays[name] for name in abstract}
 
 
+def read_back(folder: pathlib.Path, name: str, expected: jax.Array) -> None:
+    """Reads a checkpoint's meta, and of one array of its model the shards of this process.
+
+    Args:
+      folder: of the checkpoint.
+      name: of the array.
+      expected: the array as it was saved.
+
+    Raises:
+      ValueError: the shards are others. What Orbax, the file system or the store raise, where they are not there.
+    """
+    read_meta(folder)
+    wanted = {name: jax.ShapeDtypeStruct(expected.shape, expected.dtype, sharding=expected.sharding)}
+    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restore = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
+        found = reader.restore(folder / "model", args=restore)[name]
+    for ours, theirs in zip(expected.addressable_shards, found.addressable_shards, strict=True):
+        if not np.array_equal(ours.data, theirs.data, equal_nan=True):
+            raise ValueError(f"{name} has other values than were saved")
+
+
 @functools.cache
 def _silence_late_reads() -> None:
     """Where one array cannot be read, TensorStore reports the others' ends to an event loop that Orbax has closed.

@@ -88,6 +88,32 @@ def test_background_save_is_not_disturbed_by_the_next_step(open_run):
     assert_same(checkpoints.restore(abstract(), CONFIG), 1)
 
 
+@pytest.mark.parametrize("damage", ["meta gone", "data gone", "other values"])
+def test_the_first_checkpoint_is_read_back(open_run, folder, damage, monkeypatch):
+    """A folder into which each process writes and from which none can read: the first save ends the run."""
+    checkpoints = open_run()
+    checkpoints.save(1, state_on(1), CONFIG, position=16)
+    checkpoints._manager.wait_until_finished()
+    if damage == "other values":
+        name, array = checkpoints._first
+        checkpoints._first = name, array + 1
+    else:
+        DAMAGES[damage](folder / "1")
+    with pytest.raises(UserError, match="checkpoint 1, the first of this run, was written to .* and cannot be read"):
+        checkpoints.wait()
+
+
+@pytest.mark.parametrize("data, fsdp", [(1, 1), (2, 4)])
+def test_only_the_first_checkpoint_is_read_back(open_run, monkeypatch, data, fsdp):
+    read = []
+    monkeypatch.setattr(checkpoint, "read_back", lambda *arguments: read.append(arguments))
+    checkpoints = open_run()
+    save(checkpoints, 1, 2, 3, data=data, fsdp=fsdp)
+    checkpoints.wait()
+    assert [folder.name for folder, *_ in read] == ["1"]
+    assert read[0][2].is_fully_replicated == (data * fsdp == 1)
+
+
 def files(folder: pathlib.Path, item: str) -> list[pathlib.Path]:
     return sorted(path for path in (folder / item).rglob("*") if path.is_file())
 
