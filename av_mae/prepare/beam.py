@@ -65,6 +65,8 @@ def _no_waiting_for_lost_workers(runner: str) -> Iterator[None]:
             left.wait(2)
 
     threading.excepthook = hook
+    # A script that starts the command in the background (`&`, nohup) has it ignore SIGINT.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except BaseException:
@@ -72,6 +74,7 @@ def _no_waiting_for_lost_workers(runner: str) -> Iterator[None]:
             raise
     finally:
         left.set()
+        signal.signal(signal.SIGINT, interrupt)
         threading.excepthook = usual
     if lost:
         raise WorkerKilled(f"--beam_runner={runner}: {lost[0]}; the same command goes on at the finished shards")

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import pathlib
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -53,7 +54,8 @@ def test_two_local_workers_of_beam_write_the_same_set_though_one_is_killed(pytho
     command += [f"--output={tmp_path / 'there'}", "--shard_clips=2", "--beam_runner=DirectRunner"]
     command += ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
     with contextlib.closing((tmp_path / "log").open("w")) as log:
-        process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
+        ignores = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # as what a script starts with `&`
+        process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, preexec_fn=ignores)
         process_tree.kill_a_worker(process.pid, "sdk_worker_main")
         status = process.wait(timeout=100)
     said = (tmp_path / "log").read_text()

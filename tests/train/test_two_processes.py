@@ -44,7 +44,6 @@ def test_of_two_processes_one_trains(training, pair):
         while all(process.poll() is None for process in processes) and time.monotonic() < until:
             time.sleep(0.05)
         refused, holder = sorted(processes, key=lambda process: process.poll() is None)
-        assert late < 1 or refused is processes[1]  # started together, either may be the first to hold the folder
         said = refused.communicate(timeout=10)[1]
         assert refused.returncode == 2 and len(said.splitlines()) == 1, said
         assert re.fullmatch(rf"error: \S+{name} is held by process {holder.pid} on \S+ since 20.*\n", said)
