@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from av_mae.errors import RESTART, UserError
+from av_mae.errors import RESTART, UserError, one_line
 from av_mae.storage import Folder, is_url
 from av_mae.workdir import no_links
 
@@ -248,6 +248,7 @@ def _parse(text: str) -> dict[str, Any]:
         datetime.datetime.fromtimestamp(known["since"])
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError, OSError):
         return {}
+    known["host"] = one_line(known["host"])  # it is printed
     return known if 0 < known["pid"] < 2**31 else {}
 
 
@@ -267,7 +268,7 @@ def _show_life(lock: FileLock | StoreLock, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT):
         try:
             holder = lock.show_life()
-        except OSError:  # a file system or store that is away for a moment
+        except (OSError, UserError):  # a file system, store or bucket that is away for a moment
             continue
         if holder and holder != lock.own and not ended.is_set():
             print(

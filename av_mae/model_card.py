@@ -30,7 +30,7 @@ def write_card(workdir: pathlib.Path, config: TrainConfig, parameters: int) -> N
 
     parameters: how many values the model has. A licence and evaluations that the card has already stay.
     """
-    folder, known = find_checkpoint(os.fspath(original(workdir))), read_card(workdir) or {}
+    folder, known = find_checkpoint(os.fspath(original(workdir))), read_card(original(workdir)) or {}
     metrics = workdir / "metrics.jsonl"
     last: Mapping[str, Any] = (
         next(reversed(read_metrics(metrics)), {}) if metrics.is_file() else {}

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import errno
 import functools
 import io
 import logging
@@ -19,6 +20,7 @@ from typing import Any, cast
 
 from av_mae.errors import CHECKPOINT_STORES, STORES, StoreError, UserError, check_local
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 TEMPORARY = ".part"  # the ending of a file that is being written
 _EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 
@@ -32,12 +34,16 @@ def as_path(text: str | os.PathLike[str]) -> pathlib.Path:
     """An absolute path of this machine, or one on a store that can hold checkpoints (gs://), with the same methods.
 
     Raises:
-      UserError: the text is the URL of another store, or the store's driver is missing.
+      UserError: the text is the URL of another store or has an odd name, or the store's driver is missing.
     """
     if not is_url(text):
         return pathlib.Path(text).absolute()
     check_local("path", os.fspath(text), CHECKPOINT_STORES)
     folder = Folder(text)
+    bucket, *names = folder.url.partition("://")[2].split("/")
+    if set(folder.url) & set("*?[") or {"", ".", ".."} & {bucket, *names}:
+        raise UserError(f"{folder}: a name with *, ? or [ would stand for others too, and //, . or .. for another one: "
+                        "name another folder")  # fmt: skip
     folder.connect()
     from etils import epath
 
@@ -82,9 +88,16 @@ def fetched(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """The path of a file that a store names, its folder made. Raises UserError where the name leads out of `folder`."""
     path = folder / name
-    if ".." in name.split("/") or not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"the store holds an object named {name!r}, which leads out of its folder: remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if ".." in name.split("/") or not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"the store holds an object named {name!r}, which leads out of its folder: remove it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise FileExistsError(errno.EEXIST, "a folder has this name")
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise UserError(f"the store's object {name!r} can be no file here ({error.strerror}): remove it") from error
     return path
 
 
@@ -132,7 +145,7 @@ def reached(url: object, writing: bool = False) -> Iterator[None]:
     """What drivers of stores raise becomes a StoreError, but for a file to read that is not there.
 
     Args:
-      url: what is read or written; what a local path raises stays as it is.
+      url: what is read or written; what a local path raises, or a full disk of this machine, stays as it is.
       writing: whether something is written; then what is not there is the bucket (UserError).
     """
     try:
@@ -141,6 +154,8 @@ def reached(url: object, writing: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         if not is_url(str(url)) or isinstance(error, FileNotFoundError) and not writing:
+            raise
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{url}: there is no such bucket; make it, or name another one") from error
@@ -191,18 +206,19 @@ class Folder:
                 start = self._stripped(self.path(below) if below else self.url)
                 root = self._stripped(self.url)
                 found = [name.removeprefix(root).lstrip("/") for name in self._system.find(start)]
-        return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
+        return sorted(name for name in found if _is_shown(name))
 
     def details(self) -> dict[str, dict[str, Any]]:
         """Of each file of a store that is not hidden its size, its digest as the store has it, and its MD5 or ''."""
         with reached(self.url):
+            self._system.invalidate_cache()  # others write here too
             root, found = self._stripped(self.url), self._system.find(self._stripped(self.url), detail=True)
         details = {}
         for path, info in found.items():
             name, md5 = path.removeprefix(root).lstrip("/"), info.get("md5Hash") or ""
             # A time, where a store has no digest, changes with every write.
             digest = md5 or next((info[key] for key in ("ETag", "etag", "mtime", "created") if info.get(key)), "")
-            if not any(part.startswith(".") for part in name.split("/")):
+            if _is_shown(name):
                 details[name] = {"size": int(info["size"]), "digest": str(digest), "md5": md5}
         return details
 
@@ -247,6 +263,7 @@ class Folder:
                 os.fsync(opened.fileno())
             os.replace(file, self.path(name))
         else:
+            os.stat(file)  # else its lack would be the bucket's
             with reached(self.url, writing=True):
                 self._system.put_file(os.fspath(file), self._stripped(self.path(name)))
             if not keep:
@@ -293,6 +310,11 @@ class Folder:
 
     def _stripped(self, url: str) -> str:
         return self._system._strip_protocol(url)
+
+
+def _is_shown(name: str) -> bool:
+    """Whether an object is a file that is not hidden. Consoles and mounts of stores mark folders by 'name/'."""
+    return name != "" and not name.endswith("/") and not any(part.startswith(".") for part in name.split("/"))
 
 
 def _walk(root: pathlib.Path) -> Iterator[tuple[str, list[str]]]:

@@ -23,6 +23,7 @@ from av_mae.storage import TEMPORARY, Folder, as_path, inside, is_url, replace_f
 
 SKIPPED = "skipped.jsonl"  # clips that a command skipped, in its output folder
 EVERY = 60.0  # seconds between looks at what has changed in a Mirror
+LARGE = 1e9  # bytes that are fetched without a word
 ATTEMPTS, PAUSE = 6, 10.0  # at the end, while the store does not answer; seconds between them
 LEFT = ("checkpoints", "checkpoints-damaged", "profile")  # folders that are not fetched
 EVENTS = "events.out.tfevents"  # of earlier attempts; each attempt writes a file of its own
@@ -99,18 +100,28 @@ class Mirror:
         self._thread.start()
         return self.folder
 
-    def __exit__(self, *_: object) -> None:
-        """Writes what is left. Raises StoreError, and keeps the folder, where the store does not take it."""
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        """Writes what is left. Where the store does not take it the folder stays: StoreError, or beside `error` a line.
+
+        An interruption is told the same way.
+        """
+        left = f"{self.url} does not take the last files of this run: they are in {self.folder}, copy them"
         self._ended.set()
-        self._thread.join()
         _mirrors.remove(self)
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(PAUSE)
-            if self.push():
-                shutil.rmtree(self.folder, ignore_errors=True)
-                return
-        raise StoreError(f"{self.url} does not take the last files of this run: they are in {self.folder}, copy them")
+        try:
+            self._thread.join()
+            for attempt in range(ATTEMPTS):
+                if attempt:
+                    time.sleep(PAUSE)
+                if self.push():
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                    return
+        except BaseException:
+            _warn(f"warning: {left}")
+            raise
+        if error is None:
+            raise StoreError(left)
+        _warn(f"warning: {left}")
 
     def push(self) -> bool:
         """Writes what has changed to the store; says once where that fails, and returns whether all is there."""
@@ -119,12 +130,13 @@ class Mirror:
             try:
                 for name, stamp in now.items():
                     if self._known.get(name) != stamp:
-                        self._store.put(self.folder / name, name, keep=True)
+                        with contextlib.suppress(FileNotFoundError):  # removed just now: the next push removes it there
+                            self._store.put(self.folder / name, name, keep=True)
                         self._known[name] = stamp
                 for name in set(self._known) - set(now):
                     self._store.remove(name)
                     del self._known[name]
-            except OSError as error:
+            except (OSError, UserError) as error:  # also a bucket that is gone
                 if not self._warned:
                     print(f"warning: {error}; the work goes on, its files are in {self.folder} until the store "
                           "answers", file=sys.stderr, flush=True)  # fmt: skip
@@ -152,14 +164,25 @@ class Mirror:
         return stamps
 
     def _pull(self) -> None:
-        for name in self._store.files():
-            if not self._wanted(name):
-                continue
+        sizes = {name: entry["size"] for name, entry in self._store.details().items() if self._wanted(name)}
+        needed = sum(size for name, size in sizes.items() if not self._empty(name))
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(
+                f"{self.url} holds {needed / 1e9:.1f} GB to begin with, {self.folder.parent} has {free / 1e9:.1f} GB "
+                "left: name a folder of its own for this output, or another TMPDIR"
+            )
+        if needed > LARGE:
+            _warn(f"fetching {needed / 1e9:.1f} GB that {self.url} holds already to {self.folder}")
+        for name in sorted(sizes):
             path = inside(self.folder, name)
             if self._empty(name):
                 path.touch()
-            else:
+                continue
+            try:
                 self._store.fetch(name, path)
+            except FileNotFoundError:  # removed since it was listed
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -178,11 +201,17 @@ def collected(folder: str | os.PathLike[str], wanted: Callable[[str], bool] = is
 
 def original(path: pathlib.Path) -> pathlib.Path:
     """The path that `path` stands for: the one on the store where a Mirror collects its files, else itself."""
+    name = named(path)
+    return path if name == os.fspath(path) else as_path(name)
+
+
+def named(path: pathlib.Path) -> str:
+    """As `original`, to be read by people: the path or the URL, of any store."""
     for mirror in _mirrors:
         if path.is_relative_to(mirror.folder):
             inside = path.relative_to(mirror.folder).as_posix()
-            return as_path(mirror.url if inside == "." else f"{mirror.url}/{inside}")
-    return path
+            return mirror.url if inside == "." else f"{mirror.url}/{inside}"
+    return os.fspath(path)
 
 
 def push() -> None:

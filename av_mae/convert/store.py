@@ -136,7 +136,7 @@ def whole_or_nothing(output: str | os.PathLike[str]) -> Iterator[tuple[pathlib.P
     Raises:
       UserError: `output` is there already, or cannot be written.
     """
-    there = bool(Folder(output).files()) if is_url(output) else os.path.exists(output)
+    there = Folder(output).exists("") if is_url(output) else os.path.exists(output)
     if there:
         raise UserError(f"--output={output} is there already: name another one, or move it away")
     if is_url(output):

@@ -52,6 +52,7 @@ def copy_sets(paths: Iterable[str], local: str) -> None:
     """
     if not local:
         return
+    check_local("data.local", local)
     for url in (path for path in paths if is_url(path) and path not in _copies):
         try:
             _copies[url] = _copy(Folder(url), pathlib.Path(local).absolute())
@@ -64,7 +65,9 @@ def copy_sets(paths: Iterable[str], local: str) -> None:
 def _copy(store: Folder, local: pathlib.Path) -> pathlib.Path:
     listed = store.details()
     if not listed:
-        raise UserError(f"data.path={store} holds nothing: name the folder of a prepared set")
+        raise UserError(f"data.path={store} is no folder, or holds nothing: name the folder of a prepared set")
+    for entry in listed.values():  # an MD5 tells contents; what else a store has tells them in one place only
+        entry["digest"] = entry["md5"] or f"{store} {entry['digest']}"
     version = hashlib.sha256(json.dumps([str(store), listed], sort_keys=True).encode()).hexdigest()[:12]
     target = local / f"{str(store).rpartition('/')[2]}-{version}"
     target.mkdir(parents=True, exist_ok=True)
@@ -106,6 +109,8 @@ def is_whole(target: pathlib.Path, listed: Mapping[str, Any]) -> bool:
 def _fetch(store: Folder, target: pathlib.Path, listed: Mapping[str, Any]) -> None:
     """Copies what is not there yet, in parallel, and writes the manifest at the end."""
     (target / MANIFEST).unlink(missing_ok=True)
+    for left_behind in target.rglob(".*.part"):  # by a process that was killed
+        left_behind.unlink()
     left = {name: entry for name, entry in listed.items() if not _is_known(target / name, entry)}
     taken = {name for name in left if _link_from_before(target, name, listed[name])}
     if taken:
@@ -143,7 +148,10 @@ def _fetch_file(store: Folder, target: pathlib.Path, name: str, entry: Mapping[s
     path = inside(target, name)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        store.fetch(name, temporary)
+        try:
+            store.fetch(name, temporary)
+        except FileNotFoundError as error:
+            raise StoreError(f"{store.path(name)} was removed while the set was copied: start again") from error
         if not _is_known(temporary, entry):
             raise StoreError(f"{store.path(name)} has come with other bytes than the store lists: start again")
         os.replace(temporary, path)

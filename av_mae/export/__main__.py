@@ -8,7 +8,7 @@ import pathlib
 import jax
 
 from av_mae.console import format_metrics, quiet_libraries
-from av_mae.errors import CHECKPOINT_STORES, LASTING_STORES, UserError, one_line, run_command
+from av_mae.errors import CHECKPOINT_STORES, LASTING_STORES, StoreError, UserError, one_line, run_command
 from av_mae.export.embeddings import Options, export_embeddings
 from av_mae.export.encoders import INPUTS, OUTPUTS, export_onnx, export_safetensors, export_stablehlo
 from av_mae.loading import load, resolve
@@ -164,6 +164,8 @@ def embed(arguments: argparse.Namespace) -> None:
                 print(summary(arguments.output, result))
                 if arguments.json:
                     arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        except StoreError:
+            raise
         except OSError as error:
             raise UserError(
                 f"cannot write --output={arguments.output}: {error.strerror or error}; make room or name "

@@ -31,6 +31,7 @@ from av_mae.loading import LoadedModel, forward
 from av_mae.models.kinds import flat_values
 from av_mae.train.loop import Prefetch
 from av_mae.train.sharding import batch_sharding, gather_values, make_mesh, replicated, row_shards
+from av_mae.workdir import named
 
 Batch = dict[str, np.ndarray]
 
@@ -248,7 +249,7 @@ def export_embeddings(
     own = range(jax.process_index(), shards, jax.process_count())
     todo = [shard for shard in own if not tables.is_finished(tables.shard_path(output, shard, shards))]
     if len(todo) < len(own):
-        note(f"{output}: {len(own) - len(todo)} of {len(own)} shards are there already")
+        note(f"{named(output)}: {len(own) - len(todo)} of {len(own)} shards are there already")
     rates = {}
     if todo:
         rates = write_shards(

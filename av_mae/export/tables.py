@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
@@ -20,7 +21,7 @@ from av_mae.checkpoint import first_difference
 from av_mae.errors import ClipFailure, UserError
 from av_mae.export.inputs import Row
 from av_mae.storage import replace_file
-from av_mae.workdir import write_skipped
+from av_mae.workdir import named, write_skipped
 
 FOLDER, FAILURES, RECORD = "embeddings", "failures.parquet", "export.json"
 GROUP_BYTES = 2**26  # of embeddings in a row group
@@ -179,22 +180,24 @@ def begin_output(output: pathlib.Path, settings: Mapping[str, Any], source: Mapp
     Raises:
       UserError: the folder holds another export, or other files.
     """
+    shown = named(output)
     (output / FOLDER).mkdir(parents=True, exist_ok=True)
     record = read_record(output)
     if record is None:
         others = [child.name for child in output.iterdir() if not child.name.startswith(".") and child.name != FOLDER]
         if others or any((output / FOLDER).glob("*.parquet")):
             raise UserError(
-                f"--output={output} holds other files ({', '.join(others[:3]) or FOLDER}): name a folder "
+                f"--output={shown} holds other files ({', '.join(others[:3]) or FOLDER}): name a folder "
                 "that is new or empty"
             )
-        write_record(output, {"settings": settings, "source": source})
+        if jax.process_index() == 0:  # on stores another's would come after the first one's result
+            write_record(output, {"settings": settings, "source": source})
         return
     difference = first_difference(settings, record["settings"])
     if difference is not None:
         name, ours, theirs = difference
         raise UserError(
-            f"--output={output} holds another export, and is not mixed with this one: {name} is {theirs} "
+            f"--output={shown} holds another export, and is not mixed with this one: {name} is {theirs} "
             f"there and {ours} here; name another folder"
         )
 
@@ -210,5 +213,5 @@ def read_record(output: pathlib.Path) -> dict[str, Any] | None:
 
 
 def write_record(output: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Writes what the export is, at once; several processes may write the same."""
+    """Writes what the export is, at once."""
     replace_file(output / RECORD, json.dumps(record, indent=2) + "\n")

@@ -25,7 +25,7 @@ from av_mae.train.local_checkpoint import LocalCheckpoints
 from av_mae.train.loop import Hook, Moment, NonFinite, Prefetch
 from av_mae.train.sharding import gather_failures
 from av_mae.train.step import Batch, TrainStep
-from av_mae.workdir import SkippedFile, no_links
+from av_mae.workdir import SkippedFile, named, no_links
 
 
 class Events:
@@ -355,4 +355,4 @@ class ProfileHook(Hook):
         except Exception as error:  # a full disk, most likely, in the profiler's own words
             self.say(f"warning: the profile cannot be written ({first_line(error)}); training goes on")
             return
-        self.say(f"profile of steps {self.at + 1} to {self.at + PROFILE_STEPS} in {self.folder}")
+        self.say(f"profile of steps {self.at + 1} to {self.at + PROFILE_STEPS} in {named(self.folder)}")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from av_mae.errors import RESTART, UserError, WorkerKilled, check_numbers
+from av_mae.errors import RESTART, StoreError, UserError, WorkerKilled, check_numbers
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -199,7 +199,7 @@ def _told(shared: mmap.mmap, join: Join) -> Iterator[None]:
         shared[_VERDICT] = INTERRUPTED + 1
         print("error: interrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
-    except WorkerKilled as error:
+    except (WorkerKilled, StoreError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(RESTART)
     except Stopped:

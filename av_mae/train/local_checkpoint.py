@@ -23,6 +23,7 @@ from av_mae.checkpoint import Restored, TrainState, check_same_run, flat_optimiz
 from av_mae.config import TrainConfig
 from av_mae.console import first_line, note
 from av_mae.train.sharding import gather_values
+from av_mae.workdir import push
 
 KEPT = 2
 
@@ -77,6 +78,7 @@ class LocalCheckpoints:
     def _write(self, step: int, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         path = self._path(step)
         temporary = path.with_suffix(".tmp")
+        push()  # as before those on a store: the lines of metrics up to this step
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
