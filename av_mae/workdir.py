@@ -131,7 +131,7 @@ class Mirror:
                 for name, stamp in now.items():
                     if self._known.get(name) != stamp:
                         with contextlib.suppress(FileNotFoundError):  # removed just now: the next push removes it there
-                            self._store.put(self.folder / name, name, keep=True)
+                            self._put(name)
                         self._known[name] = stamp
                 for name in set(self._known) - set(now):
                     self._store.remove(name)
@@ -146,6 +146,16 @@ class Mirror:
                 print(f"{self.url} answers again: all files are written", file=sys.stderr, flush=True)
             self._warned = False
             return True
+
+    def _put(self, name: str) -> None:
+        """Writes a file by way of a copy: drivers fail where a large one, e.g. of metrics, grows meanwhile."""
+        source, copy = self.folder / name, self.folder / f".put{TEMPORARY}"
+        try:
+            with contextlib.suppress(OSError):  # a full disk
+                source = shutil.copyfile(source, copy)
+            self._store.put(source, name, keep=True)
+        finally:
+            copy.unlink(missing_ok=True)
 
     def _run(self) -> None:
         while not self._ended.wait(EVERY):

@@ -77,6 +77,27 @@ def test_a_file_that_vanishes_while_others_are_put(url, monkeypatch, capsys):
     assert not capsys.readouterr().err
 
 
+def test_a_file_that_grows_while_it_is_put(url, monkeypatch):
+    """Of 50 MB and more the driver reads parts: those would not fit the size that it has told the store."""
+    put, sizes = storage.Folder.put, []
+
+    def growing(self, file, name, keep=False):
+        sizes.append(os.stat(file).st_size)
+        with open(folder / "metrics.jsonl", "a") as metrics:
+            metrics.write("2")
+        sizes.append(os.stat(file).st_size)
+        put(self, file, name, keep)
+
+    with collected(url) as folder:
+        (folder / "metrics.jsonl").write_text("1")
+        with monkeypatch.context() as patch:
+            patch.setattr(storage.Folder, "put", growing)
+            workdir.push()
+        assert sizes == [1, 1] and Folder(url).read("metrics.jsonl") == b"1"
+    assert Folder(url).read("metrics.jsonl") == b"12"
+    assert Folder(url).files() == ["metrics.jsonl"]
+
+
 def test_a_bucket_that_is_gone_for_a_while_ends_no_thread(url, away, capsys, monkeypatch):
     monkeypatch.setattr(workdir, "EVERY", 0.02)
     with collected(url) as folder:
