@@ -141,19 +141,19 @@ def replace_file(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def reached(url: object, writing: bool = False) -> Iterator[None]:
+def reached(url: object, bucket: bool = False) -> Iterator[None]:
     """What drivers of stores raise becomes a StoreError, but for a file to read that is not there.
 
     Args:
       url: what is read or written; what a local path raises, or a full disk of this machine, stays as it is.
-      writing: whether something is written; then what is not there is the bucket (UserError).
+      bucket: whether what is not there is the bucket (UserError): something is written, or listed.
     """
     try:
         yield
     except (UserError, StoreError):
         raise
     except Exception as error:
-        if not is_url(str(url)) or isinstance(error, FileNotFoundError) and not writing:
+        if not is_url(str(url)) or isinstance(error, FileNotFoundError) and not bucket:
             raise
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
@@ -201,7 +201,7 @@ class Folder:
                 for name in files
             ]
         else:
-            with reached(self.url):
+            with reached(self.url, bucket=True):
                 self._system.invalidate_cache()  # others write here too
                 start = self._stripped(self.path(below) if below else self.url)
                 root = self._stripped(self.url)
@@ -210,7 +210,7 @@ class Folder:
 
     def details(self) -> dict[str, dict[str, Any]]:
         """Of each file of a store that is not hidden its size, its digest as the store has it, and its MD5 or ''."""
-        with reached(self.url):
+        with reached(self.url, bucket=True):
             self._system.invalidate_cache()  # others write here too
             root, found = self._stripped(self.url), self._system.find(self._stripped(self.url), detail=True)
         details = {}
@@ -246,7 +246,7 @@ class Folder:
     def write(self, name: str, content: bytes) -> None:
         """Writes a file whole or not at all, in place of one that is there."""
         if not self.is_local:  # a store shows an object when it is complete
-            with reached(self.url, writing=True):
+            with reached(self.url, bucket=True):
                 self._system.pipe_file(self._stripped(self.path(name)), content)
             return
         path = pathlib.Path(self.path(name))
@@ -264,7 +264,7 @@ class Folder:
             os.replace(file, self.path(name))
         else:
             os.stat(file)  # else its lack would be the bucket's
-            with reached(self.url, writing=True):
+            with reached(self.url, bucket=True):
                 self._system.put_file(os.fspath(file), self._stripped(self.path(name)))
             if not keep:
                 os.unlink(file)

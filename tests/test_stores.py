@@ -13,6 +13,7 @@ import av_mae
 from av_mae import checkpoint, lock, storage, workdir
 from av_mae.checkpoint_files import find_checkpoint
 from av_mae.convert.__main__ import main as convert
+from av_mae.data import copies
 from av_mae.errors import StoreError, UserError
 from av_mae.evaluate.__main__ import main as evaluate
 from av_mae.export.__main__ import main as export
@@ -167,6 +168,13 @@ def test_what_is_not_there_or_not_allowed(server, tmp_path):
             workdir.make_workdir(url)
         with pytest.raises(UserError):
             av_mae.load(url)
+    for use in (
+        lambda: view(["--workdir=gs://nowhere/run"]),
+        lambda: copies.copy_sets(["gs://nowhere/set"], str(tmp_path)),
+        lambda: Folder("gs://nowhere/set").files(),
+    ):
+        with pytest.raises(UserError, match="there is no such bucket"):
+            use()
     for name in ("a/../../outside", "/etc/outside", ".."):
         with pytest.raises(UserError, match="leads out of its folder"):
             storage.inside(tmp_path, name)
