@@ -145,7 +145,7 @@ def reached(url: object, bucket: bool = False) -> Iterator[None]:
     """What drivers of stores raise becomes a StoreError, but for a file to read that is not there.
 
     Args:
-      url: what is read or written; what a local path raises, or a full disk of this machine, stays as it is.
+      url: what is read or written; what a local path raises stays as it is. A full disk of this machine is a UserError.
       bucket: whether what is not there is the bucket (UserError): something is written, or listed.
     """
     try:
@@ -156,7 +156,9 @@ def reached(url: object, bucket: bool = False) -> Iterator[None]:
         if not is_url(str(url)) or isinstance(error, FileNotFoundError) and not bucket:
             raise
         if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise
+            raise UserError(
+                f"{url} cannot be copied here: {error}; make room, or set TMPDIR to another disk"
+            ) from error
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{url}: there is no such bucket; make it, or name another one") from error
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
