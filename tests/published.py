@@ -2,16 +2,19 @@
 
 import collections
 import functools
+import os
 import pickle
 import zipfile
 
 import numpy as np
+import pytest
 import safetensors.numpy
 from flax import nnx
 
-from av_mae import models
+from av_mae import convert, models
 from av_mae.convert.infer import Options
 from av_mae.convert.names import Names, names_of
+from av_mae.errors import UserError
 
 STORAGES = {"FloatStorage": np.float32, "LongStorage": np.int64}
 GOLDEN = (
@@ -27,6 +30,7 @@ GOLDEN = (
 )
 # What the golden files do not tell of their small models.
 GOLDEN_OPTIONS = Options(heads=4, decoder_heads=4, tokens=(6, 4, 2))
+ARGUMENTS = ["--heads=4", "--decoder_heads=4", "--tokens=6,4,2"]
 
 
 class _Reader(pickle.Unpickler):
@@ -54,6 +58,22 @@ class _Reader(pickle.Unpickler):
     def rebuild(storage, offset, size, stride, *_):
         strides = [s * storage.itemsize for s in stride]
         return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
+
+
+def written(tmp_path, tensors):
+    """A safetensors file of these tensors."""
+    path = tmp_path / "changed.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    return path
+
+
+def refused(tmp_path, tensors, options=GOLDEN_OPTIONS):
+    """The message with which a file is refused; nothing is left of it."""
+    with pytest.raises(UserError) as error:
+        convert.convert(written(tmp_path, tensors), tmp_path / "out", options)
+    assert os.listdir(tmp_path) == ["changed.safetensors"]
+    assert "\n" not in str(error.value) and str(tmp_path / "changed.safetensors") in str(error.value)
+    return str(error.value)
 
 
 def read_state_dict(path) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import store_servers
+from published import ARGUMENTS
 from train_processes import Training, assert_same_arrays, free_port
 
 import av_mae
@@ -22,7 +23,6 @@ from av_mae.storage import Folder
 from av_mae.view.__main__ import main as view
 
 STEPS = 120
-ARGUMENTS = ["--heads=4", "--decoder_heads=4", "--tokens=6,4,2"]  # of the golden file
 QUICK = ["--config.data.workers=0", f"--config.steps={STEPS}", "--config.images_every=40"]
 GS = f"gs://{store_servers.BUCKET}"
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import signal
 import subprocess
 import sys
 
@@ -14,7 +13,7 @@ import safetensors.numpy
 from convert_memory import peak_of_converting, write_checkpoint
 from golden_heads import encoder_config, flat_variables
 from golden_models import golden_config, golden_model
-from published import GOLDEN, GOLDEN_OPTIONS, assert_same_tensors, read_state_dict
+from published import ARGUMENTS, GOLDEN, GOLDEN_OPTIONS, assert_same_tensors, read_state_dict, written
 from tiny_training import make_step, recipe
 
 import av_mae
@@ -22,10 +21,8 @@ from av_mae import convert, models, recipes
 from av_mae.checkpoint import Checkpoints, checksum, load_params, open_checkpoint, read_meta
 from av_mae.config import sized_model
 from av_mae.convert import store
-from av_mae.convert.deepavfusion import DeepAVFusionFile
-from av_mae.convert.infer import Options, infer
+from av_mae.convert.infer import infer
 from av_mae.convert.weight_file import open_weights
-from av_mae.errors import UserError
 from av_mae.loading import load
 from av_mae.models import kinds
 from av_mae.models.kinds import flat_values
@@ -36,27 +33,6 @@ KIND = {
     "classifier_plain": "classifier",
     "classifier_norm": "classifier",
 }
-ARGUMENTS = ["--heads=4", "--decoder_heads=4", "--tokens=6,4,2"]
-
-
-@pytest.fixture(scope="module")
-def converted(shared, tmp_path_factory):
-    """Work directory of a golden file, made once by the command."""
-    folder = tmp_path_factory.mktemp("converted")
-
-    def make(name):
-        output = folder / name
-        if not output.exists():
-            convert.main([f"--source={shared / 'golden' / name}", f"--output={output}", *ARGUMENTS])
-        return output
-
-    return make
-
-
-@pytest.fixture
-def golden(shared):
-    """Tensors of a golden file, to be changed."""
-    return lambda name="factorized_mmi.pth": read_state_dict(shared / "golden" / name)
 
 
 def configuration(shared, stem):
@@ -65,22 +41,6 @@ def configuration(shared, stem):
         return golden_config(shared, stem)
     config = encoder_config(shared, stem)
     return dataclasses.replace(config, audio=dataclasses.replace(config.audio, mask_ratio=0.8))
-
-
-def written(tmp_path, tensors):
-    """A safetensors file of these tensors."""
-    path = tmp_path / "changed.safetensors"
-    safetensors.numpy.save_file(tensors, path)
-    return path
-
-
-def refused(tmp_path, tensors, options=GOLDEN_OPTIONS):
-    """The message with which a file is refused; nothing is left of it."""
-    with pytest.raises(UserError) as error:
-        convert.convert(written(tmp_path, tensors), tmp_path / "out", options)
-    assert os.listdir(tmp_path) == ["changed.safetensors"]
-    assert "\n" not in str(error.value) and str(tmp_path / "changed.safetensors") in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -273,166 +233,6 @@ def test_nan_and_infinity_are_counted(golden, tmp_path, capsys):
     assert "encoder.audio.norm.weight (0 NaN, 1 infinite)" in warning and warning.count("\n") == 1
     convert.export(tmp_path / "run", tmp_path / "back.safetensors")
     assert_same_tensors(safetensors.numpy.load_file(tmp_path / "back.safetensors"), tensors)
-
-
-def set_table(tensors, name, value):
-    tensors[name] = value
-    return tensors
-
-
-CHANGES = {
-    "unknown name": (
-        lambda t: t | {"encoder.image.blocks.0.ls1.gamma": np.ones(48, np.float32)},
-        "has, beyond the configured model, the parameter 'encoder.image.blocks.0.ls1.gamma'",
-    ),
-    "long name": (lambda t: t | {"x" * 900: np.ones(1, np.float32)}, "the parameter 'xxxx"),
-    "missing tensor": (
-        lambda t: {n: x for n, x in t.items() if n != "image_decoder_norm.bias"},
-        "lacks the parameter image_decoder_norm.bias",
-    ),
-    "missing block": (
-        lambda t: {n: x for n, x in t.items() if ".image.blocks.1." not in n},
-        "must have blocks encoder.image.blocks.0, 1, … without a gap, 64 at most; it has 2: [0, 2]",
-    ),
-    "missing size": (
-        lambda t: {n: x for n, x in t.items() if n != "encoder.image.blocks.0.mlp.fc1.weight"},
-        "lacks the parameter encoder.image.blocks.0.mlp.fc1.weight",
-    ),
-    "wrong shape": (
-        lambda t: set_table(t, "encoder.image.blocks.1.attn.qkv.weight", np.ones((144, 50), np.float32)),
-        "has encoder.image.blocks.1.attn.qkv.weight of shape (144, 50), but the configured model needs (144, 48)",
-    ),
-    "wrong dimensions": (
-        lambda t: set_table(t, "encoder.image.patch_embed.proj.weight", np.ones((48, 3), np.float32)),
-        "DeepAVFusion's tensor of this name has 4 dimensions",
-    ),
-    "empty": (
-        lambda t: set_table(t, "encoder.image.patch_embed.proj.weight", np.ones((48, 0, 16, 16), np.float32)),
-        "none of them 0",
-    ),
-    "learned positions": (
-        lambda t: set_table(t, "encoder.image.pos_embed", t["encoder.image.pos_embed"] + 1e-3),
-        "encoder.image.pos_embed is no sin-cos table",
-    ),
-    "unlike decoders": (
-        lambda t: {n: x for n, x in t.items() if not n.startswith("image_decoder_blocks.1.")},
-        "has unlike decoders",
-    ),
-    "no fusion": (lambda t: {n: x for n, x in t.items() if "fusion_blocks" not in n}, "fusion tokens but no fusion"),
-    "unequal depth": (
-        lambda t: {n: x for n, x in t.items() if "audio.blocks.2" not in n},
-        "the streams have 3 and 2 layers",
-    ),
-    "something else": (lambda t: {"weight": np.ones(3, np.float32)}, "is no model of DeepAVFusion or MAE"),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_refused(golden, tmp_path, change):
-    make, message = CHANGES[change]
-    said = refused(tmp_path, make(golden()))
-    assert message in said and len(said) < 1000
-
-
-def test_files_that_claim_a_large_model_are_refused_without_building_it(golden, tmp_path):
-    """Layers, widths and tables come out of the file: none of them may cost more than what the file holds."""
-    deep = golden() | {f"encoder.image.blocks.{n}.x": np.zeros(0, np.float32) for n in range(3000)}
-    assert "64 at most; it has 3000" in refused(tmp_path, deep)
-    os.remove(tmp_path / "changed.safetensors")
-    width, tables = 65_536, {}
-    for stream, channels in (("image", 3), ("audio", 1)):
-        begin = f"encoder.{stream}."
-        tables |= {
-            f"{begin}patch_embed.proj.weight": np.zeros((width, channels, 1, 2), np.float32),
-            f"{begin}blocks.0.mlp.fc1.weight": np.zeros((1, width), np.float32),
-        }
-    wide = refused(tmp_path, tables, Options(heads=4, image_size=(4, 4), audio_size=(4, 4)))
-    assert "lacks the parameter encoder.image.patch_embed.proj.bias" in wide
-    os.remove(tmp_path / "changed.safetensors")
-    table = golden() | {
-        "image_decoder_embed.weight": np.zeros((65_536, 48), np.float32),
-        "audio_decoder_embed.weight": np.zeros((65_536, 48), np.float32),
-    }
-    said = refused(tmp_path, table)
-    assert "image_decoder_pos_embed of shape (1, 16, 32), but the rest of the file needs (1, 16, 65536)" in said
-
-
-def test_other_window_shift_is_refused(golden, tmp_path):
-    tensors = golden("factorized_mmi_swin.pth")
-    tensors["image_decoder_blocks.1.attn_mask"] = np.zeros_like(tensors["image_decoder_blocks.1.attn_mask"])
-    assert "image_decoder_blocks.1.attn_mask is not the table" in refused(tmp_path, tensors)
-
-
-@pytest.mark.parametrize(
-    "options,message",
-    [
-        (
-            Options(),
-            "does not tell how many attention heads its 48 wide blocks have, and no model of DeepAVFusion has such",
-        ),
-        (Options(heads=5), "--heads=5 must divide the 48 wide blocks"),
-        (Options(heads=4), "12 fusion tokens and does not tell how many"),
-        (Options(heads=4, tokens=(6, 4, 1)), r"--tokens=(6, 4, 1) are 11"),
-        (Options(heads=4, tokens=(6, 4, 2)), "give --decoder_heads=N"),
-        (
-            Options(heads=4, tokens=(6, 4, 2), image_size=(32, 128)),
-            "is the table of a patch grid (4, 4), but --image_size",
-        ),
-        (Options(heads=4, tokens=(6, 4, 2), image_size=(60, 64)), "must be a multiple of the patch (16, 16)"),
-    ],
-)
-def test_options_that_are_needed_or_wrong(golden, tmp_path, options, message):
-    assert message in refused(tmp_path, golden(), options)
-
-
-def test_output_that_is_there_is_left_alone(shared, converted, tmp_path):
-    source = shared / "golden" / "token.pth"
-    (tmp_path / "there").write_text("mine")
-    for call in (
-        lambda: convert.convert(source, tmp_path / "there", GOLDEN_OPTIONS),
-        lambda: convert.export(source, tmp_path / "there"),
-    ):
-        with pytest.raises(UserError, match="is there already"):
-            call()
-    assert (tmp_path / "there").read_text() == "mine" and len(os.listdir(tmp_path)) == 1
-
-
-def test_interrupted_conversions_leave_nothing(shared, converted, tmp_path, monkeypatch):
-    def interrupt(path, tensors, between):
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(store, "write_safetensors", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        convert.convert(shared / "golden" / "token.pth", tmp_path / "run", GOLDEN_OPTIONS)
-    with pytest.raises(KeyboardInterrupt):
-        convert.export(shared / "golden" / "token.pth", tmp_path / "file.safetensors")
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("number,end", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_while_writing_leaves_nothing(shared, tmp_path, monkeypatch, number, end):
-    """It comes in the midst of what Orbax writes, is kept until that is written, and then ends the conversion."""
-    read, before, reads = DeepAVFusionFile.read, signal.getsignal(number), []
-
-    def read_and_signal(self, path):
-        reads.append(path)
-        if len(reads) == 20:
-            os.kill(os.getpid(), number)
-        return read(self, path)
-
-    monkeypatch.setattr(DeepAVFusionFile, "read", read_and_signal)
-    monkeypatch.setattr(store, "BATCH", 2**12)
-    with pytest.raises(end):
-        convert.convert(shared / "golden" / "token.pth", tmp_path / "run", GOLDEN_OPTIONS)
-    assert os.listdir(tmp_path) == [] and signal.getsignal(number) is before
-    assert 20 <= len(reads) < 100
-
-
-def test_no_checkpoint_to_export(tmp_path):
-    with pytest.raises(UserError, match="there is no checkpoint"):
-        convert.export(tmp_path, tmp_path / "file.safetensors")
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.slow
