@@ -56,8 +56,8 @@ def pytest_unconfigure(config):
 
 
 # The longest files, begun first: a long one at the end would keep one process at work while the others wait.
-LONGEST = """test_survive test_resume test_slurm test_prepare_engines test_prepare_beam test_ssh test_stack test_task
-    test_readme test_colabs test_plain test_compiled test_compare test_sharding test_golden""".split()
+LONGEST = """test_survive test_resume test_slurm test_prepare_engines test_prepare_beam test_ssh test_stores test_stack
+    test_task test_readme test_colabs test_plain test_compiled test_compare test_sharding test_golden""".split()
 
 
 def pytest_collection_modifyitems(config, items):
