@@ -11,6 +11,7 @@ REQUIRES = [
     "flax>=0.12.8,<0.13",  # NNX: nnx.List and nnx.Param as used here; minor versions of flax still rename
     "optax>=0.2.8,<0.3",  # schedules and AdamW with a decay mask
     "orbax-checkpoint>=0.12.8,<0.13",  # its CheckpointManager API changes between minor versions
+    "tensorstore>=0.1.76",  # orbax brings it; reads an array of the first checkpoint back
     "grain>=0.2.18,<0.3",  # MapDataset.mix, random_map and mp_prefetch; still 0.x
     "numpy>=2.1,<3",  # 2.1 is the first that jax 0.10 accepts on every Python here
     "ml_dtypes>=0.5,<0.7",  # bfloat16 in NumPy, for weight files; jax brings it

@@ -37,11 +37,10 @@ from av_mae.console import first_line, note
 from av_mae.errors import UserError
 from av_mae.models import AVMAEConfig, kinds
 from av_mae.models.kinds import ModelDefinition, Params, define_model
-from av_mae.storage import as_path, move_tree, reached, remove_tree
+from av_mae.storage import as_path, is_url, move_tree, reached, remove_tree
 from av_mae.workdir import original, push
 
-# Of the model's configuration: how the model is computed, not what it is. They may change when a run goes on.
-FREE_FIELDS = ("fusion.pair_attention",)
+FREE_FIELDS = ("fusion.pair_attention",)  # how a model is computed, not what it is: they may change between two starts
 
 
 @functools.partial(
@@ -121,7 +120,7 @@ class Checkpoints:
         )
         self.failures, self._read_back = 0, False
         self._pending: int | None = None
-        self._first: tuple[str, jax.Array] | None = None  # of the first save: an array to read back
+        self._first: tuple[str, jax.Array] | None = None  # an array to read back
         with reached(self.folder):
             for step in sorted(path.name.split(".")[0] for path in unfinished(self.folder)):
                 say(f"checkpoint {step} was not finished when its run ended; it is dropped")
@@ -191,17 +190,18 @@ class Checkpoints:
         try:
             if self._manager is not None:
                 self._manager.wait_until_finished()
-            self.failures = self.failures if self._pending is None else 0
             pending, self._pending = self._pending, None
+            self.failures = self.failures if pending is None else 0
         except Exception as error:  # as in `save`
             self._give_up(self._pending, error)
             return
-        if pending is None or self._first is None:
-            return
         try:
-            read_back(self.folder / str(pending), *self._first)
-            self._read_back, self._first = True, None
+            if pending is not None and self._first is not None:
+                read_back(self.folder / str(pending), *self._first)
+                self._read_back, self._first = True, None
         except Exception as error:  # whatever it is: nobody could go on from such checkpoints
+            if is_url(self.folder):  # which may be away for a moment; the next one is read back, too
+                return self._give_up(pending, error)
             raise UserError(
                 f"checkpoint {pending}, the first of this run, was written to {self.folder} and cannot be read there "
                 f"({first_line(error)}): name a folder that all processes read and write alike"

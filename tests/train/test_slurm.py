@@ -1,5 +1,6 @@
 """The launcher for Slurm on a real Slurm of two nodes: restarts, requeues, stops, wrong input."""
 
+import contextlib
 import datetime
 import os
 import pathlib
@@ -84,6 +85,23 @@ def trainers(workdir: pathlib.Path) -> list[int]:
     return sorted(found)
 
 
+@contextlib.contextmanager
+def standing_still(workdir: pathlib.Path, log: pathlib.Path):
+    """All trainers stop, so that the machine's speed does not matter, until the batch script was asked to end."""
+    held = trainers(workdir)
+    for process in held:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+        until = time.monotonic() + 180
+        while "asked to stop" not in log.read_text():
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+    finally:
+        for process in held:
+            os.kill(process, signal.SIGCONT)
+
+
 def test_killed_then_out_of_time_then_finished(training, whole, cluster, submit, tmp_path):
     """A task is killed: all start again within the job. Time is up: saved, queued again, and ended bit by bit alike."""
     job = submit("run")
@@ -95,7 +113,8 @@ def test_killed_then_out_of_time_then_finished(training, whole, cluster, submit,
         assert time.monotonic() < until, (logs / f"job-{job}.log").read_text()
         time.sleep(0.1)
     wait_for_step(training, cluster, job, "run", 23)
-    cluster.tell("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 sends
+    with standing_still(training.folder / "run", logs / f"job-{job}.log"):
+        cluster.tell("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 sends
     cluster.hurry(job)
     ended = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}, within=400)
     said = (logs / f"job-{job}.log").read_text()
@@ -115,16 +134,10 @@ def test_time_limit(training, whole, cluster, submit, tmp_path):
     """
     job = submit("limit", "--host_timeout=200", minutes=4)
     wait_for_step(training, cluster, job, "limit", 12, within=110)
-    held = trainers(training.folder / "limit")
-    for process in held:
-        os.kill(process, signal.SIGSTOP)
-    log, until = tmp_path / "logs" / f"job-{job}.log", time.monotonic() + 180
-    while "asked to stop" not in log.read_text():
-        assert time.monotonic() < until, cluster.job(job)
-        time.sleep(0.2)
+    log = tmp_path / "logs" / f"job-{job}.log"
+    with standing_still(training.folder / "limit", log):
+        pass
     left = datetime.datetime.fromisoformat(cluster.job(job)["EndTime"]) - datetime.datetime.now()
-    for process in held:
-        os.kill(process, signal.SIGCONT)
     cluster.hurry(job)
     step = training.metrics("limit")[-1]["step"]
     ended = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}, within=150)
