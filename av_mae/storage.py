@@ -13,12 +13,13 @@ import pathlib
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any, cast
 
-from av_mae.errors import CHECKPOINT_STORES, STORES, StoreError, UserError, check_local
+from av_mae.errors import CHECKPOINT_STORES, STORES, StoreError, UserError, check_local, one_line
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 TEMPORARY = ".part"  # the ending of a file that is being written
@@ -322,10 +323,16 @@ def _is_shown(name: str) -> bool:
 def _walk(root: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
     """Folders and their files; links are followed, but no folder is entered twice, and none of the kernel's own.
 
-    From /proc a link leads to the root of the disk.
+    From /proc a link leads to the root of the disk. Of a folder that may not be read a line is printed.
     """
+
+    def say(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # which `files` finds empty
+            message = f"warning: {error.filename} cannot be read ({error.strerror}): what is in it is left out"
+            print(one_line(message), file=sys.stderr, flush=True)
+
     entered = {"/proc", "/sys", "/dev"}
-    for folder, names, files in os.walk(root, followlinks=True):
+    for folder, names, files in os.walk(root, followlinks=True, onerror=say):
         real = os.path.realpath(folder)
         if real in entered:
             names.clear()

@@ -126,6 +126,8 @@ def make_record(clip: SourceClip, files: Mapping[str, File], options: RecordOpti
     clip, longer = _within(clip, media)
     end = media.duration if clip.end is None else min(clip.end, media.duration)
     duration = end - clip.start
+    if clip.start >= media.duration:
+        raise ClipFailure("", "open", f"begins at {clip.start:g} s, but the file lasts {media.duration:.2f} s")
     if not 0 < duration <= LONGEST:
         raise ClipFailure(
             "",

@@ -1,8 +1,10 @@
 """What the world hands in, and must not be taken for something else: spaces in names, two spellings of one name, parts
 that the file does not have, numbers that are no class."""
 
+import errno
 import io
 import json
+import os
 import unicodedata
 
 import av
@@ -199,3 +201,30 @@ def test_class_names_in_another_order_are_no_names_of_the_set(tmp_path):
     del stored["featuresDict"]["features"]["label"]["description"]  # as earlier versions wrote it
     fields.write_text(json.dumps(stored))
     assert records.class_names(tmp_path / "set") == ["a", "b", "c"]
+
+
+def test_what_begins_after_the_end_of_its_file_says_so(tmp_path):
+    files = {"a.mp4": clip_trees.clip(0, 2.0), "b.mp4": clip_trees.clip(1, 2.0), "c.mp4.part": b"x"}
+    source = clip_trees.put(tmp_path / "in", files | {"t.csv": b"path,start,end\na.mp4,50,55\nb.mp4,0,1\n"})
+    report = clip_trees.prepare("folder", source, tmp_path / "out", table=str(source / "t.csv"))
+    (finding,) = [finding for finding in report["findings"] if finding["cause"] == "undecodable"]
+    assert finding["message"].endswith("begins at 50 s, but the file lasts 2.00 s")
+    report = clip_trees.prepare("folder", source, tmp_path / "all")
+    assert [finding["clip"] for finding in report["findings"] if finding["cause"] == "not_media"]  # c.mp4.part
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "locked").mkdir()
+    scan = os.scandir
+
+    def refused(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    assert Folder(tmp_path).files() == ["a.mp4"]
+    said = capsys.readouterr().err
+    assert said == f"warning: {tmp_path / 'locked'} cannot be read (Permission denied): what is in it is left out\n"
+    assert Folder(tmp_path / "nothing").files() == [] and not capsys.readouterr().err

@@ -29,7 +29,7 @@ GRID = "GRID (Cooke et al., JASA 2006): 34 speakers read sentences of six words 
 GRID_LICENCE = "CC BY 4.0"
 OTHER_ENDINGS = frozenset(
     """txt csv tsv json jsonl xml html htm md pdf parquet npy npz pkl pt pth h5 hdf5 yaml yml log srt vtt ass lab align
-    ini jpg jpeg png bmp gif webp tif tiff db zip tar gz tgz bz2 xz rar 7z py sh part nfo sha256 md5 textgrid""".split()
+    ini jpg jpeg png bmp gif webp tif tiff db zip tar gz tgz bz2 xz rar 7z py sh nfo sha256 md5 textgrid""".split()
 )
 COLUMNS = ("path", "id", "label", "split", "start", "end")
 SPLIT_LIKE = re.compile(rf"({'|'.join(sorted(SPLITS, reverse=True))})(?:[\W_\d]|$)")  # train_videos, test1, dev-clean
