@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import av
@@ -223,14 +224,14 @@ class Media:
                 begin = end if packet.pts is None else self._seconds(packet.pts, packet)
                 if packet.stream.type == "audio" and begin < end - GAP and self._format in CHAINED:
                     begin, self._chained = end, True
-                ends[packet.stream_index] = max(end, begin + float((packet.duration or 0) * packet.time_base))
+                ends[packet.stream_index] = max(end, begin + _times(packet.duration or 0, packet.time_base))
         if last:
             self._last = Last(count, last.pos or 0, bytes(last))
         return ends if ends or known is None else self._last_ends(None)
 
     def _seconds(self, timestamp: int, timed: Any) -> float:
         """A timestamp of a stream, packet or frame in seconds."""
-        return float(timestamp * timed.time_base) - self._origin
+        return _times(timestamp, timed.time_base) - self._origin
 
     def _decoded(self, track: Track | None, time: float, strict_from: float = -math.inf) -> Iterator[tuple[float, Any]]:
         """Decoded frames from the one at or before `time` on, with their times, which never fall.
@@ -256,7 +257,7 @@ class Media:
                         continue
                     raise ValueError(f"cannot be decoded at {begin:.2f} s: {error.strerror}") from error
                 count, last = av.logging.get_last_error()
-                end = begin + float((packet.duration or 0) * packet.time_base)
+                end = begin + _times(packet.duration or 0, packet.time_base)
                 damage = " ".join(last[2].split()) if count > errors and last else corrupt_jpeg(packet)
                 if damage and begin >= strict_log:
                     if 2 * end - begin >= track.end:  # files that were cut by others often end in half a packet
@@ -283,7 +284,7 @@ class Media:
                     if isinstance(frame, av.AudioFrame):
                         following = shown + frame.samples / frame.sample_rate
                     else:
-                        following = shown + float((frame.duration or 0) * (frame.time_base or 0))
+                        following = shown + _times(frame.duration or 0, frame.time_base)
                 read = max(read, end)
         # Opening reads seconds ahead, and what FFmpeg has said then concerns those who read all of the file.
         if in_opening and opening and opening[1] == container.format.name:
@@ -332,6 +333,11 @@ class Media:
             if packet.dts is not None and self._seconds(packet.dts, packet) > time and lead[0].is_keyframe:
                 break
         return container, lead, packets, whole
+
+
+def _times(count: int, unit: Fraction | None) -> float:
+    """`float(count * unit)`, rounded alike, in a tenth of the time; 0 without a unit."""
+    return count * unit.numerator / unit.denominator if unit else 0.0
 
 
 def span(source: File) -> tuple[float, float]:
