@@ -22,8 +22,6 @@ from av_mae.storage import as_path, is_url, reached
 Arrays = dict[str, Any]
 # Arrays, or their shapes, dtypes and shardings alone, by dotted name.
 Abstract = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
-
-
 COMMITTED = "commit_success.txt"  # Orbax's, in a checkpoint on a store and in each of its items: they are whole
 
 

@@ -148,11 +148,15 @@ class Mirror:
             return True
 
     def _put(self, name: str) -> None:
-        """Writes a file by way of a copy: drivers fail where a large one, e.g. of metrics, grows meanwhile."""
+        """Writes a file by way of a copy: drivers fail where a large one, e.g. of metrics, grows meanwhile.
+
+        What grows is never as large as shards of an export, which come here whole.
+        """
         source, copy = self.folder / name, self.folder / f".put{TEMPORARY}"
         try:
             with contextlib.suppress(OSError):  # a full disk
-                source = shutil.copyfile(source, copy)
+                if source.stat().st_size < LARGE:
+                    source = shutil.copyfile(source, copy)
             self._store.put(source, name, keep=True)
         finally:
             copy.unlink(missing_ok=True)

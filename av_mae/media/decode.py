@@ -258,8 +258,10 @@ class Media:
                     raise ValueError(f"cannot be decoded at {begin:.2f} s: {error.strerror}") from error
                 count, last = av.logging.get_last_error()
                 end = begin + _times(packet.duration or 0, packet.time_base)
-                damage = " ".join(last[2].split()) if count > errors and last else corrupt_jpeg(packet)
-                if damage and begin >= strict_log:
+                damage = ""
+                if begin >= strict_log:  # what is only decoded on the way there need not be looked at
+                    damage = " ".join(last[2].split()) if count > errors and last else corrupt_jpeg(packet)
+                if damage:
                     if 2 * end - begin >= track.end:  # files that were cut by others often end in half a packet
                         self.damages[kind] = f"damaged at {begin:.2f} s: {damage}"
                     elif ended_early := damage.endswith(("ended prematurely", "partial file")):
