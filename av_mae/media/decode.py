@@ -94,7 +94,7 @@ class Media:
                 if not 1 / LARGEST_ASPECT <= self._aspect <= LARGEST_ASPECT:
                     raise ValueError(f"the sample aspect ratio {self._aspect:g} is beyond {LARGEST_ASPECT} to 1")
             length, ends = self._length, [track.end for track in (self.video, self.audio) if track]
-            known = length is not None and self._format not in EXACT and max(ends) < length + GAP
+            known = length is not None and self._format not in EXACT | TIMED and max(ends) < length + GAP
             self.duration = length if known and length else max(ends)
             if length is not None and self._format not in TIMED and max(ends) > length + SHORTFALL / 2:
                 self.damages["open"] = f"its packets end at {max(ends):.2f} s, but it says {length:.2f} s"
@@ -191,11 +191,12 @@ class Media:
         streams = chosen(container, self._format, self._source)
         length = promised(container, self._format, self._source)
         ends: dict[int, float] = {}
-        if self._format not in ("mov", *TIMED) or any(stream.duration is None for stream in streams.values()):
+        if self._format != "mov" or any(stream.duration is None for stream in streams.values()):
             ends = self._last_ends(length)
             length = since_begin(length, self._format, self._origin, max(ends.values(), default=0.0))
         self._length = length
-        cut_off = length is not None and max(ends.values(), default=length) + SHORTFALL < length
+        exact = self._format not in TIMED or any(stream.duration is None for stream in streams.values())
+        cut_off = exact and length is not None and max(ends.values(), default=length) + SHORTFALL < length
         tracks: dict[str, Track] = {}
         for kind, stream in streams.items():
             begin = 0.0 if stream.start_time is None else self._seconds(stream.start_time, stream)

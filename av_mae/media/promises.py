@@ -14,7 +14,7 @@ PROMISING = {"mov", "matroska", "flv", "avi", "asf", "wav", "w64", "flac", "aiff
 EXACT = {"wav", "w64", "flac", "aiff", "caf", "au"}  # to the sample
 FROM_ZERO = {"matroska", "flv", "asf"}  # whose lengths may be the time of the last packet
 LATE = 0.5  # seconds; files whose first packet is later may count from 0
-TIMED = {"mpegts", "mpeg"}  # every packet has its time, so that the last one's is the length
+TIMED = {"mpegts", "mpeg"}  # the last time is the length, but for the rest of its packet: up to 0.5 s of sound
 HEADER = 1 << 20  # bytes at a file's beginning that are searched for its length
 COUNTED_LATE = 0.15  # seconds by which a count of frames may be too large: some count the header, at 8 kHz 0.07 s
 
@@ -30,6 +30,10 @@ def promised(
         source: the file's path, or its content.
     """
     known = None if container.duration is None else container.duration / av.time_base
+    if format == "avi" and known is not None and not container.streams.video:
+        # FFmpeg counts ADPCM by a bit rate; the header has the number of blocks.
+        audios = [own for own in container.streams.audio if own.frames < UNKNOWN_COUNT]
+        known = max([known, *(float(own.frames * (own.time_base or 0)) for own in audios)])
     if format not in ("mp3", "wav"):
         return known if format in (*PROMISING, *TIMED) else None
     if isinstance(source, bytes):
@@ -78,9 +82,13 @@ def end_of_edits(stream: Any, end: float, origin: float) -> float:
         origin: as of `since_begin`.
     """
     edited = float((stream.duration or 0) * stream.time_base) - origin
-    shown = (entry for entry in reversed(stream.index_entries) if not entry.is_discard)
-    last = next((float(entry.timestamp * stream.time_base) - origin for entry in shown), end)
-    return edited if abs(last - edited) < min(LATE, abs(last - end)) else end
+    shown = [float(entry.timestamp * stream.time_base) for entry in stream.index_entries if not entry.is_discard]
+    if len(shown) < 2:
+        return end
+    # The index has the times of decoding, which begin and end earlier than those of showing.
+    begin = end - float((stream.duration or 0) * stream.time_base)
+    ended = begin + (shown[-1] - shown[0]) * len(shown) / (len(shown) - 1)
+    return edited if abs(ended - edited) < min(LATE, abs(ended - end)) else end
 
 
 def lacks(format: str, stream: Any, end: float, whole: float | None, short: float) -> str:

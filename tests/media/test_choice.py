@@ -166,3 +166,40 @@ def test_colours_are_those_of_the_matrix_that_the_file_names(number, red, blue, 
         container.mux(stream.encode(None))
     ((_, shown),) = media.Media(file.getvalue()).frames([0.4])
     np.testing.assert_allclose(shown, np.broadcast_to(colour, shown.shape), atol=3)
+
+
+def test_pictures_that_begin_late_without_an_edit_list_end_late():
+    """B frames of a file in fragments: its index has the times of decoding, two frames earlier."""
+    frames, sound = [made_media.numbered_frame(number) for number in range(6)], made_media.hum(np.arange(9600) / 16000)
+    options = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "use_editlist": "0"}
+    clip = media.Media(made_media.encoded(frames, sound, fps=10, options=options))
+    assert (clip.video.begin, clip.video.end) == pytest.approx((0.2, 0.8), abs=0.03)
+    clip = media.Media(made_media.encoded(frames, sound, fps=10, options={"use_editlist": "0"}))
+    assert (clip.video.begin, clip.video.end) == pytest.approx((0.2, 0.8), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "format, codec, rate", [("mpegts", "mp2", 16000), ("mpeg", "mp2", 16000), ("vob", "ac3", 48000)]
+)
+def test_sound_ends_with_the_last_frame_of_its_last_packet(format, codec, rate):
+    """Only the first frame of a packet of these formats has a time."""
+    sound = made_media.hum(np.arange(2 * rate) / rate)
+    content = made_media.encoded(None, sound, format=format, audio=codec, rate=rate)
+    clip = media.Media(content)
+    waveform, own_rate, _ = clip.waveform(0.0, 9.0)
+    assert len(waveform) / own_rate >= 2.0
+    assert clip.audio.end == clip.duration == pytest.approx(len(waveform) / own_rate, abs=0.02) and not clip.damages
+
+
+def test_an_avi_file_of_adpcm_is_as_long_as_its_header_counts():
+    file, rate, block = io.BytesIO(), 8000, 2036
+    with av.open(file, "w", format="avi") as container:
+        stream = container.add_stream("adpcm_ms", rate=rate, layout="mono")
+        for start in range(0, 4 * block, block):
+            sound = made_media.hum(np.arange(start, start + block) / rate)
+            container.mux(stream.encode(made_media._block(stream, sound, start)))
+        container.mux(stream.encode(None))
+    content = bytearray(file.getvalue())
+    struct.pack_into("<I", content, content.index(b"strf") + 16, 2 * rate)  # bytes a second: as of PCM, by FFmpeg 5
+    clip = media.Media(bytes(content))
+    assert not clip.damages and clip.duration == pytest.approx(4 * block / rate, abs=0.01)
