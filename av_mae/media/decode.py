@@ -84,7 +84,7 @@ class Media:
         with _part("open"), self._open() as container:
             self._format = container.format.name.split(",")[0]
             self._origin = (container.start_time or 0) / av.time_base
-            self._chained, self._last = False, Last(0, 0, b"")
+            self._chained, self._last, self._chunks = False, Last(0, 0, b""), 0.0
             self.video, self.audio = self._tracks(container)
             if self.video is None and self.audio is None:
                 raise ValueError("the file holds neither a picture nor a sound that can be decoded")
@@ -96,8 +96,9 @@ class Media:
             length, ends = self._length, [track.end for track in (self.video, self.audio) if track]
             known = length is not None and self._format not in EXACT | TIMED and max(ends) < length + GAP
             self.duration = length if known and length else max(ends)
-            if length is not None and self._format not in TIMED and max(ends) > length + SHORTFALL / 2:
-                self.damages["open"] = f"its packets end at {max(ends):.2f} s, but it says {length:.2f} s"
+            there = self._chunks if self._format == "avi" else max(ends)  # where FFmpeg shows H.264 some frames late
+            if length is not None and self._format not in TIMED and there > length + SHORTFALL / 2:
+                self.damages["open"] = f"its packets end at {there:.2f} s, but it says {length:.2f} s"
             if missing := lacks_end(self._format, source, self._last):
                 self.damages["open"] = missing
 
@@ -226,6 +227,9 @@ class Media:
                 if packet.stream.type == "audio" and begin < end - GAP and self._format in CHAINED:
                     begin, self._chained = end, True
                 ends[packet.stream_index] = max(end, begin + _times(packet.duration or 0, packet.time_base))
+                if packet.dts is not None:
+                    decoded = self._seconds(packet.dts + (packet.duration or 0), packet)
+                    self._chunks = max(self._chunks, decoded)
         if last:
             self._last = Last(count, last.pos or 0, bytes(last))
         return ends if ends or known is None else self._last_ends(None)

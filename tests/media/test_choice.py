@@ -203,3 +203,11 @@ def test_an_avi_file_of_adpcm_is_as_long_as_its_header_counts():
     struct.pack_into("<I", content, content.index(b"strf") + 16, 2 * rate)  # bytes a second: as of PCM, by FFmpeg 5
     clip = media.Media(bytes(content))
     assert not clip.damages and clip.duration == pytest.approx(4 * block / rate, abs=0.01)
+
+
+def test_h264_in_avi_is_no_longer_than_its_header_says():
+    """FFmpeg gives its frames times that are some frames late."""
+    frames = [made_media.numbered_frame(number) for number in range(12)]
+    for video in ("libx264", "mpeg4"):
+        clip = media.Media(made_media.encoded(frames, None, fps=2, format="avi", video=video))
+        assert not clip.damages

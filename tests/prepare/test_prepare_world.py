@@ -64,6 +64,9 @@ def test_ids_that_look_the_same_are_two_only_where_files_are(tmp_path):
     source = clip_trees.put(tmp_path / "in", {f"{NFC}.mp4": b"", f"{NFD}.mp4": b""})
     ids = {unicodedata.normalize("NFC", clip.id) for clip in checked(READERS["folder"].read(Folder(source))).clips}
     assert len(ids) == 2
+    table = clip_trees.put(tmp_path, {"list.csv": f"path\n{NFC}.mp4\n{NFD}.mp4\n"}) / "list.csv"
+    read = checked(READERS["folder"].read(Folder(source), str(table)))
+    assert ids == {unicodedata.normalize("NFC", clip.id) for clip in read.clips}
     clips = [SourceClip(name, "train", f"{number}.mp4") for number, name in enumerate((NFD, NFC))]
     read = checked(Catalogue((), clips))
     assert [clip.media for clip in read.clips] == ["0.mp4"]

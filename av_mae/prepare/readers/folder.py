@@ -168,11 +168,11 @@ def _separate(clips: list[SourceClip], unnamed: set[int]) -> None:
     rows stay equal.
     """
     ids = _ids(sorted({clips[index].source for index in unnamed}))
-    shared = collections.Counter(clip.id for clip in clips)
+    shared = collections.Counter(unicodedata.normalize("NFC", clip.id) for clip in clips)
     taken: dict[str, list[SourceClip]] = collections.defaultdict(list)
     for index in sorted(unnamed):
         clip = clips[index]
-        if shared[clip.id] == 1:
+        if shared[unicodedata.normalize("NFC", clip.id)] == 1:
             continue
         begin = f"_{clip.start:.10g}" if clip.start or clip.end is not None else ""
         name = ids[clip.source] + begin + ("" if clip.end is None else f"_{clip.end:.10g}")
