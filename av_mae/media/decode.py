@@ -228,11 +228,15 @@ class Media:
                     begin, self._chained = end, True
                 ends[packet.stream_index] = max(end, begin + _times(packet.duration or 0, packet.time_base))
                 if packet.dts is not None:
-                    decoded = self._seconds(packet.dts + (packet.duration or 0), packet)
-                    self._chunks = max(self._chunks, decoded)
+                    self._chunks = max(self._chunks, self._seconds(packet.dts + (packet.duration or 0), packet))
         if last:
             self._last = Last(count, last.pos or 0, bytes(last))
-        return ends if ends or known is None else self._last_ends(None)
+        if known is None or ends and (self._format not in EXACT or abs(max(ends.values()) - known) < GAP):
+            return ends
+        # FFmpeg seeks in ADPCM by a byte rate that may be wrong.
+        whole = self._last_ends(None)
+        self._chained |= any(abs(whole[number] - end) > LOSS for number, end in ends.items())
+        return whole
 
     def _seconds(self, timestamp: int, timed: Any) -> float:
         """A timestamp of a stream, packet or frame in seconds."""

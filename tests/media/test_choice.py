@@ -211,3 +211,22 @@ def test_h264_in_avi_is_no_longer_than_its_header_says():
     for video in ("libx264", "mpeg4"):
         clip = media.Media(made_media.encoded(frames, None, fps=2, format="avi", video=video))
         assert not clip.damages
+
+
+def test_adpcm_is_found_where_a_wrong_byte_rate_leads_beyond_it():
+    """As FFmpeg 5 writes them: the header's bytes a second are a third too few."""
+    file, rate, block = io.BytesIO(), 8000, 2036
+    time = np.arange(60 * block) / rate
+    sound = 0.5 * np.sin(2 * np.pi * (200 + 20 * time) * time)
+    with av.open(file, "w", format="wav") as container:
+        stream = container.add_stream("adpcm_ms", rate=rate, layout="mono")
+        for start in range(0, len(sound), block):
+            container.mux(stream.encode(made_media._block(stream, sound[start : start + block], start)))
+        container.mux(stream.encode(None))
+    content = bytearray(file.getvalue())
+    struct.pack_into("<I", content, content.index(b"fmt ") + 16, 2682)  # of 4023
+    clip = media.Media(bytes(content))
+    waveform, _, first = clip.waveform(12.0, 1.0)
+    begin = round(first * rate)
+    assert not clip.damages and clip.duration == pytest.approx(len(sound) / rate, abs=0.01)
+    assert first <= 12.0 and np.corrcoef(waveform, sound[begin : begin + len(waveform)])[0, 1] > 0.9
