@@ -74,13 +74,12 @@ def test_failures_come_back_as_one_line(worker, function, arguments, message):
 @pytest.mark.parametrize("kills", [1, 2])
 def test_a_process_killed_from_outside_is_started_again_once(worker, kills):
     def kill() -> None:
-        for pid in iter(lambda: worker._process and worker._process.pid, None):
-            if pid not in killed and len(killed) < kills:
+        while not done.wait(0.05):
+            process = worker._process  # none between the end of one and the start of the next
+            if process and process.pid not in killed and len(killed) < kills:
                 time.sleep(0.2)
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-            if done.wait(0.05):
-                return
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
 
     worker.call(abs, 1, time_limit=5)
     killed, done = [], threading.Event()
