@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_training import first_parameters, make_step, recipe, unfused
@@ -104,7 +105,7 @@ def saved_run(workdir, config, step, params=None):
 
 def test_order_own_checkpoint_then_init_then_random(tmp_path):
     config = recipe(unfused())
-    twice = {name: 2 * x for name, x in first_parameters(config.model).items()}
+    twice = {name: jnp.asarray(2 * x) for name, x in first_parameters(config.model).items()}
     other, _ = saved_run(tmp_path / "other", config, 3, params=lambda _: twice)
     with_init = dataclasses.replace(config, init=str(tmp_path / "other"))
     empty = checkpoint.Checkpoints(tmp_path / "new" / "checkpoints")
