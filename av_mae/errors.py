@@ -107,7 +107,9 @@ def _check_words(words: Sequence[str], stores: Mapping[str, Container[str]]) -> 
     """`check_local` of what a user typed: `--option=value`, or the value after its option, or alone."""
     for before, word in zip(("argument", *words), words):
         option, _, value = word.partition("=")
-        name, value = (option, value) if word.startswith("-") else (before, word)
+        if not word.startswith("-"):
+            value, option = word, before if before.startswith("-") and "=" not in before else "argument"
+        name = option
         check_local(name, value, stores.get(name, ()))
 
 

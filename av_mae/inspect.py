@@ -14,9 +14,10 @@ import numpy as np
 from av_mae.config import SoundConfig
 from av_mae.console import Progress
 from av_mae.data import audio, frames, records
+from av_mae.data.copies import LOCAL, copy_set, folder_of
 from av_mae.data.loading import ClipSource
-from av_mae.errors import ClipFailure, UserError, check_numbers, one_line, run_command, stage
-from av_mae.workdir import SKIPPED, read_skipped
+from av_mae.errors import LASTING_STORES, ClipFailure, UserError, check_numbers, one_line, run_command, stage
+from av_mae.workdir import SKIPPED, collected, named, read_skipped
 
 SHEET, REPORT = "contact_sheet.png", "report.json"
 EXAMPLE = "example: python -m av_mae.inspect runs/toy_band --clips=8 --sheet=toy_band.png"
@@ -28,12 +29,13 @@ EDGES = {
     "shorter side (pixels)": (0, 1, 64, 128, 192, 256, 257, 512),
     "kB": (0, 10, 30, 100, 200, 300, 500, 1000, 3000),
 }
+URLS = {"argument": LASTING_STORES}  # options that take those of stores
 BAR = 40  # characters of the longest bar
 CLASSES = 12  # named with their counts: the most and the least frequent
 SOUND, LONGEST = SoundConfig(mels=96), 10.0  # of spectrograms, and their seconds at most
 SHEET_FRAMES, SHEET_SIZE = 3, (144, 192)
 CAUSES, EXAMPLES = 30, 2  # of skipped clips: causes in the table, and clips named for each
-OUTPUTS = (SKIPPED, "config.json", "metrics.jsonl", "results.json", "*.parquet", "index.json")  # of other commands
+OUTPUTS = (SKIPPED, "config.json", "metrics.jsonl", "results.json", "export.json", "index.json")  # of other commands
 
 
 def facts(record: Mapping[str, Any]) -> dict[str, float]:
@@ -190,7 +192,7 @@ def skipped_lines(folder: pathlib.Path) -> list[str]:
     """A table of what `skipped.jsonl` in a folder holds: clips, stage and cause, with examples below."""
     failures = read_skipped(folder)
     groups = skipped_causes(failures)
-    lines = ["", f"skipped clips ({folder / SKIPPED} has them all): {len(failures)}"]
+    lines = ["", f"skipped clips ({named(folder / SKIPPED)} has them all): {len(failures)}"]
     if groups:
         width = max(5, *(len(group.stage) for group in groups))
         lines.append(f"    {'clips':>7}  {'stage':<{width}}  cause")
@@ -279,9 +281,10 @@ def inspect(path: str, splits: Sequence[str], clips: int, sampled: int, seed: in
     lines = [f"{path}: {known.name}, records of version {records.VERSION}", f"  {known.text}"]
     for split in splits:
         lines += split_lines(path, split, sampled, seed)
-    lines += report_lines(pathlib.Path(path))
-    if pathlib.Path(path, SKIPPED).is_file():
-        lines += skipped_lines(pathlib.Path(path))
+    folder = folder_of(path)
+    lines += report_lines(folder)
+    if (folder / SKIPPED).is_file():
+        lines += skipped_lines(folder)
     shown = next((split for split in splits if known.splits[split].clips), None)
     if shown is None:
         raise UserError(f"{path} holds no clips")
@@ -289,7 +292,12 @@ def inspect(path: str, splits: Sequence[str], clips: int, sampled: int, seed: in
         plots.save_png(sheet, contact_sheet(path, shown, clips, seed))
     except OSError as error:
         raise UserError(f"cannot write {sheet}: {error.strerror or error}; name another file with --sheet") from error
-    return "\n".join([*lines, "", f"{sheet}: clips of {shown}"])
+    return "\n".join([*lines, "", f"{named(sheet)}: clips of {shown}"])
+
+
+def _is_shown(name: str) -> bool:
+    """Which files of a folder on a store are fetched: those at its top but for shards and tables."""
+    return "/" not in name and not name.endswith((".parquet", ".png")) and ".array_record" not in name
 
 
 def main(argv: list[str]) -> None:
@@ -300,18 +308,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--clips", type=int, default=12, help="clips on the contact sheet (%(default)s)")
     parser.add_argument("--sample", type=int, default=2000, help="clips read for the histograms (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the clips drawn (%(default)s)")
+    parser.add_argument("--local", metavar="DIR", help=LOCAL)
     parser.add_argument("--sheet", type=pathlib.Path, help=f"the contact sheet (default: {SHEET} in DIR)")
     options = parser.parse_args(argv)
     check_numbers(options, {"clips": 1, "sample": 1, "seed": 0}, {"clips": 10_000, "seed": 2**63 - 1})
-    folder = pathlib.Path(options.data)
-    is_set = any((folder / name).is_file() for name in ("dataset_info.json", "prepare.json"))
-    if not is_set and any(found for name in OUTPUTS for found in folder.glob(name)):
-        print("\n".join([f"{folder}: no prepared set, but the output of another command", *skipped_lines(folder)]))
-        return
-    splits = [split.strip() for split in options.splits.split(",") if split.strip()]
-    sheet = options.sheet or folder / SHEET
-    print(inspect(options.data, splits, options.clips, options.sample, options.seed, sheet))
+    with collected(options.data, _is_shown) as folder:
+        is_set = any((folder / name).is_file() for name in ("dataset_info.json", "prepare.json"))
+        if not is_set and any(found for name in OUTPUTS for found in folder.glob(name)):
+            said = [f"{options.data}: no prepared set, but the output of another command", *skipped_lines(folder)]
+            print("\n".join(said))
+            return
+        copy_set(options.data, options.local)
+        splits = [split.strip() for split in options.splits.split(",") if split.strip()]
+        sheet = options.sheet or folder / SHEET
+        print(inspect(options.data, splits, options.clips, options.sample, options.seed, sheet))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, URLS)

@@ -12,17 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
 
 from av_mae import preprocess
 from av_mae.console import first_line, note, quiet_libraries
-from av_mae.errors import ClipFailure, UserError, check_numbers, one_line, run_command
+from av_mae.data.copies import LOCAL, copy_set
+from av_mae.errors import CHECKPOINT_STORES, ClipFailure, StoreError, UserError, check_numbers, one_line, run_command
 from av_mae.evaluate.cosine import Hits, closest, unit
 from av_mae.export import tables
 from av_mae.export.embeddings import Embedder, model_identity
-from av_mae.export.inputs import open_input
+from av_mae.export.inputs import open_input, split_of
 from av_mae.loading import load
 from av_mae.plots import gallery, save_png
+from av_mae.storage import as_path, is_url, reached
 
 EXAMPLE = """examples:
   python -m av_mae.search --index=embeddings --query=clip.mp4 --modality=audio --top=5
@@ -33,6 +34,7 @@ MOST_SHARDS = 99_999  # that their names can count
 LEAST_SPREAD = 1e-4  # of the largest: what spreads less is noise
 ROW_COLUMNS = ("id", "path", "place", "start", "label")
 SUFFIXES = (".npy", ".fvecs")
+URLS = {"--index": CHECKPOINT_STORES, "--checkpoint": CHECKPOINT_STORES}  # options that take those of stores
 
 
 class Index:
@@ -55,7 +57,7 @@ class Index:
                 f"--index={folder} is not finished: {len(unfinished)} of {shards} files are not there, the "
                 f"first is {unfinished[0]}; run its export again"
             )
-        self._files = [parquet.ParquetFile(path) for path in paths]
+        self._files = [tables.opened(path) for path in paths]
         self._first = np.cumsum([0] + [file.metadata.num_rows for file in self._files])
         schema = self._files[0].schema_arrow
         kinds = {name: schema.field(name).type for name in schema.names}
@@ -214,14 +216,20 @@ def embed_query(
     return columns[modality][:1], clip
 
 
-def contact_sheet(index: Index, embedder: Embedder, query: dict[str, np.ndarray], hits: Hits) -> np.ndarray | None:
-    """Frames and spectrograms of the query and its hits; None where the index's clips are no longer there."""
+def contact_sheet(
+    index: Index, embedder: Embedder, query: dict[str, np.ndarray], hits: Hits, local: str | None
+) -> np.ndarray | None:
+    """Frames and spectrograms of the query and its hits; None where the index's clips are no longer there.
+
+    local: a folder for the copy of clips that are on a store.
+    """
     shape = embedder.shape(index.settings["stride"], index.settings["missing"])
     try:
+        copy_set(split_of(index.source["data"])[0], local)
         clips = open_input(index.source["data"], shape)
         if clips.fingerprint() != index.settings["data"]:
             raise UserError(f"{index.source['data']} has changed since")
-    except UserError as error:
+    except (UserError, StoreError) as error:
         note(f"no contact sheet: {error}")
         return None
     rows, titles = [[query["image"][0], query["audio"][0]]], ["query"]
@@ -260,7 +268,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Finds the clips of an export that are closest to a clip, by cosine, exactly.",
     )
     parser.add_argument(
-        "--index", required=True, type=pathlib.Path, metavar="DIR", help="embeddings that python -m av_mae.export wrote"
+        "--index", required=True, metavar="DIR", help="embeddings that python -m av_mae.export wrote, here or on gs://"
     )
     parser.add_argument("--query", metavar="FILE", help="a media file")
     parser.add_argument(
@@ -279,6 +287,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--top", type=int, default=10, help="hits (%(default)s)")
     parser.add_argument("--checkpoint", metavar="DIR", help="the encoder, if it is not where it was then")
+    parser.add_argument("--local", metavar="DIR", help=f"{LOCAL}, for the contact sheet")
     parser.add_argument(
         "--sheet",
         type=pathlib.Path,
@@ -302,30 +311,34 @@ def main(argv: list[str]) -> None:
         raise UserError("nothing to do: give --query=FILE, or --faiss=FILE for the vectors")
     check_numbers(arguments, {"top": 1, "start": 0})
     quiet_libraries()
-    index = Index(arguments.index)
     try:
-        if arguments.faiss:
-            index.write_vectors(arguments.faiss, arguments.modality)
-            print(f"{arguments.faiss}: {len(index)} vectors, ids in {arguments.faiss}.ids.txt")
-        if arguments.query is not None:
-            find(index, arguments)
+        with reached(arguments.index):
+            search(arguments)
+    except StoreError:
+        raise
     except pa.ArrowException as error:
         raise UserError(f"--index={arguments.index} is damaged ({first_line(error)}): run its export again") from error
     except OSError as error:
         raise UserError(f"cannot write: {error}; name another file") from error
 
 
-def find(index: Index, arguments: argparse.Namespace) -> None:
-    """Prints the hits and draws their contact sheet."""
+def search(arguments: argparse.Namespace) -> None:
+    """Writes the vectors, prints the hits and draws their contact sheet."""
+    index = Index(as_path(arguments.index) if is_url(arguments.index) else pathlib.Path(arguments.index))
+    if arguments.faiss:
+        index.write_vectors(arguments.faiss, arguments.modality)
+        print(f"{arguments.faiss}: {len(index)} vectors, ids in {arguments.faiss}.ids.txt")
+    if arguments.query is None:
+        return
     embedder = open_model(index, arguments.checkpoint)
     vector, clip = embed_query(embedder, arguments.query, arguments.start, arguments.modality)
     hits = index.search(vector, arguments.modality, arguments.top, arguments.whiten)
     print("\n".join(lines(index, hits)))
-    sheet = contact_sheet(index, embedder, clip, hits)
+    sheet = contact_sheet(index, embedder, clip, hits, arguments.local)
     if sheet is not None:
         save_png(arguments.sheet, sheet)
         print(f"contact sheet: {arguments.sheet}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, URLS)

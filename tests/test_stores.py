@@ -8,6 +8,7 @@ import time
 import pytest
 import store_servers
 from published import ARGUMENTS
+from tiny_export import write_media
 from train_processes import Training, assert_same_arrays, free_port
 
 import av_mae
@@ -18,7 +19,9 @@ from av_mae.data import copies
 from av_mae.errors import StoreError, UserError
 from av_mae.evaluate.__main__ import main as evaluate
 from av_mae.export.__main__ import main as export
+from av_mae.inspect import main as inspect
 from av_mae.models.kinds import flat_values
+from av_mae.search import main as search
 from av_mae.storage import Folder
 from av_mae.view.__main__ import main as view
 
@@ -102,6 +105,43 @@ def test_what_reads_it(training, run, tmp_path, capsys):
     page = Folder(run).read("view.html").decode()
     assert f"images/step_{STEPS:08d}.png" in page and str(tmp_path) not in page
     assert Folder(run).read(f"images/step_{STEPS:08d}.png")[1:4] == b"PNG"  # not the empty file of the page's maker
+
+
+def test_a_set_and_an_index_on_the_store(training, run, tmp_path, capsys, monkeypatch):
+    """inspect, export (with worker processes) and search tell the same of what is on a store and of what is here."""
+    monkeypatch.chdir(tmp_path)
+    toy, said, query = training.folder / "toy", [], write_media(tmp_path, ["query.mp4"]) / "query.mp4"
+    storage.put_tree(toy, f"{GS}/looked-at")
+    for data, output, local in (
+        (f"{GS}/looked-at", f"{GS}/index", ["--local=copies"]),
+        (str(toy), str(tmp_path / "index"), []),
+    ):
+        inspect([data, "--sample=20", *local])
+        export([f"--checkpoint={run}", f"--data={data}:test", f"--output={output}", "--workers=1", *local])
+        search(
+            [
+                f"--index={output}",
+                f"--query={query}",
+                "--modality=audio",
+                "--top=3",
+                f"--sheet={pathlib.Path(output).name}.png",
+                *local,
+            ]
+        )
+        search([f"--index={output}", "--faiss=vectors.npy", "--modality=audio"])
+        said.append(capsys.readouterr().out.replace(data, "DATA").replace(output, "INDEX"))
+    assert said[0] == said[1]
+    assert Folder(f"{GS}/looked-at").read("contact_sheet.png") == (toy / "contact_sheet.png").read_bytes()
+    made = {"copies", "index", "index.png", "query.mp4", "vectors.npy", "vectors.npy.ids.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == made
+    for command, words in ((inspect, [f"{GS}/looked-at"]), (export, [f"--checkpoint={run}", f"--data={GS}/looked-at"])):
+        with pytest.raises(UserError, match="--local=DIR, to which it is copied"):
+            command([*words, *([f"--output={tmp_path / 'e'}"] if command is export else [])])
+    storage.put_tree(pathlib.Path(__file__).parent / "data", f"{GS}/no-set")
+    with pytest.raises(UserError, match="holds no prepared set"):
+        inspect([f"{GS}/no-set", "--local=copies"])
+    inspect([run])
+    assert f"{run}: no prepared set, but the output of another command" in capsys.readouterr().out
 
 
 def test_converted_weights(server, shared, tmp_path):

@@ -13,11 +13,11 @@ from av_mae.errors import UserError
 OPTIONS = {
     "train": ["--workdir", "--config.data.path", "--config.init"],
     "evaluate": ["--workdir", "--config.data.path", "--config.init"],
-    "export": ["--checkpoint", "--data", "--output", "--json"],
+    "export": ["--checkpoint", "--data", "--output", "--json", "--local"],
     "convert": ["--source", "--output"],
     "search": ["--index", "--query", "--sheet", "--faiss", "--checkpoint"],
     "view": ["--workdir"],
-    "inspect": ["--sheet", ""],
+    "inspect": ["--sheet", "--local", "argument"],
     "benchmark": ["--json", "--data"],
     "prepare": ["--output", "--source"],
 }
@@ -35,7 +35,7 @@ def test_urls_are_refused_before_anything_is_made(tmp_path, command, monkeypatch
         taken = set((urls or {}).get(option, ()))
         for scheme in {"ftp", "http", "nonsense", *(errors.STORES if urls is not None else ())} - taken:
             url = f"{scheme}://bucket/run"
-            for words in ([f"{option}={url}"], [option, url]) if option else ([url],):
+            for words in ([f"{option}={url}"], [option, url]) if option != "argument" else ([url], ["--clips=3", url]):
                 if command == "prepare":
                     words = ["--dataset=folder", "--source=in", "--output=out", *words]
                 monkeypatch.setattr(sys, "argv", [command, *words])

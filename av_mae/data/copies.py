@@ -26,6 +26,8 @@ MANIFEST = ".copied.json"  # in a whole copy: sizes, times and digests of its fi
 LOCK = ".lock"
 THREADS = 16
 KEPT_DAYS = 30.0  # after which a copy that nobody has used is removed when another one is made
+LOCAL = "folder of this machine to which a prepared set on a store (gs://, s3://) is copied"  # the option --local
+_OR_MOUNTED = "or give the folder where the store is mounted (gcsfuse, mount-s3)"
 _copies: dict[str, pathlib.Path] = {}
 _locks: list[Any] = []  # held while this process lives: a copy in use is not removed
 
@@ -38,9 +40,19 @@ def folder_of(path: str | os.PathLike[str]) -> pathlib.Path:
     if os.fspath(path) not in _copies:
         raise UserError(
             f"data.path={path} is on a store: name a folder of each host with data.local=DIR, to which it is copied, "
-            "or give the folder where the store is mounted (gcsfuse, mount-s3)"
+            f"{_OR_MOUNTED}"
         )
     return _copies[os.fspath(path)]
+
+
+def copy_set(path: str, local: str | None) -> None:
+    """`copy_sets` for commands with the option --local. Raises UserError where it is not given, and needed."""
+    if is_url(path) and not local:
+        raise UserError(
+            f"{path} is on a store: name a folder of this machine with --local=DIR, to which it is copied, "
+            f"{_OR_MOUNTED}"
+        )
+    copy_sets([path], local or "")
 
 
 def copy_sets(paths: Iterable[str], local: str) -> None:
@@ -63,9 +75,11 @@ def copy_sets(paths: Iterable[str], local: str) -> None:
 
 
 def _copy(store: Folder, local: pathlib.Path) -> pathlib.Path:
-    listed = store.details()
-    if not listed:
-        raise UserError(f"data.path={store} is no folder, or holds nothing: name the folder of a prepared set")
+    # Pictures of a set, e.g. what inspect draws, come and go.
+    listed = {name: entry for name, entry in store.details().items() if not name.endswith((".png", ".html"))}
+    if "dataset_info.json" not in listed:  # what else a folder may hold, e.g. videos, is not copied
+        what = "holds no prepared set" if listed else "is no folder, or holds nothing"
+        raise UserError(f"{store} {what}: name the folder of a set, or prepare one there with python -m av_mae.prepare")
     for entry in listed.values():  # an MD5 tells contents; what else a store has tells them in one place only
         entry["digest"] = entry["md5"] or f"{store} {entry['digest']}"
     version = hashlib.sha256(json.dumps([str(store), listed], sort_keys=True).encode()).hexdigest()[:12]

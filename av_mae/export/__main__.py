@@ -8,15 +8,21 @@ import pathlib
 import jax
 
 from av_mae.console import format_metrics, quiet_libraries
+from av_mae.data.copies import LOCAL, copy_set
 from av_mae.errors import CHECKPOINT_STORES, LASTING_STORES, StoreError, UserError, one_line, run_command
 from av_mae.export.embeddings import Options, export_embeddings
 from av_mae.export.encoders import INPUTS, OUTPUTS, export_onnx, export_safetensors, export_stablehlo
+from av_mae.export.inputs import split_of
 from av_mae.loading import load, resolve
 from av_mae.train.agreement import held_by_run
 from av_mae.train.hosts import add_process_arguments, joined
 from av_mae.workdir import collected
 
-URLS = {"--checkpoint": CHECKPOINT_STORES, "--output": LASTING_STORES}  # options that take those of stores
+URLS = {  # options that take those of stores
+    "--checkpoint": CHECKPOINT_STORES,
+    "--output": LASTING_STORES,
+    "--data": LASTING_STORES,
+}
 
 EXAMPLE = """examples:
   python -m av_mae.export --checkpoint=runs/demo --data=runs/demo/data/toy_band:test --output=embeddings
@@ -87,6 +93,7 @@ def _add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
         default=min(16, (os.cpu_count() or 1) // 4),
         help="processes that read clips; 0: a thread of this one (%(default)s)",
     )
+    how.add_argument("--local", metavar="DIR", help=LOCAL)
     how.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write counts and rates there, too")
 
 
@@ -156,10 +163,10 @@ def embed(arguments: argparse.Namespace) -> None:
     )
     with joined(arguments):
         try:
+            model = load(arguments.checkpoint)
+            copy_set(split_of(arguments.data)[0], arguments.local)
             with held_by_run(arguments.output), collected(arguments.output, lambda _: True) as output:
-                result = export_embeddings(
-                    load(arguments.checkpoint), arguments.checkpoint, arguments.data, output, options
-                )
+                result = export_embeddings(model, arguments.checkpoint, arguments.data, output, options)
             if jax.process_index() == 0:
                 print(summary(arguments.output, result))
                 if arguments.json:

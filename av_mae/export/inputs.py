@@ -19,11 +19,12 @@ import soundfile
 from av_mae import preprocess
 from av_mae.config import DataConfig, SoundConfig
 from av_mae.console import note
+from av_mae.data.copies import folder_of
 from av_mae.data.loading import FIELDS, ClipLoader
 from av_mae.data.plans import MIDDLE
 from av_mae.errors import ClipFailure, UserError, one_line, stage
 from av_mae.media import MEDIA, ending
-from av_mae.storage import Folder
+from av_mae.storage import Folder, is_url
 
 COLUMNS = ("path", "start", "end", "label", "id")
 
@@ -264,7 +265,7 @@ class PreparedInput(Input):
         return self._length
 
     def fingerprint(self) -> str:
-        described = (pathlib.Path(self.path) / "dataset_info.json").read_bytes()
+        described = (folder_of(self.path) / "dataset_info.json").read_bytes()
         return hashlib.sha256(described + self._split.encode()).hexdigest()
 
     def find(self, position: int) -> tuple[Row, dict[str, Any]]:
@@ -353,18 +354,24 @@ class MediaInput(Input):
         return Window(row, clip["image"][0], clip["audio"][0])
 
 
+def split_of(data: str) -> tuple[str, str]:
+    """The path of `DIR:split` and the split, '' where there is none."""
+    path, _, split = data.rpartition(":")
+    return (data, "") if not path or split.startswith("//") or os.path.exists(data) else (path, split)
+
+
 def open_input(data: str, shape: Shape) -> Input:
     """The clips that `data` names.
 
-    That is a prepared set (DIR[:split], split train if none is given), a folder of media, or a csv, tsv or parquet list
-    of files.
+    That is a prepared set (DIR[:split], split train if none is given; one on a store must have been copied, see
+    `copy_set`), a folder of media, or a csv, tsv or parquet list of files.
 
     Raises:
       UserError: there is nothing of that name, no media in the folder, or the list cannot be read.
     """
-    path, _, split = data.rpartition(":")
-    if os.path.exists(data) or not path:
-        path, split = data, ""
+    path, split = split_of(data)
+    if is_url(path):
+        return PreparedInput(path, split or "train", shape)
     if os.path.isfile(path):
         return MediaInput(*read_list(path), shape)
     if not os.path.isdir(path):

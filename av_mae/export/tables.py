@@ -18,9 +18,9 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from av_mae.checkpoint import first_difference
-from av_mae.errors import ClipFailure, UserError
+from av_mae.errors import ClipFailure, StoreError, UserError
 from av_mae.export.inputs import Row
-from av_mae.storage import replace_file
+from av_mae.storage import is_url, reached, replace_file
 from av_mae.workdir import named, write_skipped
 
 FOLDER, FAILURES, RECORD = "embeddings", "failures.parquet", "export.json"
@@ -125,10 +125,18 @@ def shard_path(output: pathlib.Path, shard: int, shards: int) -> pathlib.Path:
     return output / FOLDER / f"{shard:05d}-of-{shards:05d}.parquet"
 
 
+def opened(path: pathlib.Path) -> parquet.ParquetFile:
+    """A table, here or on a store, of which what is read is fetched. Raises OSError or pa.ArrowException."""
+    return parquet.ParquetFile(path.open("rb") if is_url(path) else path)
+
+
 def is_finished(path: pathlib.Path) -> bool:
-    """Whether a shard is there and whole."""
+    """Whether a shard is there and whole. Raises StoreError where its store does not answer."""
     try:
-        return FAILED_KEY in (parquet.read_metadata(path).metadata or {})
+        with reached(path):
+            return FAILED_KEY in (opened(path).metadata.metadata or {})
+    except StoreError:
+        raise
     except (OSError, pa.ArrowException):
         return False
 

@@ -37,7 +37,7 @@ def beam_cluster(runner: str, options: Sequence[str], own: Iterable[str] = ()) -
         except Exception as error:
             told = re.search(r"UserError: (.*?)(?: \[while running.*)?$", str(error), re.M)
             if told:
-                raise UserError(told[1]) from error
+                raise clusters.failure(told[1]) from error
             if type(error).__name__ == "FutureTimeoutError":  # of gRPC
                 raise UserError(f"--beam_runner={runner}: its endpoint does not answer") from error
             raise

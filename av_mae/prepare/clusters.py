@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from av_mae.console import Progress
-from av_mae.errors import UserError, WorkerKilled
+from av_mae.errors import StoreError, UserError, WorkerKilled
 from av_mae.prepare import shards
 from av_mae.prepare.clips import Job, Outcome
 from av_mae.prepare.engines import Decoder, FailureLimit, WriteShards
@@ -31,6 +31,8 @@ POLL = 2.0  # seconds between looks at what is finished
 PROBE = 10.0  # seconds for an address to accept a connection
 PATIENCE = 45.0  # seconds for a cluster to answer and to have a worker
 STOP = f"{shards.UNFINISHED}/stop"  # once it is there, workers begin no other shard
+
+AWAY = "store: "  # before what is not the user's to mend
 
 Write = Callable[[shards.Shard], str]  # what a worker runs; it returns what the user must mend, '' where nothing
 Run = Callable[[Write, list[shards.Shard]], Generator[str, None, None]]  # what `Write` returned, or nothing
@@ -52,9 +54,14 @@ def cluster_writer(run: Run) -> WriteShards:
             if parts:
                 with contextlib.closing(run(work, parts)) as results:
                     for wrong in filter(None, results):
-                        raise UserError(wrong)
+                        raise failure(wrong)
 
     return write
+
+
+def failure(wrong: str) -> Exception:
+    """What the text of a worker is raised as."""
+    return StoreError(wrong.removeprefix(AWAY)) if wrong.startswith(AWAY) else UserError(wrong)
 
 
 @contextlib.contextmanager
@@ -89,7 +96,7 @@ def _write_shard(shard: shards.Shard, job: Job, classes: tuple[str, ...]) -> str
         with contextlib.closing(Decoder(job.source, job.record, job.limits)) as decode:
             shards.write_shard(job.output, shard, _outcomes(clips, decode, job), shards.encoder(classes))
     except (UserError, OSError) as error:
-        return f"worker {host}: {shard.file}: {error}"
+        return f"{AWAY if isinstance(error, StoreError) else ''}worker {host}: {shard.file}: {error}"
     return ""
 
 

@@ -6,11 +6,12 @@ clusters.py writes the same shards on many machines.
 import collections
 import concurrent.futures
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from av_mae.console import Progress
-from av_mae.errors import ClipFailure, UserError
+from av_mae.errors import ClipFailure, StoreError, UserError
 from av_mae.media.bounded import Worker
 from av_mae.prepare import shards
 from av_mae.prepare.clips import File, Job, Limits, Outcome, RecordOptions, make_record
@@ -63,14 +64,30 @@ class Decoder:
         self._worker = Worker(limits.memory)
 
     def __call__(self, clip: SourceClip) -> Outcome:
-        """Never raises for what is wrong with the clip."""
+        """Never raises for what is wrong with the clip; StoreError where the source is away."""
         try:
             files = {name: self._file(name) for name in clip.files()}
             return self._worker.call(make_record, clip, files, self._options, time_limit=self._limits.seconds)
         except ClipFailure as failure:
+            self._check_source()
             return Outcome(None, [("undecodable", failure.stage, failure.cause)], {})
         except OSError as error:
+            if isinstance(error, StoreError) and not isinstance(error.__cause__, PermissionError):
+                raise  # the clip may be fine
+            self._check_source()
             return Outcome(None, [("undecodable", "read", f"{error.strerror or error}")], {})
+
+    def _check_source(self) -> None:
+        """Raises StoreError where the source's folder is gone, or its mount: a clip that cannot be read may be fine."""
+        if self._source.is_local:
+            try:
+                with os.scandir(self._source.url):
+                    pass
+            except OSError as error:
+                raise StoreError(
+                    f"--source={self._source} can no longer be read ({error.strerror}): see to its disk or mount; the "
+                    "same command goes on at the finished shards"
+                ) from error
 
     def _file(self, name: str) -> File:
         return self._source.path(name) if self._source.is_local else self._source.read(name)

@@ -14,12 +14,12 @@ import time
 import clip_trees
 import pytest
 
-from av_mae.errors import UserError
+from av_mae.errors import StoreError, UserError
 from av_mae.prepare import __main__ as prepare
-from av_mae.prepare import clusters, run
+from av_mae.prepare import clusters, engines, run
 from av_mae.prepare.clips import Job
 from av_mae.prepare.readers.catalogue import SourceClip
-from av_mae.storage import Folder
+from av_mae.storage import Folder, put_tree
 
 
 def _source(folder: pathlib.Path, damaged: bool = True) -> pathlib.Path:
@@ -115,6 +115,38 @@ def test_a_worker_without_the_folders_says_so(tmp_path):
     message = rf"--source={source} is not there on the worker \S+: name a folder that all workers share"
     with pytest.raises(UserError, match=message):
         run.prepare(job, clusters.cluster_writer(on_another_host))
+
+
+@pytest.mark.parametrize("write", [engines.write_locally, clusters.cluster_writer(in_any_order)])
+@pytest.mark.parametrize("store", [True, False])
+def test_a_source_that_goes_away_makes_no_clip_undecodable(tmp_path, monkeypatch, write, store):
+    """The command ends with status 75, and goes on later."""
+    folder = _source(tmp_path / "in", damaged=False)
+    source = Folder("memory://away/in") if store else Folder(folder)
+    if store:
+        put_tree(folder, source.url)
+    job, away, read = Job("folder", source, Folder(tmp_path / "out"), shard_clips=1, workers=1), [], Folder.read
+
+    def away_at_some_time(self, name):
+        if name.endswith("3.mp4") and not away:
+            away.append(name)
+            raise StoreError("does not answer")
+        return read(self, name)
+
+    def file(self, name):
+        if name.endswith("3.mp4") and folder.exists():
+            folder.rename(tmp_path / "moved")
+        return self._source.path(name)
+
+    monkeypatch.setattr(*((Folder, "read", away_at_some_time) if store else (engines.Decoder, "_file", file)))
+    with pytest.raises(StoreError, match="answer" if store else "in can no longer be read"):
+        run.prepare(job, write)
+    if not store:
+        (tmp_path / "moved").rename(folder)
+        monkeypatch.undo()
+    run.prepare(job, write)
+    clip_trees.prepare("folder", folder, tmp_path / "here", shard_clips=1)
+    clip_trees.assert_same_files(tmp_path / "here", tmp_path / "out")
 
 
 def test_a_worker_without_av_mae_is_told(tmp_path):
