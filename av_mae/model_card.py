@@ -15,9 +15,8 @@ from av_mae.checkpoint_files import find_checkpoint
 from av_mae.config import TrainConfig
 from av_mae.console import note
 from av_mae.evaluate.bootstrap import Report
-from av_mae.plots import read_metrics
 from av_mae.storage import reached, replace_file
-from av_mae.workdir import original
+from av_mae.workdir import original, read_metrics
 
 CARD, README = "card.json", "README.md"
 MARK = "<!-- Written by av_mae from card.json; remove this line to keep your own text. -->"

@@ -1,7 +1,5 @@
 """Plots that show what a model learned: reconstructions beside their originals, and a run's curves."""
 
-import contextlib
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -227,15 +225,6 @@ def curves(metrics: list[dict[str, float]], names: Sequence[str] = CURVES) -> np
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
     return _render(figure)
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Lines of a `metrics.jsonl`; lines that are no JSON, as a killed run may leave one, are passed over."""
-    lines = []
-    for line in pathlib.Path(path).read_text().splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            lines.append(json.loads(line))
-    return lines
 
 
 def save_png(path: str | os.PathLike[str], plot: np.ndarray) -> None:

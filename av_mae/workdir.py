@@ -242,6 +242,15 @@ def no_links(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NOFOLLOW, 0o666)
 
 
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """Lines of a `metrics.jsonl`; lines that are no JSON, as a killed run may leave one, are passed over."""
+    lines = []
+    for line in pathlib.Path(path).read_text().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return lines
+
+
 def read_skipped(folder: str | os.PathLike[str]) -> list[ClipFailure]:
     """What `skipped.jsonl` in a folder holds; lines that were cut off are left out. Empty where there is no file."""
     try:

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from av_mae import plots
+from av_mae import plots, workdir
 from av_mae.models.config import AVMAEConfig, DecoderConfig, FusionConfig, StreamConfig
 
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -118,7 +118,7 @@ def test_low_frequencies_are_at_the_bottom(plot):
 def test_curves_and_a_half_written_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0, "learning_rate": 0.1}\n{"step": 3, "lo')
-    metrics = plots.read_metrics(path)
+    metrics = workdir.read_metrics(path)
     assert metrics == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "learning_rate": 0.1}]
     plot = plots.curves(metrics)
     line = _share(plot, (31, 119, 180))

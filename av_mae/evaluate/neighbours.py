@@ -30,6 +30,7 @@ from av_mae.train.hooks import MetricsHook
 from av_mae.train.loop import Hook, Moment, to_global
 from av_mae.train.sharding import local_rows, make_mesh, row_shards
 from av_mae.train.step import Batch, TrainStep
+from av_mae.workdir import read_metrics
 
 FEATURES, FUSED, ALONE = "features/", "fused/", "alone/"
 SHOWN = 5  # neighbours of each clip in the plot
@@ -200,7 +201,7 @@ class NeighboursHook(Hook):
 
     def _draw(self, names: list[str]) -> None:
         try:
-            lines = plots.read_metrics(self.workdir / "metrics.jsonl")
+            lines = read_metrics(self.workdir / "metrics.jsonl")
             plots.save_png(self.workdir / "images" / "neighbours.png", plots.curves(lines, names))
         except OSError as error:
             self.say(f"warning: the plot of nearest neighbours cannot be written ({error.strerror}); training goes on")

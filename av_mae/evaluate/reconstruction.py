@@ -32,6 +32,7 @@ from av_mae.models import kinds
 from av_mae.models.config import require, require_bounds
 from av_mae.models.kinds import Params
 from av_mae.train.step import Batch
+from av_mae.workdir import read_metrics
 
 DISTANCE_POWER = 3.0
 STREAMS = ("image_error", "audio_error")
@@ -305,4 +306,4 @@ class Reconstruction(Task[ReconstructionConfig]):
         plots.save_png(folder / f"reconstruction_{pathlib.Path(measured.name).name}.png", plot)
         lines = pathlib.Path(self.config.init) / "metrics.jsonl"
         if lines.is_file():
-            plots.save_png(folder / "curves.png", plots.curves(plots.read_metrics(lines)))
+            plots.save_png(folder / "curves.png", plots.curves(read_metrics(lines)))

@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
-from av_mae import models, plots
+from av_mae import models
 from av_mae.checkpoint import Checkpoints
 from av_mae.config import TrainConfig
 from av_mae.console import Progress, first_line
@@ -320,6 +320,8 @@ class ReconstructionHook(Hook):
         if self.events is None:
             return
         image, audio, out = jax.device_get(outputs)
+        from av_mae import plots  # Matplotlib takes half a second of a start
+
         plot = plots.reconstructions(image, audio, out, self.config.model)
         try:
             self.folder.mkdir(exist_ok=True)
