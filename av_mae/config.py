@@ -20,7 +20,7 @@ SCANS = ("auto", "on", "off")
 OPTIMIZERS = ("adamw", "lars")
 # Smallest values of the keys of runs; 0 stands for never, or for any number.
 LEAST = dict.fromkeys(("batch_size", "checkpoint_every", "checkpoint_local_every", "hang_factor", "keep_last"), 1)
-LEAST |= {"log_every": 1, "neighbours_clips": 2, "bootstrap": 100}
+LEAST |= {"log_every": 1, "neighbours_clips": 2, "validate_clips": 1, "bootstrap": 100}
 LEAST |= {
     "test_batch_size": 1,
     "windows": 1,
@@ -31,6 +31,7 @@ LEAST |= {
     "encoder_rate": 0,
 }
 LEAST |= dict.fromkeys(("seed", "keep_every", "images_every", "profile_at", "hang_seconds", "neighbours_every"), 0)
+LEAST |= {"validate_every": 0, "stop_after": 0}
 LEAST |= dict.fromkeys(("max_failed_saves", "max_grad_norm", "max_skipped_updates", "clips", "workers", "pictures"), 0)
 LONGEST = 3600  # seconds of a window of audio
 
@@ -233,6 +234,11 @@ class TrainConfig(RunConfig):
 
     `neighbours_every` steps (0: never) nearest neighbours are searched among the first `neighbours_clips` clips of each
     set's `neighbours_split`.
+
+    `validate_every` steps (0: never) and at the end masked errors of the first `validate_clips` clips of each set's
+    `validate_split` are measured (empty: validation, val or test, where a set has one). The checkpoint with the lowest
+    `keep_best` ('loss', or e.g. 'SET/audio_error') is kept in `best/`, and the run ends after `stop_after` validations
+    (0: never) without a lower one.
     """
 
     model: AVMAEConfig = AVMAEConfig()
@@ -241,9 +247,16 @@ class TrainConfig(RunConfig):
     neighbours_every: int = 0
     neighbours_clips: int = 256
     neighbours_split: str = "test"
+    validate_every: int = 1000
+    validate_clips: int = 256
+    validate_split: str = ""
+    keep_best: str = ""
+    stop_after: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        needed = self.validate_every > 0 or not (self.keep_best or self.stop_after)
+        require(needed, f"keep_best={self.keep_best!r} and stop_after={self.stop_after} need validate_every above 0")
         require(bool(self.neighbours_split), "neighbours_split must name a split of the prepared sets, e.g. test")
         require(
             not (self.init and self.pretrained),

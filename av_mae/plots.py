@@ -17,6 +17,7 @@ from av_mae.models import IMAGENET_DEVIATION, IMAGENET_MEAN, Output, patchify, u
 from av_mae.models.config import AVMAEConfig, StreamConfig
 
 MAP_COLOURS = colormaps["tab20"]
+LEVEL = "visible level"  # of predictions that say nothing of a patch's mean and deviation
 COLUMNS = ("frame", "visible", "rebuilt", "audio", "visible", "rebuilt")
 CURVES = ("loss", "image_loss", "audio_loss", "learning_rate", "grad_norm", "clips_per_second")
 HIDDEN = 0.5  # the grey of masked patches
@@ -52,8 +53,9 @@ def reconstructions(
 ) -> np.ndarray:
     """A plot with one row per clip: frame and spectrogram, each original, visible and rebuilt.
 
-    Masked patches of `rebuilt` come from the prediction (targets that were normalised per patch get the original
-    patch's mean and deviation back), the others from the original. Low frequencies are at the bottom.
+    Masked patches of `rebuilt` come from the prediction, the others from the original. Predictions of targets that are
+    normalised per patch get the mean and deviation of the clip's visible patches: they show structure, not level. Low
+    frequencies are at the bottom.
 
     Args:
       image: uint8 [n, H, W, 3].
@@ -68,9 +70,13 @@ def reconstructions(
     images = image_panels(image, out.image_prediction, out.image_mask, config.image)
     sounds = audio_panels(audio, out.audio_prediction, out.audio_mask, config.audio)
     rows = [list(clip) for clip in zip(*images, *sounds, strict=True)]
+    columns = [
+        f"{name} ({LEVEL})" if name == "rebuilt" and stream.normalize_targets else name
+        for name, stream in zip(COLUMNS, (config.image,) * 3 + (config.audio,) * 3, strict=True)
+    ]
     mels, frames = config.audio.size
     widths = [1.0] * 3 + [max(frames / mels, 0.5)] * 3
-    return gallery(rows, COLUMNS, titles or [""] * len(rows), widths)
+    return gallery(rows, tuple(columns), titles or [""] * len(rows), widths)
 
 
 def gallery(
@@ -240,9 +246,10 @@ def _panels(original: np.ndarray, prediction: ArrayLike, mask: ArrayLike, stream
     patches = np.asarray(patchify(original, stream.patch_size))
     predicted = np.asarray(prediction, np.float32)
     removed = np.asarray(mask, bool)[..., None]
-    if stream.normalize_targets:
-        deviation = np.sqrt(patches.var(-1, ddof=1, keepdims=True) + 1e-6)
-        predicted = predicted * deviation + patches.mean(-1, keepdims=True)
+    if stream.normalize_targets:  # what a masked patch's mean and deviation are, the model does not say
+        deviation, shown = np.sqrt(patches.var(-1, ddof=1, keepdims=True) + 1e-6), ~removed
+        mean = patches.mean(-1, keepdims=True).mean(1, keepdims=True, where=shown)
+        predicted = predicted * deviation.mean(1, keepdims=True, where=shown) + mean
     visible = np.where(removed, np.nan, patches)
     rebuilt = np.where(removed, predicted, patches)
     images = [np.asarray(unpatchify(part, stream)) for part in (visible, rebuilt)]

@@ -25,7 +25,7 @@ SKIPPED = "skipped.jsonl"  # clips that a command skipped, in its output folder
 EVERY = 60.0  # seconds between looks at what has changed in a Mirror
 LARGE = 1e9  # bytes that are fetched without a word
 ATTEMPTS, PAUSE = 6, 10.0  # at the end, while the store does not answer; seconds between them
-LEFT = ("checkpoints", "checkpoints-damaged", "profile")  # folders that are not fetched
+LEFT = ("best", "checkpoints", "checkpoints-damaged", "profile")  # folders that are not fetched
 EVENTS = "events.out.tfevents"  # of earlier attempts; each attempt writes a file of its own
 
 

@@ -26,6 +26,7 @@ PRETRAINING = CLIPS | {
         "--config.optimizer.warmup=1",
         "--config.log_every=1",
         "--config.images_every=0",
+        "--config.validate_every=0",
     ],
 }
 TASK = [

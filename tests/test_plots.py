@@ -62,8 +62,8 @@ def test_image_colours_stay_in_range():
     assert panels.rebuilt.max() == 1 and panels.rebuilt.min() == 1
 
 
-def test_normalized_targets_are_undone():
-    """A perfect prediction of the per-patch normalised target rebuilds the original."""
+def test_normalized_targets_get_the_level_of_the_visible_patches():
+    """Nothing of a masked patch is given back that the model does not predict."""
     stream = _config(normalize=True).audio
     sound = np.random.default_rng(1).normal(3, 5, (2, 6, 8))
     target = np.zeros((2, 8, 6))
@@ -72,8 +72,16 @@ def test_normalized_targets_are_undone():
             for column in range(4):
                 values = sound[clip, 3 * row : 3 * row + 3, 2 * column : 2 * column + 2].ravel()
                 target[clip, 4 * row + column] = (values - values.mean()) / np.sqrt(np.var(values, ddof=1) + 1e-6)
-    panels = plots.audio_panels(sound, target, np.ones((2, 8)), stream)
-    np.testing.assert_allclose(panels.rebuilt, sound, atol=1e-4)
+    mask = np.zeros((2, 8))
+    mask[:, [1, 6]] = 1
+    panels = plots.audio_panels(sound, target, mask, stream)
+    for clip in range(2):
+        patches = sound[clip].reshape(2, 3, 4, 2).swapaxes(1, 2).reshape(8, 6)
+        seen = patches[[0, 2, 3, 4, 5, 7]]
+        expected = target[clip, 1] * seen.std(-1, ddof=1).mean() + seen.mean()
+        np.testing.assert_allclose(panels.rebuilt[clip][:3, 2:4].ravel(), expected, atol=1e-4)
+    hidden = np.isnan(panels.visible)
+    np.testing.assert_allclose(panels.rebuilt[~hidden], sound[~hidden], atol=1e-6)
 
 
 @pytest.fixture(scope="module")

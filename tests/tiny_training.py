@@ -29,6 +29,7 @@ def recipe(model: AVMAEConfig = MODEL, **changes) -> TrainConfig:
         steps=20,
         batch_size=16,
         dtype="float32",
+        validate_every=0,
         optimizer=OptimizerConfig(base_lr=0.05, warmup=2.0),
         data=DataConfig(sound=SoundConfig(mels=model.audio.size[0])),
         model=model,

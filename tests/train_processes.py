@@ -28,6 +28,7 @@ def get_config():
     encoder = dict(width=32, depth=1, heads=2, mask_ratio=0.5)
     return recipes.as_recipe(TrainConfig(
         steps=120, batch_size=8, dtype="float32", checkpoint_every=10, log_every=1, images_every=0,
+        validate_every=0,
         data=DataConfig(path={path!r}, workers=1,
                         sound=SoundConfig(rate=8000, n_fft=400, hop=125, mels=32, log_floor=1e-3)),
         model=AVMAEConfig(image=StreamConfig(size=(32, 32), patch=16, **encoder),

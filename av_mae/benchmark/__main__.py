@@ -52,7 +52,7 @@ def run_loop(arguments: argparse.Namespace, config: TrainConfig) -> Metrics:
     if not 1 <= arguments.block <= arguments.steps:
         raise UserError(f"--block={arguments.block} must be from 1 to --steps={arguments.steps}")
     quiet_libraries()
-    config = dataclasses.replace(config, steps=arguments.steps, epochs=0.0, images_every=0)
+    config = dataclasses.replace(config, steps=arguments.steps, epochs=0.0, images_every=0, validate_every=0)
     return parts.measure_loop(config, arguments.steps, arguments.block)
 
 

@@ -25,10 +25,11 @@ from av_mae.data.pipeline import open_evaluation_data
 from av_mae.evaluate import cosine
 from av_mae.evaluate.bootstrap import Bootstrap, Metric, Values
 from av_mae.evaluate.task import Clip, Condition, Measured, Task, TaskConfig, Untrained, common_classes, set_names
+from av_mae.evaluate.validation import read_held_out
 from av_mae.models import kinds
 from av_mae.train.hooks import MetricsHook
-from av_mae.train.loop import Hook, Moment, to_global
-from av_mae.train.sharding import local_rows, make_mesh, row_shards
+from av_mae.train.loop import Hook, Moment
+from av_mae.train.sharding import make_mesh, row_shards
 from av_mae.train.step import Batch, TrainStep
 from av_mae.workdir import read_metrics
 
@@ -165,20 +166,14 @@ class NeighboursHook(Hook):
         say: Callable[[str], None],
     ):
         self.config, self.workdir, self.metrics, self.say = config, workdir, metrics, say
-        self.mesh, self.rows = step.mesh, step.rows
+        self.mesh = step.mesh
         self.encode = step.forward(
             lambda model, batch: features(model, batch) | {name: batch[name] for name in ("label", "valid")}
         )
-        self.batches = {name: self._read(path) for name, path in set_names(config.data.paths).items()}
-
-    def _read(self, path: str) -> list[Batch]:
-        config, model, shards = self.config, self.config.model, row_shards(self.mesh)
-        size = -(-min(config.batch_size, config.neighbours_clips) // shards) * shards
-        data = dataclasses.replace(config.data, path=path, weights=None, split=config.neighbours_split, workers=0)
-        with open_evaluation_data(
-            data, model.image.size, model.audio.size, size, local_rows(self.rows, size), most=config.neighbours_clips
-        ) as source:
-            return [to_global(batch, self.rows) for batch in source]
+        self.batches = {
+            name: read_held_out(config, step, path, config.neighbours_split, config.neighbours_clips)
+            for name, path in set_names(config.data.paths).items()
+        }
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
         return finished or step % self.config.neighbours_every == 0

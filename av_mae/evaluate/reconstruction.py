@@ -13,7 +13,7 @@ alone, and are the same for everything that is compared. Metrics of a set (`SET/
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -158,6 +158,18 @@ def mask_noise(index: jax.Array, model: models.AVMAEConfig, seed: int) -> Noise:
     return Noise(draw(image, model.image.tokens), draw(audio, model.audio.tokens))
 
 
+def masked_errors(
+    model: models.AVMAE, batch: Batch, masks: Sequence[models.Mask], only: str = "", prefix: str = ""
+) -> dict[str, jax.Array]:
+    """Errors [B] of both streams under `masks`, or of `only` one of them with the other one fully visible."""
+    image_mask, audio_mask = (
+        mask if only in ("", stream) else None for mask, stream in zip(masks, ("image", "audio"), strict=True)
+    )
+    image = models.normalize_image(batch["image"])
+    found = model.reconstruct(image, batch["audio"], image_mask=image_mask, audio_mask=audio_mask).errors
+    return {f"{prefix}{stream}_error": error for stream, error in found.items()}
+
+
 def on_grid(values: np.ndarray, stream: models.StreamConfig) -> np.ndarray:
     """Values of the patches [patches] at each of their pixels, [H, W]."""
     patches = np.repeat(values[None, :, None], stream.patch_values, -1)
@@ -264,12 +276,7 @@ class Reconstruction(Task[ReconstructionConfig]):
     def errors(self, model: models.AVMAE, batch: Batch, only: str = "", prefix: str = "") -> dict[str, jax.Array]:
         """Errors [B] of both masked streams, or of `only` one of them with the other one fully visible."""
         masks = model.masks(len(batch["image"]), *mask_noise(batch["index"], self.model, self.config.seed))
-        image_mask, audio_mask = (
-            mask if only in ("", stream) else None for mask, stream in zip(masks, ("image", "audio"), strict=True)
-        )
-        image = models.normalize_image(batch["image"])
-        found = model.reconstruct(image, batch["audio"], image_mask=image_mask, audio_mask=audio_mask).errors
-        return {f"{prefix}{stream}_error": error for stream, error in found.items()}
+        return masked_errors(model, batch, masks, only, prefix)
 
     def forward_drawn(self, model: models.AVMAE, batch: Batch) -> dict[str, jax.Array]:
         noise = mask_noise(batch["index"], self.model, self.config.seed)

@@ -118,7 +118,7 @@ def trained(task: Task, config: TrainConfig, workdir: pathlib.Path) -> tuple[Tra
             note(f"the head is trained: it has done {begin.meta['step']} of {last} steps")
             return step, begin.state
         end = train_from(Run(config, workdir, step, data, last, checkpoints, f"training the {task.kind}"), begin)
-        if end.meta["step"] < last:
+        if not end.meta["ended"]:
             raise Stopped
         return step, end.state
 

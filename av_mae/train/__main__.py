@@ -25,7 +25,7 @@ from av_mae.train.hooks import Events, MetricsHook, ReconstructionHook
 from av_mae.train.hosts import Stopped, joined
 from av_mae.train.loop import Hook
 from av_mae.train.run import Run, first_state, open_local, open_run, read_command, train_from
-from av_mae.train.step import TrainStep
+from av_mae.train.step import Batch, TrainStep
 from av_mae.workdir import collected, make_workdir
 
 URLS = {  # options that take those of stores
@@ -63,14 +63,32 @@ def periodic(
     events: Events | None,
     metrics: MetricsHook,
     say: Callable[[str], None],
+    begin: Mapping[str, Any],
 ) -> list[Hook]:
     """What pretraining does besides training now and then."""
-    hooks: list[Hook] = [ReconstructionHook(config, step, workdir, events, say)]
+    hooks: list[Hook] = []
+    shown: Batch | None = None
+    if config.validate_every:
+        from av_mae.evaluate.validation import ValidationHook
+
+        validation = ValidationHook(config, step, workdir, metrics, say, begin)
+        hooks.append(validation)
+        shown = validation.shown(step)
+    hooks.append(ReconstructionHook(config, step, workdir, events, say, shown))
     if config.neighbours_every:
         from av_mae.evaluate.neighbours import NeighboursHook
 
         hooks.append(NeighboursHook(config, step, workdir, metrics, say))
     return hooks
+
+
+def stopped_early(config: TrainConfig, workdir: pathlib.Path, step: int) -> bool:
+    """Whether a run has ended because `stop_after` validations brought nothing."""
+    if not config.stop_after:
+        return False
+    from av_mae.evaluate.validation import best_so_far
+
+    return best_so_far(config, workdir, step).since >= config.stop_after
 
 
 def run(config: TrainConfig, workdir: pathlib.Path) -> None:
@@ -88,12 +106,14 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
         begin = first_state(step, checkpoints, config, lambda: first_weights(step, config), local)
         if jax.process_index() == 0:
             recipes.save(config, workdir / "config.json")
-        if begin.meta["step"] >= last:
-            note(f"this run is finished: it has done {begin.meta['step']} of {last} steps")
+        done = begin.meta["step"]
+        if done >= last or stopped_early(config, workdir, done):
+            early = "" if done >= last else f"; stop_after={config.stop_after} validations brought nothing"
+            note(f"this run is finished: it has done {done} of {last} steps{early}")
             return
         hooks = functools.partial(periodic, config, step, workdir)
         end = train_from(Run(config, workdir, step, data, last, checkpoints, "pretraining", local, hooks), begin)
-        if end.meta["step"] < last:
+        if not end.meta["ended"]:
             raise Stopped
         if jax.process_index() == 0:
             write_card(workdir, config, sum(math.prod(x.shape) for x in step.shapes.params.values()))

@@ -297,7 +297,8 @@ def predict_first(model: models.AVMAE, batch: Batch, clips: int) -> tuple[jax.Ar
 
 
 class ReconstructionHook(Hook):
-    """Reconstructions of the batch's first clips, every `images_every` steps and at the end."""
+    """Reconstructions every `images_every` steps and at the end: of the first clips of `shown`, which has its masks'
+    noise, so that plots can be compared; else of those of the step's own batch."""
 
     def __init__(
         self,
@@ -306,17 +307,19 @@ class ReconstructionHook(Hook):
         workdir: pathlib.Path,
         events: Events | None,
         say: Callable[[str], None],
+        shown: Batch | None = None,
     ):
         self.config, self.folder, self.events, self.say = config, workdir / "images", events, say
+        self.shown = shown
         clips = min(SHOWN_CLIPS, config.batch_size)
-        self.predict = step.forward(functools.partial(predict_first, clips=clips), drawn=True)
+        self.predict = step.forward(functools.partial(predict_first, clips=clips), drawn=shown is None)
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
         every = self.config.images_every
         return every > 0 and (finished or step % every == 0)
 
     def after_step(self, moment: Moment) -> None:
-        outputs = self.predict(moment.state, moment.batch)
+        outputs = self.predict(moment.state, moment.batch if self.shown is None else self.shown)
         if self.events is None:
             return
         image, audio, out = jax.device_get(outputs)

@@ -124,10 +124,11 @@ class Moment:
 class Hook:
     """Something periodic. All processes of a run have the same hooks and call them at the same steps.
 
-    `seconds` sums up how long the loop spent in `after_step`.
+    `seconds` sums up how long the loop spent in `after_step`. `ended`: the next step is to be the last one.
     """
 
     seconds: float = 0.0
+    ended: bool = False
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
         """Whether `after_step` wants to be called after this step."""
@@ -211,7 +212,7 @@ def train(
         state, metrics = step_function(state, batch)
         pending.add(step, metrics, host)
         stopped = should_stop(step)
-        finished = step == last
+        finished = step == last or any(hook.ended for hook in hooks)
         due = [hook for hook in hooks if hook.due(step, finished, stopped)]
         if due:
             pending.give_out()
@@ -219,7 +220,7 @@ def train(
             began = time.monotonic()
             hook.after_step(Moment(step, state, batch, finished, stopped))
             hook.seconds += time.monotonic() - began
-        if stopped:
+        if stopped or finished:
             break
     pending.give_out()
     return state

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,9 +55,9 @@ def read_command(
     return arguments, recipes.load_recipe(arguments.config, overrides, kind)
 
 
-# Further hooks of a run, made from its TensorBoard events (`None` where the process is not the first one), its metrics
-# and the function that tells the user.
-MakeHooks = Callable[[Events | None, hooks.MetricsHook, Callable[[str], None]], Sequence[Hook]]
+# Further hooks of a run, made from its TensorBoard events (`None` where the process is not the first one), its metrics,
+# the function that tells the user, and the meta of the checkpoint that it goes on from.
+MakeHooks = Callable[[Events | None, hooks.MetricsHook, Callable[[str], None], Mapping[str, Any]], Sequence[Hook]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def first_state(
 def train_from(run: Run, begin: Restored) -> Restored:
     """Runs the loop from a state to the last step with all hooks; returns the state after the last step done.
 
-    A process that was asked to stop returns an earlier state than that of `run.last`.
+    A process that was asked to stop returns an earlier state than that of `run.last`; the meta's `ended` is False then.
 
     Raises:
       UserError: the run went wrong, or its last checkpoint could not be saved.
@@ -175,7 +175,8 @@ def train_from(run: Run, begin: Restored) -> Restored:
         done = int(state.step)
         goodput.ended = True
         run.checkpoints.say(goodput.report())
-        if done < run.last:
+        ended = done == run.last or any(hook.ended for hook in running)
+        if not ended:
             run.checkpoints.say(f"asked to stop: step {done} is saved, the same command goes on from there")
     run.checkpoints.say = note
     if run.checkpoints.failed is not None:
@@ -183,7 +184,7 @@ def train_from(run: Run, begin: Restored) -> Restored:
             f"the checkpoint of step {run.checkpoints.failed} could not be saved: make room for "
             f"{run.checkpoints.folder} and run the same command again"
         )
-    return Restored(state, begin.meta | {"step": done})
+    return Restored(state, begin.meta | {"step": done, "ended": ended})
 
 
 def make_hooks(run: Run, begin: Restored, prefetch: Prefetch, progress: Progress, goodput: Goodput) -> list[Hook]:
@@ -210,7 +211,7 @@ def make_hooks(run: Run, begin: Restored, prefetch: Prefetch, progress: Progress
         hooks.FailureHook(count, skipped, progress.write, config.checkpoint_every),
         hooks.UpdateHook(config, say),
         metrics,
-        *run.more_hooks(events, metrics, say),
+        *run.more_hooks(events, metrics, say, begin.meta),
         hooks.ProfileHook(config.profile_at, workdir, say),
         saving,
         Stragglers(config.checkpoint_every, prefetch, say),

@@ -147,6 +147,7 @@ def pretraining(folder, **changes) -> TrainConfig:
             "optimizer": OptimizerConfig(base_lr=0.1, warmup=1.0),
             "neighbours_every": 2,
             "neighbours_clips": CLIPS,
+            "validate_every": 0,
         }
         | changes
     )

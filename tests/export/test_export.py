@@ -266,6 +266,7 @@ def test_a_run_of_the_demo_exports_what_encode_gives(tmp_path):
             "--config.batch_size=8",
             "--config.optimizer.warmup=1",
             "--config.images_every=0",
+            "--config.validate_every=0",
             "--config.model.image.depth=1",
             "--config.model.audio.depth=1",
             "--config.model.decoder.depth=1",
