@@ -18,6 +18,7 @@ MOST_MIXED = 4  # clips
 REMATS = ("none", "dots", "full")
 SCANS = ("auto", "on", "off")
 OPTIMIZERS = ("adamw", "lars")
+SCHEDULES = ("cosine", "constant", "wsd")  # of the learning rate
 # Smallest values of the keys of runs; 0 stands for never, or for any number.
 LEAST = dict.fromkeys(("batch_size", "checkpoint_every", "checkpoint_local_every", "hang_factor", "keep_last"), 1)
 LEAST |= {"log_every": 1, "neighbours_clips": 2, "validate_clips": 1, "bootstrap": 100}
@@ -146,15 +147,19 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or LARS; learning rate = base_lr × batch_size / 256 with linear warm-up and cosine decay to 0.
+    """AdamW or LARS; learning rate = base_lr × batch_size / 256 after a linear warm-up.
 
-    `warmup` is in epochs where the recipe counts epochs, else in steps. `clip_norm` 0: no clipping. `b1` and `b2` are
-    AdamW's, `momentum` and `trust` (the trust coefficient) those of LARS.
+    `schedule`: the rate falls to 0 as half a cosine ('cosine', as published), stays ('constant'), or stays and falls
+    linearly over the last `decay_share` of the run ('wsd': warm-up, stable, decay; from checkpoints before the decay a
+    longer run goes on without a jump). `warmup` is in epochs where the recipe counts epochs, else in steps.
+    `clip_norm` 0: no clipping. `b1` and `b2` are AdamW's, `momentum` and `trust` (the trust coefficient) those of LARS.
     """
 
     kind: str = "adamw"
     base_lr: float = 1.5e-4
     warmup: float = 40.0
+    schedule: str = "cosine"
+    decay_share: float = 0.2
     weight_decay: float = 0.05
     b1: float = 0.9
     b2: float = 0.95
@@ -165,6 +170,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require_bounds(self, "optimizer.", {"warmup": 0, "weight_decay": 0, "clip_norm": 0})
         require(self.kind in OPTIMIZERS, f"optimizer.kind={self.kind!r} must be one of {', '.join(OPTIMIZERS)}")
+        known = ", ".join(SCHEDULES)
+        require(self.schedule in SCHEDULES, f"optimizer.schedule={self.schedule!r} must be one of {known}")
+        require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must be above 0 and at most 1")
         require(self.base_lr > 0, f"optimizer.base_lr={self.base_lr} must be above 0")
         require(
             0 <= self.b1 < 1 and 0 <= self.b2 < 1,

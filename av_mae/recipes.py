@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import runpy
+import sys
 import types
 import typing
 
@@ -60,7 +61,18 @@ def load_recipe(
     known = kind if isinstance(kind, type) else kind(values)
     for override in overrides:
         _apply(known, values, override)
+    _replace_length(values, {override.removeprefix(PREFIX).partition("=")[0] for override in overrides})
     return from_dict(values, known if isinstance(kind, type) else kind(values))
+
+
+def _replace_length(values: dict, given: set[str]) -> None:
+    """`steps` that are given on the command line replace the recipe's `epochs`, and the other way round."""
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if name in given and other not in given and values.get(name) and values.get(other):
+            text = f"{name}={values[name]} replaces {other}={values[other]}"
+            warmup = values.get("optimizer", {}).get("warmup")
+            print(f"{text}; optimizer.warmup={warmup} counts {name} now" if warmup else text, file=sys.stderr)
+            values[other] = 0
 
 
 def to_dict(config: typing.Any, lists: bool = True) -> typing.Any:

@@ -128,11 +128,23 @@ def test_wrong_key_or_type(override, message):
     assert message in str(error.value)
 
 
+def test_a_length_replaces_the_other(capsys):
+    """The warm-up counts as the length does: that is said."""
+    config = recipes.load_recipe("configs/pretrain.py", ["--config.steps=70"])
+    assert (config.steps, config.epochs) == (70, 0.0)
+    assert "steps=70 replaces epochs=200.0; optimizer.warmup=40.0 counts steps now" in capsys.readouterr().err
+    config = _load("epochs=3", "steps=0")
+    assert (config.steps, config.epochs) == (0, 3.0) and not capsys.readouterr().err
+    with pytest.raises(UserError, match="set exactly one of steps=7 and epochs=3.0"):
+        _load("epochs=3", "steps=7")
+
+
 @pytest.mark.parametrize(
     "override,message",
     [
         ("batch_size=0", "batch_size=0 must be at least 1"),
-        ("epochs=3", "set exactly one of steps=1600 and epochs=3.0"),
+        ("optimizer.schedule=step", "optimizer.schedule='step' must be one of cosine, constant, wsd"),
+        ("optimizer.decay_share=0", "optimizer.decay_share=0.0 must be above 0 and at most 1"),
         ("steps=0", "set exactly one of steps=0 and epochs=0.0"),
         ("grad_accumulation=3", "grad_accumulation=3 must be positive and divide batch_size=64"),
         ("dtype=float16", "dtype='float16' must be one of bfloat16, float32"),

@@ -1,4 +1,4 @@
-"""AdamW and LARS with linear warm-up and cosine decay, as published; multipliers for single parameters."""
+"""AdamW and LARS with linear warm-up and cosine decay, as published, or others; multipliers for single parameters."""
 
 import dataclasses
 import math
@@ -53,16 +53,49 @@ def run_length(config: TrainConfig, clips: int) -> Length:
 
 
 def learning_rate(config: TrainConfig, length: Length) -> Schedule:
-    """step (updates done before) → learning rate, float32: 0 → base_lr × batch_size / 256 → 0."""
-    peak = config.optimizer.base_lr * config.batch_size / 256
+    """step (updates done before) → learning rate, float32: 0 → base_lr × batch_size / 256 → 0 but for 'constant'."""
+    peak, kind = config.optimizer.base_lr * config.batch_size / 256, config.optimizer.schedule
+
+    def share(done: jax.Array) -> jax.typing.ArrayLike:
+        """Of the peak, after `done` (0 to 1) of what comes after the warm-up."""
+        if kind == "cosine":
+            return 0.5 * (1 + jnp.cos(jnp.pi * done))
+        left = (1 - done) * max(length.end - length.warmup, 1e-9) / (config.optimizer.decay_share * length.end)
+        return jnp.ones_like(done) if kind == "constant" else jnp.minimum(1.0, left)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rising = step / max(length.warmup, 1e-9)
         done = jnp.clip((step - length.warmup) / max(length.end - length.warmup, 1e-9), 0, 1)
-        return peak * jnp.where(step < length.warmup, rising, 0.5 * (1 + jnp.cos(jnp.pi * done)))
+        return peak * jnp.where(step < length.warmup, rising, share(done))
 
     return schedule
+
+
+def rate_change(saved: TrainConfig, config: TrainConfig, clips: int, step: int) -> str:
+    """What happens to the learning rate where a run goes on after `step` with another recipe; '' where nothing does.
+
+    Args:
+      saved: the recipe before.
+      config: the recipe now.
+      clips: per epoch.
+      step: updates done.
+    """
+    before, now = (float(learning_rate(one, run_length(one, clips))(step)) for one in (saved, config))
+    if abs(now - before) <= 0.1 * max(now, before):
+        return ""
+    names = ("steps", "epochs", "batch_size")
+    changed = [
+        f"{name} {getattr(saved, name)} → {getattr(config, name)}"
+        for name in names
+        if getattr(saved, name) != getattr(config, name)
+    ]
+    changed += ["optimizer"] if saved.optimizer != config.optimizer else []
+    return (
+        f"warning: at step {step} the learning rate is {now:.3g} where it was {before:.3g} ({', '.join(changed)}): "
+        f"optimizer.schedule={config.optimizer.schedule!r} follows the length of the run. Where runs may be made "
+        "longer take 'constant', or 'wsd' and go on from a checkpoint before its decay"
+    )
 
 
 def decayed(parameters: Mapping[str, jax.Array]) -> dict[str, bool]:

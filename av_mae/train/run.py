@@ -22,7 +22,7 @@ from av_mae.train.hooks import Events
 from av_mae.train.hosts import add_process_arguments
 from av_mae.train.local_checkpoint import LocalCheckpoints
 from av_mae.train.loop import Hook, Prefetch, stop_on_sigterm, train
-from av_mae.train.optimizer import run_length
+from av_mae.train.optimizer import rate_change, run_length
 from av_mae.train.sharding import batch_sharding, check_batch, local_rows, make_mesh
 from av_mae.train.step import Objective, TrainStep, fitted_mesh
 from av_mae.workdir import SkippedFile
@@ -147,6 +147,15 @@ def first_state(
     return restored
 
 
+def note_rate_change(run: "Run", begin: Restored) -> None:
+    """Says where the learning rate jumps: the recipe has changed since the checkpoint that a run goes on from."""
+    if begin.meta["step"]:
+        saved = recipes.from_dict(begin.meta["config"])
+        said = rate_change(saved, run.config, run.data.clips, begin.meta["step"])
+        if said:
+            run.checkpoints.say(said)
+
+
 def train_from(run: Run, begin: Restored) -> Restored:
     """Runs the loop from a state to the last step with all hooks; returns the state after the last step done.
 
@@ -169,6 +178,7 @@ def train_from(run: Run, begin: Restored) -> Restored:
             f"{run.data.clips} clips per epoch, {run.last} steps of {config.batch_size} clips on {step.mesh.size} "
             f"{jax.devices()[0].platform} devices; the first step compiles"
         )
+        note_rate_change(run, begin)
         state = train(goodput.compiling(step.step), begin.state, prefetch, first, run.last, running, should_stop)
         with goodput.saving():
             run.checkpoints.wait()

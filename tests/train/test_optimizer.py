@@ -1,5 +1,7 @@
 """The learning-rate schedule against the published one, AdamW against plain NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,30 @@ def test_schedule_in_steps():
     schedule = optimizer.learning_rate(config, length)
     assert length == optimizer.Length(100, 10.0, 100.0)
     np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 55, 100)], [0, 1e-3, 2e-3, 1e-3, 0], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [("constant", [0, 1e-3, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3]), ("wsd", [0, 1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 0])],
+)
+def test_other_schedules(kind, expected):
+    """The last fifth of the run is the decay of 'wsd'."""
+    config = recipe(steps=100, batch_size=512, optimizer=OptimizerConfig(base_lr=1e-3, warmup=10.0, schedule=kind))
+    schedule = optimizer.learning_rate(config, optimizer.run_length(config, 7))
+    np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 55, 80, 90, 100)], expected, atol=1e-9)
+
+
+def test_a_longer_run_says_what_becomes_of_its_rate():
+    def changed(kind: str, step: int, **changes) -> str:
+        first = recipe(steps=100, batch_size=256, optimizer=OptimizerConfig(base_lr=1e-3, warmup=10.0, schedule=kind))
+        return optimizer.rate_change(first, dataclasses.replace(first, **changes), 7, step)
+
+    said = changed("cosine", 100, steps=200)
+    assert "at step 100 the learning rate is 0.000541 where it was 0 (steps 100 → 200)" in said, said
+    assert "batch_size 256 → 512" in changed("constant", 50, batch_size=512)
+    assert "(optimizer)" in changed("cosine", 90, optimizer=OptimizerConfig(base_lr=1e-3, schedule="constant"))
+    assert changed("wsd", 80, steps=200) == changed("constant", 100, steps=200) == changed("cosine", 90) == ""
+    assert changed("wsd", 100, steps=200)
 
 
 def test_epochs_become_steps_over_fractional_epochs():

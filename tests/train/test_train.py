@@ -44,7 +44,7 @@ def command(tmp_path):
         (["--config.mesh.tensor=3"], "must divide the 8 devices, got .*mesh.tensor=3"),
         (["--config.model.image.mask_ratio=1.5"], "mask_ratio=1.5 must be between 0 and 1"),
         (["--config.model.audio.mask_ratio=0"], r"mask_ratio=0(\.0)? must be between 0 and 1"),
-        (["--config.epochs=3"], "exactly one of steps=120 and epochs=3.0"),
+        (["--config.epochs=3", "--config.steps=120"], "exactly one of steps=120 and epochs=3.0"),
         (["--config.chekpoint_every=3"], "did you mean 'checkpoint_every'"),
         (["--process_id=1"], "need a coordinator"),
     ],
