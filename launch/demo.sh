@@ -16,6 +16,7 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
   shift
 fi
 cd "$root"
+use_allocator glibc
 data=$workdir/data
 mkdir -p "$data"
 

@@ -11,5 +11,6 @@ exec 9> .setup.lock  # several processes of a host, or of hosts that share this 
 flock 9
 source launch/setup.sh
 exec 9>&-
+use_allocator
 echo $$ > "${AV_MAE_PID:-$root/.pid}"
 exec "$python" -m av_mae.train "$@"
