@@ -256,17 +256,32 @@ def test_a_store_that_is_away_when_a_mirror_writes(tmp_path, monkeypatch, capsys
 
 @pytest.mark.slow
 def test_the_store_vanishes_for_a_minute(training, server):
-    url, longer = f"{GS}/vanishing", [*QUICK, "--config.steps=120"]
-    assert training.run("here", *longer)[0] == 0
-    process = training.start(url, *longer)
-    while process.poll() is None and not Folder(url).exists("checkpoints/10/commit_success.txt"):
-        time.sleep(0.05)
+    """The run goes on, saves again once the store is back, and is bit by bit one that nothing happened to."""
+    url, endless = f"{GS}/vanishing", [*QUICK, "--config.optimizer.schedule=constant", "--config.images_every=0"]
+    process = training.start(url, *endless, "--config.steps=1000000")
+
+    def wait_for(step: int) -> int:
+        """Until a checkpoint from this step on is there whole: its step."""
+        until = time.monotonic() + 400
+        while process.poll() is None and time.monotonic() < until:
+            names = [name.split("/") for name in Folder(f"{url}/checkpoints").files()]
+            whole = [int(name[0]) for name in names if name[1:] == ["commit_success.txt"]]
+            if whole and max(whole) >= step:
+                return max(whole)
+            time.sleep(0.05)
+        raise AssertionError(process.communicate()[1])
+
+    saved = wait_for(10)
     server.stop()
     time.sleep(60)
     server.start()
+    wait_for(saved + 30)  # what was under way when the store went may have come to its end
+    process.terminate()
     said = process.communicate(timeout=600)[1]
     assert process.returncode == 0, said
     assert "answers again" in said or "could not be saved" in said, said
+    last = training.metrics(url)[-1]["step"]
+    assert training.run("here", *endless, f"--config.steps={last}")[0] == 0
     assert_same_run(training, url, (training.metrics("here"), training.arrays("here")))
 
 
