@@ -59,6 +59,7 @@ EXTRAS = {
     ],
     "test": [
         "gcsfs>=2025.3",  # as for stores
+        "s3fs>=2025.3",  # likewise
         "gcp-storage-emulator>=2026.7",  # the server of gs:// in tests; the first release that answers today's gcsfs
         "beartype>=0.23,<0.24",  # checks jaxtyping's shapes at run time; 0.x, its checks change
         "ruff>=0.17.6,<0.18",  # lint and format: other minor versions format differently

@@ -3,10 +3,9 @@
 Work directories are refused there (tests/test_workdir.py); sources, prepared sets and exports are not.
 """
 
-import importlib.util
 import pathlib
+import shutil
 import subprocess
-import sys
 import time
 
 import clip_trees
@@ -29,14 +28,14 @@ QUICK = ["--config.data.workers=0", "--config.steps=20"]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A server with an empty bucket, which s3fs finds by the variables that Amazon's own tools read."""
-    for package, name in (("moto", "moto[server]"), ("s3fs", "s3fs")):
-        if importlib.util.find_spec(package) is None:
-            pytest.fail(f"{package} is not here: pip install '{name}', as .ci/run does")
+    program = shutil.which("moto_server")
+    if program is None:
+        pytest.fail(
+            "moto_server is not in PATH: pip install 'moto[server]' in an environment of its own, as .ci/run does"
+        )
     port, folder = free_port(), tmp_path_factory.mktemp("s3")
     with (folder / "log").open("w") as log, pytest.MonkeyPatch.context() as patch:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", f"{port}"], stdout=log, stderr=log
-        )
+        process = subprocess.Popen([program, "-H", "127.0.0.1", "-p", f"{port}"], stdout=log, stderr=log)
         for name, value in (
             ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}"),
             ("AWS_ACCESS_KEY_ID", "any"),
