@@ -8,6 +8,7 @@ of its `head` (av_mae.models.kinds).
 import dataclasses
 import functools
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ from av_mae.models.kinds import ModelDefinition, Params, define_model
 from av_mae.storage import as_path, is_url, move_tree, reached, remove_tree
 from av_mae.workdir import original, push
 
+SLOW = 15.0  # seconds of waiting for a store, after which a line is printed
 FREE_FIELDS = ("fusion.pair_attention",)  # how a model is computed, not what it is: they may change between two starts
 
 
@@ -188,8 +190,12 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until the last save is finished, and reports a failure."""
         try:
+            began = time.monotonic()
             if self._manager is not None:
                 self._manager.wait_until_finished()
+            waited = time.monotonic() - began
+            if waited > SLOW and is_url(self.folder):  # drivers try again and again, without a word
+                self.say(f"waited {waited:.0f} s until {self.folder} took checkpoint {self._pending}; training goes on")
             pending, self._pending = self._pending, None
             self.failures = self.failures if pending is None else 0
         except Exception as error:  # as in `save`

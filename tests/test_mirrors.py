@@ -129,6 +129,7 @@ def test_marks_of_folders_are_no_files(url, tmp_path, monkeypatch):
     assert Folder(url).files() == list(Folder(url).details()) == ["sub/a.json"]
     with collected(url) as folder:
         assert (folder / "sub" / "a.json").read_text() == "1"
+    Folder(url).write("dataset_info.json", b"")
     copies.copy_sets([url], str(tmp_path))
     assert (copies.folder_of(url) / "sub" / "a.json").read_text() == "1"
 
@@ -241,7 +242,7 @@ def test_what_a_lock_names_is_printed_in_its_line():
 
 
 def test_copies_of_what_vanishes_and_of_what_was_left_half_written(url, tmp_path, monkeypatch):
-    Folder(url).write("a", b"1")
+    Folder(url).write("dataset_info.json", b"1")
     copies.copy_sets([url], str(tmp_path))
     copy = copies.folder_of(url)
     copies._copies.clear()
@@ -262,8 +263,8 @@ def test_digests_that_are_no_md5_tell_nothing_of_other_stores(tmp_path, monkeypa
     """Times of change may be alike in two places."""
     urls = [f"memory://digests-{number}/set" for number in range(2)]
     for number, url in enumerate(urls):
-        Folder(url).write("a", b"%d" % number)
-    details = {"a": {"size": 1, "digest": "2026-01-01", "md5": ""}}
+        Folder(url).write("dataset_info.json", b"%d" % number)
+    details = {"dataset_info.json": {"size": 1, "digest": "2026-01-01", "md5": ""}}
     monkeypatch.setattr(storage.Folder, "details", lambda _: {name: dict(entry) for name, entry in details.items()})
     copies.copy_sets(urls, str(tmp_path))
-    assert [(copies.folder_of(url) / "a").read_text() for url in urls] == ["0", "1"]
+    assert [(copies.folder_of(url) / "dataset_info.json").read_text() for url in urls] == ["0", "1"]

@@ -163,9 +163,9 @@ def embed(arguments: argparse.Namespace) -> None:
     )
     with joined(arguments):
         try:
-            model = load(arguments.checkpoint)
-            copy_set(split_of(arguments.data)[0], arguments.local)
             with held_by_run(arguments.output), collected(arguments.output, lambda _: True) as output:
+                model = load(arguments.checkpoint)
+                copy_set(split_of(arguments.data)[0], arguments.local)
                 result = export_embeddings(model, arguments.checkpoint, arguments.data, output, options)
             if jax.process_index() == 0:
                 print(summary(arguments.output, result))
