@@ -35,7 +35,7 @@ from av_mae.checkpoint_files import (
 )
 from av_mae.config import TrainConfig
 from av_mae.console import first_line, note
-from av_mae.errors import UserError
+from av_mae.errors import StoreError, UserError
 from av_mae.models import AVMAEConfig, kinds
 from av_mae.models.kinds import ModelDefinition, Params, define_model
 from av_mae.storage import as_path, is_url, move_tree, reached, remove_tree
@@ -160,8 +160,7 @@ class Checkpoints:
         except Exception as error:  # a store that does not answer
             self._give_up(step, error)
             return
-        optimizer = flat_optimizer(state)
-        items = {"model": state.model, "optimizer": optimizer}
+        items = {"model": state.model, "optimizer": flat_optimizer(state)}
         meta = {
             "step": step,
             "seed": config.seed,
@@ -180,7 +179,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     model=ocp.args.PyTreeSave(state.model),
-                    optimizer=ocp.args.PyTreeSave(optimizer),
+                    optimizer=ocp.args.PyTreeSave(items["optimizer"]),
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
@@ -310,11 +309,7 @@ def check_same_run(saved: Mapping, config: TrainConfig) -> None:
             f"the checkpoint is of another model: model.{name} is {there} in it and {here} in the recipe; "
             "set it alike, or give another --workdir (and init=CHECKPOINT to start from its weights)"
         )
-    if ours["seed"] != saved["seed"]:
-        raise UserError(
-            f"the checkpoint is of another run: its seed is {saved['seed']}, the recipe's is "
-            f"{ours['seed']}; set it alike, or give another --workdir"
-        )
+    check_same_labels(saved, {"seed": ours["seed"]})
 
 
 def check_same_labels(meta: Mapping, labels: Mapping) -> None:
@@ -323,8 +318,8 @@ def check_same_labels(meta: Mapping, labels: Mapping) -> None:
     if difference is not None:
         name, here, there = difference
         raise UserError(
-            f"the checkpoint is of another run: {name} is {there} in it and {here} now; set it alike, or "
-            "give another --workdir"
+            f"the checkpoint is of another run: its {name} is {there}, and {here} now; set it alike, or give another "
+            "--workdir"
         )
 
 
@@ -343,7 +338,7 @@ def load_params(path: str, abstract: Abstract, partly: bool = False) -> Arrays:
     try:
         check_shapes(folder, abstract, partly)
         return read_arrays(folder, "model", abstract, read_meta(folder))
-    except UserError:
+    except (UserError, StoreError):
         raise
     except Exception as error:  # damage shows in many ways
         raise UserError(f"checkpoint {folder} cannot be read ({first_line(error)}): name another one") from error
@@ -400,7 +395,7 @@ def open_checkpoint(path: str) -> Checkpoint:
             raise ValueError(f"a model of kind {kind!r} is not known")
         head = recipes.from_dict(meta.get("head") or {}, kinds.HEADS[kind][1]) if kind in kinds.HEADS else None
         return Checkpoint(folder, recipes.from_dict(meta["config"], TrainConfig), kind, head)
-    except UserError:
+    except (UserError, StoreError):
         raise
     except Exception as error:  # damage shows in many ways
         raise UserError(f"checkpoint {folder} cannot be read ({first_line(error)}): name another one") from error

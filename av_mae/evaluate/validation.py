@@ -62,7 +62,7 @@ def best_so_far(config: TrainConfig, workdir: pathlib.Path, step: int) -> Best:
     best, path = Best(), workdir / "metrics.jsonl"
     for line in read_metrics(path) if path.is_file() else []:
         value = line.get(PREFIX + (config.keep_best or LOSS)) if isinstance(line, dict) else None
-        if isinstance(value, float) and line["step"] <= step:
+        if isinstance(value, float) and 0 < line.get("step", 0) <= step:
             best = best.after(int(line["step"]), value)
     return best
 
@@ -185,7 +185,7 @@ class ValidationHook(Hook):
         if not losses:
             return
         line[PREFIX + LOSS] = float(np.concatenate(losses).mean())
-        self.metrics.write(line)
+        self.metrics.write({name: value for name, value in line.items() if math.isfinite(value)})  # as JSON has them
         self._judge(moment, line)
 
     def _weight(self, error: str) -> float:

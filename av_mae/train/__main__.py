@@ -73,7 +73,7 @@ def periodic(
 
         validation = ValidationHook(config, step, workdir, metrics, say, begin)
         hooks.append(validation)
-        shown = validation.shown(step)
+        shown = validation.shown(step) if config.images_every else None
     hooks.append(ReconstructionHook(config, step, workdir, events, say, shown))
     if config.neighbours_every:
         from av_mae.evaluate.neighbours import NeighboursHook
