@@ -134,7 +134,7 @@ class ValidationHook(Hook):
         self.kept = Checkpoints(workdir / "best", 1, say=say) if config.keep_best else None
         if self.kept is not None:
             self.kept.set_aside(begin["step"])  # of an attempt that went further
-        self.ended = False
+        self.enough = False
         self.sets = {name: self._read(step, name, *place) for name, place in sets.items()}
         self.baselines: dict[str, dict[str, np.ndarray]] = {}
         self.measure = step.forward(self._measure)
@@ -218,7 +218,7 @@ class ValidationHook(Hook):
             meta |= {"position": position, "skipped": self.metrics.skipped}
             self.kept.save(moment.step, moment.state, self.config, **meta)
         if 0 < self.config.stop_after <= self.best.since and not moment.finished:
-            self.ended = True
+            self.enough = True
             self.say(f"stop_after={self.config.stop_after} validations without a lower {name}: the run ends")
 
     def close(self) -> None:

@@ -124,11 +124,11 @@ class Moment:
 class Hook:
     """Something periodic. All processes of a run have the same hooks and call them at the same steps.
 
-    `seconds` sums up how long the loop spent in `after_step`. `ended`: the next step is to be the last one.
+    `seconds` sums up how long the loop spent in `after_step`. `enough`: the next step is to be the last one.
     """
 
     seconds: float = 0.0
-    ended: bool = False
+    enough: bool = False
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
         """Whether `after_step` wants to be called after this step."""
@@ -212,7 +212,7 @@ def train(
         state, metrics = step_function(state, batch)
         pending.add(step, metrics, host)
         stopped = should_stop(step)
-        finished = step == last or any(hook.ended for hook in hooks)
+        finished = step == last or any(hook.enough for hook in hooks)
         due = [hook for hook in hooks if hook.due(step, finished, stopped)]
         if due:
             pending.give_out()

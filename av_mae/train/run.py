@@ -185,7 +185,7 @@ def train_from(run: Run, begin: Restored) -> Restored:
         done = int(state.step)
         goodput.ended = True
         run.checkpoints.say(goodput.report())
-        ended = done == run.last or any(hook.ended for hook in running)
+        ended = done == run.last or any(hook.enough for hook in running)
         if not ended:
             run.checkpoints.say(f"asked to stop: step {done} is saved, the same command goes on from there")
     run.checkpoints.say = note
