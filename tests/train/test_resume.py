@@ -123,8 +123,8 @@ def test_a_second_run_in_the_same_workdir_leaves(training, whole):
     assert_same_arrays(training.arrays("held"), whole[1])
 
 
-def steps_and_neighbours(lines: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The lines of steps, and those of the hook that measures nearest neighbours."""
+def steps_and_measured(lines: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The lines of steps, and those of the hooks that measure held-out clips."""
     return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
 
 
@@ -136,6 +136,9 @@ def test_two_processes_are_one(training):
         "--config.checkpoint_every=5",
         "--config.neighbours_every=4",
         "--config.neighbours_clips=4",
+        "--config.validate_every=4",
+        "--config.keep_best=loss",
+        "--config.images_every=4",
     ]
     status, message = training.run("one", *options, devices=4)
     assert status == 0, message
@@ -147,12 +150,14 @@ def test_two_processes_are_one(training):
     messages = [process.communicate(timeout=300)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], messages
     for repeat in range(2):
-        one, two = (steps_and_neighbours(training.metrics(name)) for name in ("one", "two"))
-        assert [[line["step"] for line in lines] for lines in two] == [list(range(1, 9)), [4, 8]]
+        one, two = (steps_and_measured(training.metrics(name)) for name in ("one", "two"))
+        assert [[line["step"] for line in lines] for lines in two] == [list(range(1, 9)), [4, 4, 8, 8]]
         for ours, expected in zip(sum(two, []), sum(one, []), strict=True):
             assert ours.keys() == expected.keys()
             np.testing.assert_allclose([*ours.values()], [*expected.values()], rtol=1e-5)
         one, two = training.arrays("one"), training.arrays("two")
+        kept = [[path.name for path in (training.folder / name / "best").iterdir()] for name in ("one", "two")]
+        assert kept[0] == kept[1] and len(kept[0]) == 1
         for name, x in one.items():
             np.testing.assert_allclose(two[name], x, rtol=1e-3, atol=1e-4, err_msg=name)
         if repeat == 0:
