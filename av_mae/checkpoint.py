@@ -318,7 +318,7 @@ def check_same_labels(meta: Mapping, labels: Mapping) -> None:
     if difference is not None:
         name, here, there = difference
         raise UserError(
-            f"the checkpoint is of another run: its {name} is {there}, and {here} now; set it alike, or give another "
+            f"the checkpoint is of another run: {name} is {there} in it and {here} now; set it alike, or give another "
             "--workdir"
         )
 

@@ -254,7 +254,7 @@ def test_half_written_checkpoint_is_dropped_and_said(open_run, folder, said):
             {"model": dataclasses.replace(MODEL, fusion=FusionConfig(kind="dense", tokens=(2, 1, 1), heads=2))},
             "model.fusion.kind is factorized in it and dense in the recipe",
         ),
-        ({"seed": 7}, "its seed is 0, and 7 now"),
+        ({"seed": 7}, "seed is 0 in it and 7 now"),
     ],
 )
 def test_other_recipe_is_refused(open_run, change, message):

@@ -91,7 +91,7 @@ def test_local_of_a_process_that_others_lack(local, monkeypatch):
 
 def test_local_of_another_recipe_is_refused(local):
     save(local, 1)
-    with pytest.raises(UserError, match="its seed is 0, and 7 now"):
+    with pytest.raises(UserError, match="seed is 0 in it and 7 now"):
         local.restore(abstract(), dataclasses.replace(CONFIG, seed=7), 0)
 
 
