@@ -16,7 +16,7 @@ from av_mae.config import TrainConfig
 from av_mae.console import note
 from av_mae.evaluate.bootstrap import Report
 from av_mae.storage import reached, replace_file
-from av_mae.workdir import original, read_metrics
+from av_mae.workdir import last_metrics, original, read_metrics
 
 CARD, README = "card.json", "README.md"
 MARK = "<!-- Written by av_mae from card.json; remove this line to keep your own text. -->"
@@ -31,9 +31,7 @@ def write_card(workdir: pathlib.Path, config: TrainConfig, parameters: int) -> N
     """
     folder, known = find_checkpoint(os.fspath(original(workdir))), read_card(original(workdir)) or {}
     metrics = workdir / "metrics.jsonl"
-    last: Mapping[str, Any] = (
-        next(reversed(read_metrics(metrics)), {}) if metrics.is_file() else {}
-    )  # a full disk may have kept it out
+    last = last_metrics(read_metrics(metrics)) if metrics.is_file() else {}  # a full disk may have kept it out
     _save(
         workdir,
         {

@@ -16,7 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from av_mae.errors import ClipFailure, StoreError, UserError
 from av_mae.storage import TEMPORARY, Folder, as_path, inside, is_url, replace_file
@@ -249,6 +250,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
         with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
     return lines
+
+
+def last_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All that the lines of `read_metrics` say of their last step; empty where there are none."""
+    known = [line for line in lines if isinstance(line, dict) and "step" in line]
+    return {name: x for line in known if line["step"] == known[-1]["step"] for name, x in line.items()}
 
 
 def read_skipped(folder: str | os.PathLike[str]) -> list[ClipFailure]:

@@ -125,8 +125,9 @@ def run(folder: pathlib.Path, module: str, *options: str) -> str:
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl that are of a step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
 
 
 def resume(folder: pathlib.Path) -> tuple[str, dict]:

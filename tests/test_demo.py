@@ -74,7 +74,9 @@ def test_work_directory(demo):
     assert json.loads((demo / "evaluation" / "config.json").read_text())["init"] == str(demo)
     assert (demo / "checkpoints" / "3").is_dir()
     lines = [json.loads(line) for line in (demo / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "validation/loss" in line] == [3]
+    assert "loss" in json.loads((demo / "card.json").read_text())["training"]
     assert any(path.name.startswith("events") for path in demo.rglob("*"))
 
 

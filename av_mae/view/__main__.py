@@ -22,7 +22,7 @@ from av_mae import plots
 from av_mae.errors import CHECKPOINT_STORES, UserError, run_command
 from av_mae.storage import as_path, is_url
 from av_mae.view import RUN_FILES, SHOWN_FILES, Run, Workdir, is_number
-from av_mae.workdir import Mirror, is_shown, original
+from av_mae.workdir import Mirror, is_shown, last_metrics, original
 
 URLS = {"--workdir": CHECKPOINT_STORES}  # options that take those of stores
 
@@ -133,7 +133,7 @@ def _state(run: Run) -> list[Element]:
     """The last step, and what its line of the metrics says."""
     if not run.metrics:
         return []
-    last = run.metrics[-1]
+    last = last_metrics(run.metrics)
     rows = [(_short(name.replace("_", " ")), f"{last[name]:.5g}") for name in curve_names(run) if name in last]
     total = _short(run.config.get("steps") or "?")
     return _section(f"Step {last['step']:g} of {total}", _table(("last", "value"), rows[:MOST_CURVES]))
