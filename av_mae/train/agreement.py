@@ -26,7 +26,7 @@ from av_mae.storage import Folder
 from av_mae.train.sharding import gather_values
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-SEEN_WITHIN = 5.0  # seconds after which every host should see a new file of a shared folder
+SEEN_WITHIN = 4.0  # seconds after which every host should see a new file of a shared folder
 MOST_SKEW = 2.0  # seconds between two clocks from which on the user is told
 
 
