@@ -192,8 +192,7 @@ class Checkpoints:
             began = time.monotonic()
             if self._manager is not None:
                 self._manager.wait_until_finished()
-            waited = time.monotonic() - began
-            if waited > SLOW and is_url(self.folder):  # drivers try again and again, without a word
+            if (waited := time.monotonic() - began) > SLOW and is_url(self.folder):  # drivers try again without a word
                 self.say(f"waited {waited:.0f} s until {self.folder} took checkpoint {self._pending}; training goes on")
             pending, self._pending = self._pending, None
             self.failures = self.failures if pending is None else 0

@@ -108,9 +108,9 @@ def _check_words(words: Sequence[str], stores: Mapping[str, Container[str]]) -> 
     for before, word in zip(("argument", *words), words):
         option, _, value = word.partition("=")
         if not word.startswith("-"):
-            value, option = word, before if before.startswith("-") and "=" not in before else "argument"
-        name = option
-        check_local(name, value, stores.get(name, ()))
+            takes = before.startswith("-") and "=" not in before  # the option before it, which has no value yet
+            option, value = before if takes else "argument", word
+        check_local(option, value, stores.get(option, ()))
 
 
 class ClipFailure(Exception):

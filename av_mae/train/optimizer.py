@@ -91,6 +91,7 @@ def rate_change(saved: TrainConfig, config: TrainConfig, clips: int, step: int) 
         if getattr(saved, name) != getattr(config, name)
     ]
     changed += ["optimizer"] if saved.optimizer != config.optimizer else []
+    changed = changed or ["clips per epoch"]
     return (
         f"warning: at step {step} the learning rate is {now:.3g} where it was {before:.3g} ({', '.join(changed)}): "
         f"optimizer.schedule={config.optimizer.schedule!r} follows the length of the run. Where runs may be made "

@@ -149,7 +149,9 @@ def first_state(
 
 def note_rate_change(run: "Run", begin: Restored) -> None:
     """Says where the learning rate jumps: the recipe has changed since the checkpoint that a run goes on from."""
-    if begin.meta["step"]:
+    if not begin.meta["step"]:
+        return
+    with contextlib.suppress(UserError):  # a recipe that today's rules refuse was none to be refused then
         saved = recipes.from_dict(begin.meta["config"])
         said = rate_change(saved, run.config, run.data.clips, begin.meta["step"])
         if said:
